@@ -1,0 +1,66 @@
+// Vectors of LANES floats by GCC/Clang vector extensions, and the two transcendental functions the kernels use.
+// Included by foreach_isa.h only, inside a namespace per instruction set.
+
+#define SSLK_INLINE static inline __attribute__((always_inline))
+
+typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(int32_t))));  // all bits set: true
+typedef int64_t Long __attribute__((vector_size(LANES * sizeof(int64_t))));
+
+template <typename V, typename T>
+SSLK_INLINE V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+SSLK_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+SSLK_INLINE Vec broadcast(float x) { return Vec{} + x; }
+
+SSLK_INLINE Mask lane_index() {
+  Mask v;
+  for (int k = 0; k < LANES; ++k) v[k] = k;
+  return v;
+}
+
+// max(v, floor) that lets a NaN in v through.
+SSLK_INLINE Vec max_nan(Vec v, float floor) { return v < floor ? broadcast(floor) : v; }
+
+SSLK_INLINE double sum(Vec v) {
+  double s = 0;
+  for (int k = 0; k < LANES; ++k) s += v[k];
+  return s;
+}
+
+// exp(x) for x <= 0, to 1.5 units in the last place; exp(-87.3) = 1.2e-38 below that; NaN for NaN.
+// x = n ln 2 + r with |r| <= ln(2)/2, then 2^n times a polynomial in r.
+SSLK_INLINE Vec exp_nonpositive(Vec x) {
+  const float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+  x = max_nan(x, -87.3f);
+  Vec shifted = x * 1.44269504f + round;
+  Vec n = shifted - round;
+  Vec r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact when multiplied by n
+  r = r + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  Mask power = ((Mask)shifted << 23) + 0x3f800000;  // the bits of 2^n
+  return p * (Vec)power;                            // a product, so that a NaN in p stays one
+}
+
+// log(1 + e) for 0 <= e <= 1 to 2e-7 relative, tiny e included: e times the minimax polynomial of log1p(e)/e.
+SSLK_INLINE Vec log1p_unit(Vec e) {
+  Vec p = e * 0.005232690027f - 0.02950521992f;
+  p = p * e + 0.07822591751f;
+  p = p * e - 0.136632425f;
+  p = p * e + 0.1910600499f;
+  p = p * e - 0.2484298169f;
+  p = p * e + 0.3331909673f;
+  p = p * e - 0.4999949314f;
+  p = p * e + 0.9999999699f;
+  return p * e;
+}

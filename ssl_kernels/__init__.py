@@ -1,0 +1,23 @@
+"""Fused, exact, memory-linear kernels for contrastive and self-supervised losses."""
+
+import torch
+
+__version__ = "0.1.0"
+
+try:
+    from ssl_kernels import _C
+except ImportError as error:
+    raise ImportError(
+        f"ssl_kernels: the compiled module ssl_kernels._C cannot be loaded ({error}).\n"
+        "From a checkout, build it:   pip install --no-build-isolation -e .\n"
+        "Otherwise reinstall it:      pip install --force-reinstall --no-deps ssl_kernels\n"
+        f"It needs torch >= 2.10; this is torch {torch.__version__}."
+    ) from error
+
+from ssl_kernels import functional
+from ssl_kernels.losses import SigLipLoss
+from ssl_kernels.settings import use_backend, use_workspace
+
+_C.active_isa()  # an unknown SSL_KERNELS_ISA is reported here, not in the first loss
+
+__all__ = ["SigLipLoss", "__version__", "functional", "use_backend", "use_workspace"]

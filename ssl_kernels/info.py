@@ -1,0 +1,85 @@
+"""``python -m ssl_kernels.info``: versions, instruction set, and the backend that each op uses by default."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+import torch
+
+import ssl_kernels
+from ssl_kernels import _C, settings
+from ssl_kernels.ops.matmul import onednn_is_faster
+
+OPS = ("sigmoid_contrastive_loss",)
+
+
+def native_build_info() -> dict[str, Any] | str:
+    """What ``ssl_kernels._native`` knows about its build, or why it is absent."""
+    try:
+        from ssl_kernels import _native
+    except ImportError as error:
+        version = platform.python_version()
+        return f"not built for Python {version} ({error}); a build from source on this Python includes it"
+    info: dict[str, Any] = _native.build_info()
+    return info
+
+
+def collect() -> dict[str, str]:
+    """The report as label and text."""
+    native = native_build_info()
+    report = {
+        "ssl_kernels": ssl_kernels.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "Triton": _version("triton"),
+        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "instruction set": f"{_C.active_isa()} (SSL_KERNELS_ISA overrides)",
+    }
+    if isinstance(native, str):
+        report["ssl_kernels._native"] = native
+    else:
+        report["instruction sets here"] = ", ".join(native["available_isas"])
+        report["compiled by"] = f"{native['compiler']} for {native['architecture']}"
+    report["CPU matrix products"] = "oneDNN" if onednn_is_faster() else "torch.mm"
+    report["backend"] = f"{settings.default_backend()} (SSL_KERNELS_BACKEND or use_backend overrides)"
+    report["workspace"] = f"{settings.workspace_bytes() / 2**20:g} MB (SSL_KERNELS_WORKSPACE_MB overrides)"
+    for op in OPS:
+        report[op] = ", ".join(f"{case}: {backend}" for case, backend in _backends().items())
+    return report
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    return importlib.metadata.version(package)
+
+
+def _backends() -> dict[str, str]:
+    """What an op will use for tensors of each kind; the features themselves are never touched."""
+    cases = {
+        "CPU fp32/bf16/fp16": ("cpu", torch.float32),
+        "CPU fp64": ("cpu", torch.float64),
+        "CUDA fp32/bf16/fp16": ("cuda", torch.float32),
+        "other devices": ("meta", torch.float32),
+    }
+    chosen = {}
+    for case, (device, dtype) in cases.items():
+        try:
+            chosen[case] = settings.choose_backend(device, dtype)
+        except ValueError as error:
+            chosen[case] = str(error)
+    return chosen
+
+
+def main() -> None:
+    report = collect()
+    width = max(map(len, report))
+    for label, text in report.items():
+        print(f"{label:<{width}}  {text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""SigLIP loss module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import ssl_kernels.functional as K
+
+
+class SigLipLoss(nn.Module):
+    r"""Pairwise sigmoid loss; replaces ``open_clip.SigLipLoss`` argument for argument.
+
+    :math:`L = \frac{1}{B} \sum_{ij} \operatorname{softplus}(-s_{ij} (t\, x_i \cdot y_j + b))`, where :math:`s_{ij}` is
+    +1 for i = j and -1 elsewhere. See :func:`ssl_kernels.functional.sigmoid_contrastive_loss`.
+
+    Args:
+        cache_labels: accepted for compatibility; there are no labels to cache.
+        rank, world_size: of the process; this version computes the loss of one process.
+        dist_impl: how open_clip exchanges features between processes; unused in one process.
+        chunk_size: rows at a time in open_clip; unused, memory is linear in the batch here.
+
+    Raises:
+        NotImplementedError: if ``world_size`` > 1.
+
+    Source: Zhai et al. 2023, arXiv:2303.15343.
+
+    >>> import torch
+    >>> from ssl_kernels import SigLipLoss
+    >>> features = torch.eye(4)
+    >>> round(SigLipLoss()(features, features, logit_scale=torch.tensor(10.0), logit_bias=torch.tensor(-5.0)).item(), 4)
+    0.0269
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__()
+        if world_size > 1:
+            raise NotImplementedError(
+                f"SigLipLoss: world_size={world_size}: the exchange of features between processes is not implemented "
+                "in this version; compute the loss per process with world_size=1"
+            )
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of [B, D] normalised features; ``logit_scale`` is already exponentiated.
+
+        With ``output_dict`` the result is ``{"contrastive_loss": loss}``.
+        """
+        if image_features.shape[:1] != text_features.shape[:1]:
+            raise ValueError(
+                f"text_features: expected {image_features.shape[0]} rows as image_features has, "
+                f"got {text_features.shape[0]}"
+            )
+        loss = K.sigmoid_contrastive_loss(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, world_size={self.world_size}"

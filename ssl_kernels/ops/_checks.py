@@ -1,0 +1,84 @@
+"""Argument checks shared by the ops. A message names the argument, what came and what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_features(**features: Tensor) -> None:
+    """[rows, D] matrices of one floating dtype, one device and one D."""
+    first_name, first = next(iter(features.items()))
+    for name, value in features.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.dim() != 2:
+            raise ValueError(f"{name}: expected 2 dimensions [rows, features], got shape {tuple(value.shape)}")
+        if value.dtype not in FEATURE_DTYPES:
+            raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {value.dtype}")
+        if value.dtype != first.dtype:
+            raise TypeError(f"{name}: expected the dtype of {first_name} ({first.dtype}), got {value.dtype}")
+        if value.device != first.device:
+            raise ValueError(f"{name}: expected the device of {first_name} ({first.device}), got {value.device}")
+        if value.shape[1] != first.shape[1]:
+            raise ValueError(f"{name}: expected {first.shape[1]} features as {first_name} has, got {value.shape[1]}")
+
+
+def check_ids(x: Tensor, y: Tensor, x_ids: Tensor | None, y_ids: Tensor | None) -> None:
+    if (x_ids is None) != (y_ids is None):
+        raise ValueError(f"{'x_ids' if x_ids is None else 'y_ids'}: expected ids for both x and y, or for neither")
+    for name, ids, features in (("x_ids", x_ids, x), ("y_ids", y_ids, y)):
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+        if ids.shape != features.shape[:1]:
+            raise ValueError(f"{name}: expected shape ({features.shape[0]},), got {tuple(ids.shape)}")
+        if ids.device != features.device:
+            raise ValueError(f"{name}: expected device {features.device}, got {ids.device}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_offset(offset: int) -> None:
+    if not isinstance(offset, int) or isinstance(offset, bool):
+        raise TypeError(f"offset: expected an int, got {type(offset).__name__}")
+    if abs(offset) > 2**62:
+        raise ValueError(f"offset: expected at most 2**62 in magnitude, got {offset}")
+
+
+def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """A 0-dim tensor on the device of ``like``, in its accumulation dtype, in the graph of ``value``."""
+    dtype = accumulation_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a float or a floating tensor of one element, "
+                f"got {value.dtype} of shape {tuple(value.shape)}"
+            )
+        return value.reshape(()).to(device=like.device, dtype=dtype)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a float or a tensor of one element, got {type(value).__name__}")
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_features(*features: Tensor) -> tuple[Tensor, ...]:
+    """Features in the dtype that autocast gives a matrix product, where autocast is on; float64 is left alone."""
+    device = features[0].device.type if isinstance(features[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return features
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(f.to(dtype) if isinstance(f, Tensor) and f.dtype in eligible else f for f in features)

@@ -1,0 +1,98 @@
+"""The panel driver: every contrastive loss as a loop over tiles of the similarity matrix that stay in cache.
+
+For panels X_i [m, D] of the rows and Y_j [n, D] of the columns, the loss's ``panel`` function turns X_i Y_j^T into
+per-row statistics and a gradient tile G [m, n]; two matrix products then add G Y_j to the gradient of X_i and
+G^T X_i to that of Y_j, in fp32. Nothing of size M x N ever exists: the peak is one tile beside O((M + N) D).
+
+Cost per element of M x N: 2 D FLOP for the tile, 2 D for each of the two gradients that is wanted, and the epilogue.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ssl_kernels.ops.matmul import add_matmul
+from ssl_kernels.settings import workspace_bytes
+
+# (X_i [m, D], Y_j [n, D], stats of the rows [m, k], first row, first column) -> G [m, n], if a gradient is wanted
+PanelFunction = Callable[[Tensor, Tensor, Tensor, int, int], Tensor | None]
+
+_SIDE_CPU = 1024  # 1024 x 1024 fp32 is 4 MB: in the last-level cache, with long enough inner products
+_SIDE_GPU = 4096  # 4096 x 4096 in 16 bits is 32 MB: within the L2 of an H100, with few launches
+
+
+def panel_shape(rows: int, cols: int, bytes_per_element: int, device_type: str) -> tuple[int, int]:
+    """Rows and columns of a panel: square by preference, within the workspace limit, evened out over the matrix."""
+    limit = max(1, workspace_bytes() // bytes_per_element)
+    side = min(_SIDE_CPU if device_type == "cpu" else _SIDE_GPU, math.isqrt(limit))
+    panel_rows = _even_split(rows, side)
+    panel_cols = _even_split(cols, side * side // panel_rows)
+    return panel_rows, panel_cols
+
+
+def _even_split(size: int, limit: int) -> int:
+    """The panel length, at most ``limit``, that cuts ``size`` into the fewest panels of nearly equal length."""
+    if size <= limit:
+        return size
+    even = -(-size // -(-size // limit))
+    return min(limit, -(-even // 16) * 16)
+
+
+def run_panels(
+    panel: PanelFunction,
+    x: Tensor,
+    y: Tensor,
+    *,
+    compute_dtype: torch.dtype,
+    tiles: int,
+    stats_width: int,
+    want_dx: bool,
+    want_dy: bool,
+    row_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row statistics [M, stats_width], and the gradients sum_j G Y [M, D] and sum_i G^T (w X) [N, D] in fp32
+    (float64 for float64 features; empty where not wanted).
+
+    Features go to the panels in ``compute_dtype``; ``tiles`` is how many tiles of it ``panel`` holds at a time.
+    ``row_weight`` [M] weighs the rows in the gradient of y; what is by rows is left for the caller to weigh.
+    """
+    rows, cols, width = x.shape[0], y.shape[0], x.shape[1]
+    device = x.device
+    accumulate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats_dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    stats = torch.zeros(rows, stats_width, dtype=stats_dtype, device=device)
+    # The gradient of y is kept transposed: [D, m] x [m, n] reads G along its rows, the fast way on the CPU.
+    make = torch.zeros if rows == 0 or cols == 0 else torch.empty
+    dx = make(rows if want_dx else 0, width, dtype=accumulate_dtype, device=device)
+    dy_t = make(width, cols if want_dy else 0, dtype=accumulate_dtype, device=device)
+    if rows == 0 or cols == 0:
+        return stats, dx, dy_t.t()
+
+    if row_weight is not None:
+        # Weights in [-1, 1] in the products, so that 16-bit panels neither overflow nor lose small weights.
+        peak = row_weight.abs().amax().clamp_min(torch.finfo(row_weight.dtype).tiny)
+        row_weight = row_weight / peak
+    panel_rows, panel_cols = panel_shape(rows, cols, tiles * compute_dtype.itemsize, device.type)
+    for i in range(0, rows, panel_rows):
+        x_i = x[i : i + panel_rows].to(compute_dtype)
+        m = x_i.shape[0]
+        if want_dy:
+            x_i_t = x_i.t().contiguous() if row_weight is None else x_i.t() * row_weight[i : i + m].to(compute_dtype)
+        for j in range(0, cols, panel_cols):
+            y_j = y[j : j + panel_cols].to(compute_dtype)
+            n = y_j.shape[0]
+            tile = panel(x_i, y_j, stats[i : i + m], i, j)
+            if tile is None:
+                continue
+            if want_dx:
+                add_matmul(dx[i : i + m], tile, y_j, first=j == 0)
+            if want_dy:
+                add_matmul(dy_t[:, j : j + n], x_i_t, tile, first=i == 0)
+            del tile  # before the next one is made
+    if row_weight is not None:
+        dy_t *= peak
+    return stats, dx, dy_t.t()

@@ -1,0 +1,100 @@
+"""Process-wide settings: which backend runs an op, and how much workspace the panel driver may take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("auto", "reference", "eager", "cpu", "triton")
+"""``reference`` is plain dense PyTorch and defines each op; ``eager`` is the memory-linear panel driver with PyTorch
+epilogues, on any device; ``cpu`` the C++ kernels; ``triton`` the GPU kernels. ``auto`` chooses by device and dtype."""
+
+
+def _check_backend(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _check_workspace(mb: float, origin: str) -> float:
+    if not 0 < mb < float("inf"):
+        raise ValueError(f"{origin}: expected a positive number of megabytes, got {mb!r}")
+    return mb
+
+
+def _workspace_from_environment() -> float:
+    text = os.environ.get("SSL_KERNELS_WORKSPACE_MB", "64")
+    try:
+        return _check_workspace(float(text), "SSL_KERNELS_WORKSPACE_MB")
+    except ValueError:
+        raise ValueError(f"SSL_KERNELS_WORKSPACE_MB: expected a positive number of megabytes, got {text!r}") from None
+
+
+_backend = _check_backend(os.environ.get("SSL_KERNELS_BACKEND", "auto"), "SSL_KERNELS_BACKEND")
+_workspace_mb = _workspace_from_environment()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block with the backend ``name`` (one of :data:`BACKENDS`), in the whole process.
+
+    The environment variable ``SSL_KERNELS_BACKEND`` sets the default. A backward pass uses the backend of its forward.
+
+    >>> import torch, ssl_kernels
+    >>> x = torch.eye(2)
+    >>> with ssl_kernels.use_backend("reference"):
+    ...     round(ssl_kernels.functional.sigmoid_contrastive_loss(x, x, 10.0, -5.0).item(), 6)
+    0.013431
+    """
+    global _backend
+    previous, _backend = _backend, _check_backend(name, "use_backend")
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+@contextmanager
+def use_workspace(mb: float) -> Iterator[None]:
+    """Bound the panel driver's workspace to ``mb`` megabytes inside the block, in the whole process.
+
+    The environment variable ``SSL_KERNELS_WORKSPACE_MB`` sets the default, 64 if absent. Panels shrink to fit it; a
+    smaller workspace is slower, never wrong.
+    """
+    global _workspace_mb
+    previous, _workspace_mb = _workspace_mb, _check_workspace(mb, "use_workspace")
+    try:
+        yield
+    finally:
+        _workspace_mb = previous
+
+
+def workspace_bytes() -> int:
+    return int(_workspace_mb * 2**20)
+
+
+def default_backend() -> str:
+    return _backend
+
+
+def choose_backend(device: str, dtype: torch.dtype) -> str:
+    """The backend that an op will use for features of ``dtype`` on a device of type ``device``."""
+    double = dtype == torch.float64
+    if _backend == "auto":
+        if double or device not in ("cpu", "cuda"):
+            return "eager"
+        return "cpu" if device == "cpu" else "triton"
+    if _backend in ("cpu", "triton") and double:
+        raise ValueError(f"backend {_backend!r} has no float64 kernels: use 'eager' or 'reference'")
+    if _backend == "cpu" and device != "cpu":
+        raise ValueError(f"backend 'cpu': expected CPU tensors, got {device}")
+    if _backend == "triton" and device != "cuda" and not (device == "cpu" and _interpreting()):
+        raise ValueError(f"backend 'triton': expected CUDA tensors (or TRITON_INTERPRET=1), got {device}")
+    return _backend
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
