@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -77,8 +78,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_features(*features: Tensor) -> tuple[Tensor, ...]:
     """Features in the dtype that autocast gives a matrix product, where autocast is on; float64 is left alone."""
     device = features[0].device.type if isinstance(features[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return features
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(f.to(dtype) if isinstance(f, Tensor) and f.dtype in eligible else f for f in features)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Products inside keep the dtype that they are given."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -68,7 +68,7 @@ def reference(
 ) -> Tensor:
     """The definition: dense, differentiable any number of times, in fp32 or float64."""
     dtype = _checks.accumulation_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _checks.without_autocast(x):
         z = scale * (x.to(dtype) @ y.to(dtype).t()) + bias
         positive, ignored = _pair_masks(z.shape, offset, x_ids, y_ids, ignore_same_id, z.device)
         loss = -F.logsigmoid(torch.where(positive, z, -z))
@@ -218,7 +218,7 @@ def _sigmoid_contrastive(
             x_i, y_j, stats, scale, bias, row_ids, col_ids, ignore_same_id, offset + i - j, want_dx or want_dy
         )
 
-    with torch.autocast(x.device.type, enabled=False):
+    with _checks.without_autocast(x):
         stats, dx, dy = run_panels(
             panel,
             x,

@@ -1,0 +1,122 @@
+"""Backends, workspace and what the environment may set."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ssl_kernels
+import ssl_kernels.functional as K
+from ssl_kernels import settings
+from ssl_kernels.ops.panels import panel_shape
+
+
+def test_auto_chooses_by_device_and_dtype() -> None:
+    assert settings.choose_backend("cpu", torch.float32) == "cpu"
+    assert settings.choose_backend("cpu", torch.bfloat16) == "cpu"
+    assert settings.choose_backend("cpu", torch.float64) == "eager"
+    assert settings.choose_backend("cuda", torch.float16) == "triton"
+    assert settings.choose_backend("cuda", torch.float64) == "eager"
+    assert settings.choose_backend("mps", torch.float32) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "message"),
+    [
+        ("cpu", "cuda", torch.float32, "backend 'cpu': expected CPU tensors, got cuda"),
+        ("triton", "cpu", torch.float32, "backend 'triton': expected CUDA tensors"),
+        ("cpu", "cpu", torch.float64, "backend 'cpu' has no float64 kernels: use 'eager' or 'reference'"),
+    ],
+)
+def test_a_backend_that_cannot_run_says_so(
+    backend: str, device: str, dtype: torch.dtype, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ssl_kernels.use_backend(backend), pytest.raises(ValueError, match=message):
+        settings.choose_backend(device, dtype)
+
+
+def test_use_backend_nests_and_restores_after_an_error() -> None:
+    before = settings.default_backend()
+    with ssl_kernels.use_backend("eager"):
+        with pytest.raises(ZeroDivisionError), ssl_kernels.use_backend("reference"):
+            raise ZeroDivisionError
+        assert settings.default_backend() == "eager"
+    assert settings.default_backend() == before
+    with (
+        pytest.raises(ValueError, match=r"use_backend: expected one of auto, .* got 'gpu'"),
+        ssl_kernels.use_backend("gpu"),
+    ):
+        pass
+
+
+def test_backward_uses_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssl_kernels.ops import sigmoid
+
+    calls = []
+    kernel = sigmoid._PANELS["eager"]
+    monkeypatch.setitem(sigmoid._PANELS, "eager", lambda *a: calls.append(1) or kernel(*a))
+    x = torch.eye(3, requires_grad=True)
+    with ssl_kernels.use_backend("eager"):
+        loss = K.sigmoid_contrastive_loss(x, x.detach(), 10.0, -10.0, reduction="none")
+    loss.sum().backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("bad", [0, -1, math.nan, math.inf])
+def test_a_workspace_must_be_positive(bad: float) -> None:
+    with pytest.raises(ValueError, match="use_workspace: expected a positive number"), ssl_kernels.use_workspace(bad):
+        pass
+
+
+@pytest.mark.parametrize("mb", [64, 1, 0.01, 1e-7])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 100_000), (100_000, 1), (4096, 4096), (1025, 70_001)])
+@pytest.mark.parametrize("itemsize", [2, 4, 64])
+def test_panels_cover_the_matrix_within_the_workspace(
+    mb: float, device: str, rows: int, cols: int, itemsize: int
+) -> None:
+    with ssl_kernels.use_workspace(mb):
+        m, n = panel_shape(rows, cols, itemsize, device)
+    assert 1 <= m <= rows
+    assert 1 <= n <= cols
+    assert m * n * itemsize <= max(mb * 2**20, itemsize)
+
+
+def test_preferred_panels() -> None:
+    assert panel_shape(4096, 4096, 4, "cpu") == (1024, 1024)
+    assert panel_shape(1025, 2100, 4, "cpu") == (528, 1056)  # near-equal panels, not 1024 + 1
+    assert panel_shape(16_384, 16_384, 2, "cuda") == (4096, 4096)
+    assert panel_shape(256, 65_536, 4, "cpu") == (256, 4096)  # few rows: longer panels of the same size
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_environment_sets_the_defaults() -> None:
+    code = "from ssl_kernels import settings; print(settings.default_backend(), settings.workspace_bytes())"
+    result = _python(code, SSL_KERNELS_BACKEND="eager", SSL_KERNELS_WORKSPACE_MB="2")
+    assert result.stdout.split() == ["eager", str(2 * 2**20)], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SSL_KERNELS_BACKEND", "fast", "SSL_KERNELS_BACKEND: expected one of auto, reference, .* got 'fast'"),
+        ("SSL_KERNELS_WORKSPACE_MB", "big", "SSL_KERNELS_WORKSPACE_MB: expected a positive number .* got 'big'"),
+        ("SSL_KERNELS_WORKSPACE_MB", "-3", "SSL_KERNELS_WORKSPACE_MB: expected a positive number .* got '-3'"),
+    ],
+)
+def test_a_bad_environment_is_reported_on_import(name: str, value: str, message: str) -> None:
+    result = _python("import ssl_kernels", **{name: value})
+    assert result.returncode != 0
+    assert re.search(message, result.stderr)

@@ -1,0 +1,125 @@
+"""The same values and gradients as the peers' own code, and none of their known faults."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory import saved_bytes
+from torch import Tensor
+
+import ssl_kernels
+import ssl_kernels.functional as K
+from ssl_kernels import SigLipLoss
+
+SCALE, BIAS = 10.0, -10.0
+
+
+def inputs(batch: int = 96, width: int = 32) -> list[Tensor]:
+    x, y = (F.normalize(torch.randn(batch, width), dim=-1) for _ in range(2))
+    return [t.requires_grad_() for t in (x, y, torch.tensor(SCALE), torch.tensor(BIAS))]
+
+
+def value_and_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("output_dict", [False, True])
+def test_open_clip(output_dict: bool) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    leaves = inputs()
+    peer = open_clip.loss.SigLipLoss(cache_labels=True, rank=0, world_size=1)
+    ours = SigLipLoss(cache_labels=True, rank=0, world_size=1)
+    a, b = (module(*leaves, output_dict=output_dict) for module in (ours, peer))
+    if output_dict:
+        assert a.keys() == b.keys()
+        a, b = a["contrastive_loss"], b["contrastive_loss"]
+    assert_same(value_and_gradients(a, leaves), value_and_gradients(b, leaves))
+
+
+def test_open_clip_has_the_same_signature() -> None:
+    """Ours may take more: newer open_clip has a chunk_size that older ones lack."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    for name in ("__init__", "forward"):
+        theirs = [(p.name, p.default) for p in parameters(getattr(open_clip.loss.SigLipLoss, name))]
+        assert [(p.name, p.default) for p in parameters(getattr(SigLipLoss, name))][: len(theirs)] == theirs
+
+
+def parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
+
+
+def test_transformers() -> None:
+    """SiglipModel's own loss, through the whole model."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.SiglipConfig(
+        text_config=text | {"vocab_size": 32, "max_position_embeddings": 8},
+        vision_config=text | {"image_size": 8, "patch_size": 4},
+    )
+    model = transformers.SiglipModel(config)
+    tokens, pixels = torch.randint(32, (6, 8)), torch.randn(6, 3, 8, 8)
+    output = model(input_ids=tokens, pixel_values=pixels, return_loss=True)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    ours = K.sigmoid_contrastive_loss(
+        output.text_embeds, output.image_embeds, model.logit_scale.exp(), model.logit_bias
+    )
+    theirs = torch.autograd.grad(output.loss, leaves, retain_graph=True, allow_unused=True)
+    mine = torch.autograd.grad(ours, leaves, allow_unused=True)
+    torch.testing.assert_close(ours, output.loss, rtol=1e-5, atol=1e-6)
+    assert sum(g is not None for g in mine) == sum(g is not None for g in theirs) > 10
+    for a, b in zip(mine, theirs, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
+
+
+def test_fp16_negatives_do_not_vanish_at_a_large_batch() -> None:
+    """A peer divides by the batch before it stores the gradient tile in 16 bits: 1/65,536 of a small sigmoid is 0."""
+    rows = 65_536
+    x = torch.zeros(rows, 4, dtype=torch.float16)
+    x[:, 0] = 1
+    y = torch.zeros(16, 4, dtype=torch.float16, requires_grad=True)
+    loss = K.sigmoid_contrastive_loss(x, y, 10.0, -8.0, offset=rows)  # negatives alone
+    (gradient,) = torch.autograd.grad(loss, y)
+    expected = 10.0 * torch.sigmoid(torch.tensor(-8.0))
+    torch.testing.assert_close(gradient[:, 0].float(), expected.expand(16), rtol=2**-10, atol=0)
+
+
+def test_the_loss_keeps_fp32_for_half_features() -> None:
+    """A peer returns it in the input's dtype, 10.0625 for 10.0916."""
+    x, y, *_ = inputs()
+    loss = K.sigmoid_contrastive_loss(x.bfloat16(), y.bfloat16(), SCALE, BIAS)
+    assert loss.dtype == torch.float32
+    assert loss != loss.bfloat16().float()
+
+
+def test_text_gradients_do_not_accumulate_in_bf16() -> None:
+    """Over many row panels of bf16 features the error stays that of one final rounding."""
+    x = F.normalize(torch.rand(4096, 16) + 1, dim=-1).bfloat16()
+    y = F.normalize(torch.rand(32, 16) + 1, dim=-1).bfloat16().requires_grad_()
+    with ssl_kernels.use_workspace(0.01):
+        (ours,) = torch.autograd.grad(K.sigmoid_contrastive_loss(x, y, SCALE, BIAS), y)
+    wide = y.detach().double().requires_grad_()
+    with ssl_kernels.use_backend("reference"):
+        (exact,) = torch.autograd.grad(K.sigmoid_contrastive_loss(x.double(), wide, SCALE, BIAS), wide)
+    assert ((ours.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-7).all()
+
+
+def test_memory_of_a_peer_grows_with_the_square_of_the_batch_and_ours_does_not() -> None:
+    """open_clip keeps the logits for backward."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    leaves = inputs(batch=1024)
+    with saved_bytes() as theirs:
+        open_clip.loss.SigLipLoss()(*leaves)
+    with saved_bytes() as ours:
+        SigLipLoss()(*leaves)
+    assert sum(theirs) > 1024 * 1024 * 4
+    assert sum(ours) < 3 * 1024 * 32 * 4
