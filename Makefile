@@ -1,0 +1,42 @@
+# Every target makes what it needs: `make test` on a fresh clone creates .venv, builds the kernels and runs the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.setup-done
+NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp) setup.py
+
+.PHONY: setup demo test lint bench wheel clean
+
+setup: $(SETUP)
+
+# torch comes first: the build without isolation compiles against it.
+.venv/.torch-done: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch torchvision setuptools wheel pybind11 ninja numpy
+	touch $@
+
+$(SETUP): .venv/.torch-done pyproject.toml $(NATIVE)
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/ssl-kernels train siglip --output-dir runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/sigmoid.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/sigmoid.json
+
+wheel: setup
+	rm -rf build dist
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf .venv build dist runs *.egg-info ssl_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -exec rm -rf {} +

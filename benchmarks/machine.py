@@ -1,0 +1,36 @@
+"""The machine's own limits, which every benchmark is held against."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ssl_kernels.ops.matmul import matmul
+
+
+def best_seconds(call: Callable[[], Any], rounds: int = 8) -> float:
+    call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@functools.cache
+def _operands(side: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(side, width), torch.randn(side, width), torch.empty(side, side)
+
+
+def gemm_gflops(width: int, side: int = 2048) -> dict[str, float]:
+    """fp32 GFLOP/s of [side, width] x [width, side]: through torch.mm, and by the fastest product in this torch."""
+    a, b, out = _operands(side, width)
+    gflop = 2 * side * side * width / 1e9
+    mm = gflop / best_seconds(lambda: torch.mm(a, b.t(), out=out))
+    fastest = gflop / best_seconds(lambda: matmul(a, b.t()))
+    return {"torch_mm_gflops": mm, "fastest_gemm_gflops": max(mm, fastest)}

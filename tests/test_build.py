@@ -1,0 +1,85 @@
+"""The C++ by itself: sanitizers, other architectures; and what a broken installation says."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ssl_kernels
+from ssl_kernels.info import native_build_info
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "tests/cpp/sigmoid_driver.cpp"]
+FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+
+
+def compile_driver(compiler: str, binary: Path, *flags: str) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    command = [compiler, *FLAGS, *WARNINGS, *flags, *map(str, SOURCES), "-o", str(binary)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    compile_driver("g++", tmp_path / "driver", *flags)
+    output = run(str(tmp_path / "driver"))
+    assert "baseline ok" in output
+    if platform.machine() == "x86_64":
+        assert output.count(" ok") == len(native_build_info()["available_isas"])  # type: ignore[index]
+
+
+def test_the_portable_build_holds_no_x86_code_and_is_right(tmp_path: Path) -> None:
+    """What a processor without x86's instruction sets gets; here with the x86 parts switched off."""
+    compile_driver("g++", tmp_path / "driver", "-O3", "-DSSLK_PORTABLE")
+    assert run(str(tmp_path / "driver")).splitlines()[0] == "baseline ok"
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no cross compiler for Arm is installed")
+def test_compiles_for_arm(tmp_path: Path) -> None:
+    compile_driver("aarch64-linux-gnu-g++", tmp_path / "driver", "-O3", "-static")
+    if shutil.which("qemu-aarch64-static"):
+        assert "baseline ok" in run("qemu-aarch64-static", str(tmp_path / "driver"))
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
+def test_compiles_with_clang(tmp_path: Path) -> None:
+    compile_driver("clang++", tmp_path / "driver", "-O3")
+    assert "baseline ok" in run(str(tmp_path / "driver"))
+
+
+def test_without_the_compiled_part_import_says_what_to_run(tmp_path: Path) -> None:
+    package = Path(ssl_kernels.__file__).parent
+    ignore = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(package, tmp_path / "ssl_kernels", ignore=ignore)
+    # An editable installation would still find the missing module in the checkout.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]; import ssl_kernels"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "the compiled module ssl_kernels._C cannot be loaded" in result.stderr
+    assert "pip install --no-build-isolation -e ." in result.stderr
+
+
+def test_binaries_keep_to_the_stable_interfaces() -> None:
+    """_C links neither libpython nor torch_python, and names the limited API."""
+    from ssl_kernels import _C
+
+    path = Path(_C.__file__)
+    assert path.name.startswith("_C.abi3")
+    if shutil.which("readelf"):
+        needed = run("readelf", "-d", str(path))
+        assert "torch_python" not in needed
+        assert "libpython" not in needed
