@@ -27,18 +27,31 @@ def onednn_is_faster() -> bool:
     )
 
 
+def _through_onednn(a: Tensor, b: Tensor) -> bool:
+    on_cpu = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
+    return on_cpu and a.numel() > 0 and b.numel() > 0 and onednn_is_faster()
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b for a [m, k] and b [k, n] of one dtype, any strides."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel() and onednn_is_faster():
+    if _through_onednn(a, b):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
         return product
     return a @ b
 
 
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """out = a b if ``first``, else out += a b; accumulated in the dtype of ``out``."""
-    product = matmul(a.to(out.dtype), b.to(out.dtype))
-    if first:
-        out.copy_(product)
+    """out = a b if ``first``, else out += a b, accumulated in the dtype of ``out``: 16-bit factors into fp32."""
+    if _through_onednn(a, b):
+        if first:
+            out.copy_(matmul(a, b))
+        else:
+            out.add_(matmul(a, b))
+        return
+    beta = 0 if first else 1  # with 0, what ``out`` holds is not read
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.device.type == "cuda":
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
     else:
-        out.add_(product)
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)

@@ -81,7 +81,9 @@ def run_panels(
         x_i = x[i : i + panel_rows].to(compute_dtype)
         m = x_i.shape[0]
         if want_dy:
-            x_i_t = x_i.t().contiguous() if row_weight is None else x_i.t() * row_weight[i : i + m].to(compute_dtype)
+            x_i_t = x_i.t() if row_weight is None else x_i.t() * row_weight[i : i + m].to(compute_dtype)
+            if device.type == "cpu":
+                x_i_t = x_i_t.contiguous()
         for j in range(0, cols, panel_cols):
             y_j = y[j : j + panel_cols].to(compute_dtype)
             n = y_j.shape[0]
