@@ -26,6 +26,7 @@ LIBRARIES = [
 @pytest.fixture(params=LIBRARIES, ids=lambda onednn: "onednn" if onednn else "torch.mm")
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(module, "_ONEDNN_FROM", 1)
 
 
 def operands(m: int, k: int, n: int, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
