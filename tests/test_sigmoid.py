@@ -371,7 +371,7 @@ def test_ids_use_all_64_bits() -> None:
     torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("needed", itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4)))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_only_the_gradients_that_are_needed(backend: str, reduction: str, needed: tuple[bool, ...]) -> None:
