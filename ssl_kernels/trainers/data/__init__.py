@@ -1,0 +1,121 @@
+"""Image-text pairs: where they come from, how they are split, in which order and form they are fed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ssl_kernels.trainers.data import files, openmoji, shards
+from ssl_kernels.trainers.data.pairs import Batch, Batches, Fingerprints, Pairs, Tokenize
+from ssl_kernels.trainers.errors import UserError
+
+__all__ = ["Batch", "Batches", "Data", "DataConfig", "Pairs", "load"]
+
+
+@dataclass
+class DataConfig:
+    """Which pairs to train and to evaluate on."""
+
+    data: str = "openmoji"
+    """`openmoji`; a .csv, .tsv or .jsonl file of image paths and captions; or WebDataset shards
+    such as "shards-{000..099}.tar"."""
+    held_out_data: str = ""
+    """Pairs to evaluate on, as a table or as shards; training pairs with the same caption or image are dropped."""
+    held_out: float = 0.1
+    """Share of a table that is held out when --held-out-data is not given."""
+    split_seed: int = 0
+    """Seed of the held-out split; independent of --seed."""
+    evaluate_on: Literal["held-out", "validation"] = "held-out"
+    """`validation` holds a second split out of the training pairs and evaluates on that: use it to choose settings."""
+    image_column: str = "image"
+    """Column of a table that holds the image's path, relative to the table."""
+    caption_column: str = "caption"
+    """Column of a table that holds the caption."""
+    epoch_pairs: int = 0
+    """Pairs per epoch of WebDataset shards; 0 reads the shards once to count them."""
+    label_captions: float = 0.2
+    """Probability with which the words of an image's category (if the data has any) join or replace its caption.
+    This is label supervision, and the report says so."""
+    augment: bool = True
+    """Rotate, scale and shift (OpenMoji) or crop (files) the training images."""
+    image_size: int = 40
+    """Height and width of the images in pixels."""
+
+    def check_data(self) -> None:
+        """Refuse values that cannot work."""
+        for name in ("label_captions", "held_out"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')}: expected a number in [0, 1], got {getattr(self, name)}")
+        for name, low in (("image_size", 8), ("split_seed", 0), ("epoch_pairs", 0)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
+        if self.evaluate_on == "validation" and _is_shards(self.data):
+            raise UserError("--evaluate-on validation: shards are not split; give --held-out-data")
+
+
+@dataclass
+class Data:
+    """Batches to train on, the pairs they come from (None for shards) and the pairs held out (None without any)."""
+
+    batches: Batches | shards.ShardBatches
+    train: Pairs | None
+    held_out: Pairs | None
+
+
+def load(config: DataConfig, tokenize: Tokenize, *, batch_size: int, seed: int, workers: int) -> Data:
+    """The data that a configuration names, split into what is trained on and what is held out."""
+    size = config.image_size
+    held_out, marks = _read_held_out(config)
+    if _is_shards(config.data):
+        stream = shards.ShardBatches(
+            config.data, tokenize, size=size, batch_size=batch_size, seed=seed, workers=workers,
+            augment=config.augment, epoch_pairs=config.epoch_pairs, held_out=marks,
+        )  # fmt: skip
+        return Data(stream, None, held_out)
+    if config.data == "openmoji":
+        if config.held_out_data:
+            raise UserError("--held-out-data: openmoji brings its own held-out pairs")
+        # Half as large again as the model sees: rotating and scaling then costs no sharpness.
+        pairs = openmoji.load(size * 3 // 2, size)
+        train, held_out = openmoji.hold_out(pairs, config.split_seed)
+        if config.evaluate_on == "validation":
+            train, held_out = openmoji.hold_out(train, config.split_seed + 1)
+    else:
+        pairs = files.read_table(_table(config.data, "--data"), config.image_column, config.caption_column)
+        if held_out is not None:
+            train = files.without(pairs, marks)
+        else:
+            train, held_out = files.split(pairs, config.held_out, config.split_seed)
+        if config.evaluate_on == "validation":
+            train, held_out = files.split(train, max(config.held_out, 0.1), config.split_seed + 1)
+    if len(train) < batch_size:
+        raise UserError(
+            f"--batch-size: {batch_size} is more than the {len(train)} training pairs of --data {config.data}"
+        )
+    batches = Batches(
+        train, tokenize, size=size, batch_size=batch_size, seed=seed,
+        augment=config.augment, label_captions=config.label_captions, workers=workers,
+    )  # fmt: skip
+    return Data(batches, train, held_out if held_out else None)
+
+
+def _is_shards(name: str) -> bool:
+    return ".tar" in name
+
+
+def _table(name: str, flag: str) -> Path:
+    path = Path(name)
+    if path.suffix not in files.SUFFIXES:
+        raise UserError(f"{flag}: expected openmoji, a {', '.join(files.SUFFIXES)} file or .tar shards, got {name!r}")
+    return path
+
+
+def _read_held_out(config: DataConfig) -> tuple[Pairs | None, Fingerprints]:
+    if not config.held_out_data:
+        return None, Fingerprints()
+    if _is_shards(config.held_out_data):
+        return shards.read_all(config.held_out_data, config.image_size)
+    flag = "--held-out-data"
+    pairs = files.read_table(_table(config.held_out_data, flag), config.image_column, config.caption_column, flag)
+    return pairs, files.fingerprints(pairs)

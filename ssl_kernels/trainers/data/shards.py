@@ -1,0 +1,146 @@
+"""WebDataset shards: tar files of images with their captions, streamed."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ssl_kernels.trainers.data.pairs import (
+    Batch,
+    Fingerprints,
+    Pairs,
+    Tokenize,
+    centre_crop,
+    loader,
+    make_batch,
+    random_crop,
+)
+from ssl_kernels.trainers.errors import UserError
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+CAPTION_KEYS = ("txt", "caption")
+_BUFFER = 1000  # samples that are shuffled among each other, on top of the shuffled shards
+
+Sample = tuple[bytes, str, str]  # encoded image, caption, key
+
+
+def expand(urls: str, flag: str = "--data") -> list[str]:
+    """The shards a pattern such as "shards-{000..099}.tar" names; local ones must exist."""
+    names = list(wds.shardlists.expand_urls(urls))
+    for name in names:
+        if "://" not in name and not name.startswith("pipe:"):
+            try:
+                open(name, "rb").close()
+            except OSError as error:
+                raise UserError(f"{flag}: cannot read the shard {name}: {error.strerror}") from None
+    return names
+
+
+def read(names: list[str], flag: str = "--data") -> Iterator[Sample]:
+    """The samples of shards in their order."""
+    try:
+        for sample in wds.DataPipeline(wds.SimpleShardList(names), wds.tarfile_to_samples()):
+            key = f"{sample.get('__url__')}:{sample.get('__key__')}"
+            image = next((sample[k] for k in IMAGE_KEYS if k in sample), None)
+            caption = next((sample[k].decode().strip() for k in CAPTION_KEYS if k in sample), "")
+            if image is None:
+                raise UserError(f"{flag}: the sample {key} has no image; expected a member {', '.join(IMAGE_KEYS)}")
+            if not caption:
+                raise UserError(f"{flag}: the sample {key} has no caption; expected a member {', '.join(CAPTION_KEYS)}")
+            yield image, caption, key
+    except UserError:
+        raise
+    except Exception as error:  # tarfile, gzip, sockets and pipes each have their own
+        raise UserError(f"{flag}: cannot read the shards: {str(error).splitlines()[0]}") from None
+
+
+def decode(image: bytes, key: str, flag: str = "--data") -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(image)).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        raise UserError(f"{flag}: cannot decode the image of the sample {key}") from None
+
+
+def read_all(urls: str, size: int, flag: str = "--held-out-data") -> tuple[Pairs, Fingerprints]:
+    """The pairs of held-out shards in memory, one for each caption and image, and what marks them."""
+    images, captions, seen = [], [], Fingerprints()
+    for image, caption, key in read(expand(urls, flag), flag):
+        if not seen.match(caption, image):
+            images.append(centre_crop(decode(image, key, flag), size))
+            captions.append(caption)
+        seen.add(caption, image)
+    if not images:
+        raise UserError(f"{flag}: {urls} holds no pairs")
+    return Pairs(torch.stack(images), captions), seen
+
+
+class ShardBatches(IterableDataset[Batch]):
+    """Batches from shards: shards shuffled, then samples within a buffer, both by (seed, epoch, pass, worker).
+
+    Worker w of W makes the batches w, w + W, ... of an epoch from its own share of the shards. To start in mid-epoch it
+    reads past what it had delivered without decoding it. A stream that ends before the epoch does starts over in a new
+    order. Samples that share a caption or an image with the held-out pairs are passed over.
+    """
+
+    def __init__(
+        self, urls: str, tokenize: Tokenize, *, size: int, batch_size: int, seed: int, workers: int, augment: bool,
+        epoch_pairs: int, held_out: Fingerprints,
+    ) -> None:  # fmt: skip
+        self.names = expand(urls)
+        if workers > len(self.names):
+            raise UserError(f"--workers: {workers} is more than the {len(self.names)} shards of --data {urls}")
+        self.tokenize, self.size, self.batch_size, self.seed = tokenize, size, batch_size, seed
+        self.workers, self.augment, self.held_out = workers, augment, held_out
+        self.epoch_pairs = epoch_pairs or sum(not held_out.match(c, image) for image, c, _ in read(self.names))
+        if self.epoch_pairs < batch_size:
+            raise UserError(
+                f"--batch-size: {batch_size} is more than the {self.epoch_pairs} pairs of an epoch of {urls}"
+            )
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return self.epoch_pairs // self.batch_size
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self.epoch, self.start = epoch, start
+        return iter(loader(self, self.workers))
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        workers = info.num_workers if info else 1
+        # The loader asks its workers in turn from the first: renumbering them makes that the one whose turn it is.
+        worker = ((info.id if info else 0) + self.start) % workers
+        stream = self._stream(worker, workers)
+        for number in range(worker, len(self), workers):
+            samples = list(itertools.islice(stream, self.batch_size))
+            if number >= self.start:
+                yield self._batch(samples, np.random.default_rng((self.seed, self.epoch, number + 1)))
+
+    def _stream(self, worker: int, workers: int) -> Iterator[Sample]:
+        for again in itertools.count():
+            names = [
+                self.names[i]
+                for i in np.random.default_rng((self.seed, self.epoch, again)).permutation(len(self.names))
+            ]
+            chance = random.Random(f"{self.seed} {self.epoch} {again} {worker}")
+            fresh = (s for s in read(names[worker::workers]) if not self.held_out.match(s[1], s[0]))
+            empty = True
+            for sample in wds.filters.shuffle(_BUFFER, rng=chance)(fresh):
+                empty = False
+                yield sample
+            if empty:
+                raise UserError("--data: the shards hold no pair that is not held out")
+
+    def _batch(self, samples: list[Sample], rng: np.random.Generator) -> Batch:
+        pictures = [decode(image, key) for image, _, key in samples]
+        images = [random_crop(p, self.size, rng) if self.augment else centre_crop(p, self.size) for p in pictures]
+        captions = [caption for _, caption, _ in samples]
+        return make_batch(torch.stack(images), captions, [image for image, _, _ in samples], self.tokenize)

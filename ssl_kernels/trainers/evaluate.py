@@ -1,0 +1,214 @@
+"""What an image-text model has learned: retrieval, zero-shot classification, and trivial baselines beside them.
+
+The baselines know the training pairs but learn nothing: **TF-IDF + pixels** takes a caption to the training caption
+with the nearest TF-IDF vector, that caption's image to the nearest held-out image by pixels; for images the same way
+backwards. What it reaches, a model has not earned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from torch import Tensor
+
+from ssl_kernels.trainers.data import openmoji
+from ssl_kernels.trainers.data.pairs import TEMPLATES, Pairs, Tokenize
+
+_SUPERVISED = ", supervised by category words"
+
+EncodeTexts = Callable[[Sequence[str]], Tensor]
+
+
+class TwoTowers(Protocol):
+    """What evaluation asks of a model: normalised embeddings of either side."""
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+
+    def encode_text(self, text: dict[str, Tensor]) -> Tensor: ...
+
+    def eval(self) -> Any: ...
+
+
+class Encoder:
+    """A model's normalised embeddings [N, D] of images and texts, in fp32 on the CPU, in evaluation mode."""
+
+    def __init__(self, fabric: Fabric, model: TwoTowers, tokenize: Tokenize, size: int, batch_size: int = 256) -> None:
+        self.fabric, self.model, self.tokenize = fabric, model, tokenize
+        model.eval()
+        self.size, self.batch_size = size, batch_size
+
+    def images(self, pairs: Pairs) -> Tensor:
+        return self._encode(len(pairs), lambda part: self.model.encode_image(self._put(pairs.load(part, self.size))))
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        return self._encode(
+            len(captions), lambda part: self.model.encode_text(self._put(self.tokenize([captions[i] for i in part])))
+        )
+
+    def _put(self, data: Any) -> Any:
+        return self.fabric.to_device(data)
+
+    def _encode(self, n: int, encode: Callable[[range], Tensor]) -> Tensor:
+        parts = [range(start, min(start + self.batch_size, n)) for start in range(0, n, self.batch_size)]
+        with torch.no_grad(), self.fabric.autocast():
+            return torch.cat([encode(part).float().cpu() for part in parts])
+
+
+@dataclass
+class Figure:
+    """One line of the closing table: what the model reaches, and what is to be had without it."""
+
+    name: str
+    model: float
+    baseline: float | None
+    chance: float
+    majority: float | None = None
+    note: str = ""
+
+
+def recall(similarity: Tensor, k: int, queries: Tensor | None = None) -> float:
+    """R@k of a similarity matrix [N, N] whose right pairs are on the diagonal, over all rows or the chosen ones.
+
+    Ties are broken at random, and the expected value is returned: a model that calls everything equal is at chance.
+    """
+    right = similarity.diagonal()[:, None]
+    ahead, tied = (similarity > right).sum(1), (similarity == right).sum(1)
+    found = ((k - ahead) / tied.clamp(min=1)).clamp(0, 1) * (tied > 0)  # NaN equals nothing, itself included
+    return float((found if queries is None else found[queries]).mean())
+
+
+def zero_shot(images: Tensor, encode_texts: EncodeTexts, classes: Sequence[str]) -> Tensor:
+    """Similarity [N, C] of image embeddings to each class: the mean embedding of its name in every template."""
+    prompts = encode_texts([template.format(name) for name in classes for template in TEMPLATES])
+    means = prompts.view(len(classes), len(TEMPLATES), -1).mean(1)
+    return images @ F.normalize(means, dim=-1).T
+
+
+class TfidfPixels:
+    """The trivial baseline between the training pairs and the held-out pairs."""
+
+    def __init__(self, train: Pairs, held_out: Pairs, size: int) -> None:
+        self.train = train
+        self.vectorizer = TfidfVectorizer()  # bigrams and character n-grams are weaker
+        self.train_texts = self.vectorizer.fit_transform(train.captions)
+        held_out_texts = self.vectorizer.transform(held_out.captions)
+        self.texts = torch.from_numpy((held_out_texts @ self.train_texts.T).toarray()).float()  # [held out, train]
+
+        train_pixels, pixels = (p.load(range(len(p)), size).flatten(1).float() / 255 for p in (train, held_out))
+        mean = train_pixels.mean(0)
+        train_pixels, pixels = (F.normalize(p - mean, dim=1) for p in (train_pixels, pixels))
+        self.pixels = pixels @ train_pixels.T  # [held out, train]
+        self.nearest = self.pixels.argmax(1)
+
+    def text_to_image(self) -> Tensor:
+        return self.pixels[:, self.texts.argmax(1)].T
+
+    def image_to_text(self) -> Tensor:
+        return self.texts[:, self.nearest].T
+
+    def captions_for(self, index: int, candidates: Sequence[str]) -> Tensor:
+        """Similarity of candidate captions to held-out image `index`, by way of its nearest training image."""
+        own = self.train_texts[int(self.nearest[index])]
+        return torch.from_numpy((self.vectorizer.transform(candidates) @ own.T).toarray()).flatten()
+
+
+def retrieval(images: Tensor, texts: Tensor, held_out: Pairs, baseline: TfidfPixels | None) -> list[Figure]:
+    """R@1, 5, 10 both ways over all held-out pairs, then R@1 of every named subset among all of them."""
+    n = len(held_out)
+    ways = {
+        "text->image": (texts @ images.T, baseline.text_to_image() if baseline else None),
+        "image->text": (images @ texts.T, baseline.image_to_text() if baseline else None),
+    }
+    figures = []
+    for k in (1, 5, 10):
+        for way, (ours, theirs) in ways.items():
+            trivial = recall(theirs, k) if theirs is not None else None
+            note = f"all {n} held-out pairs"
+            figures.append(Figure(f"{way} R@{k}", recall(ours, k), trivial, min(1.0, k / n), note=note))
+    for subset in dict.fromkeys(held_out.subsets or []):
+        chosen = torch.tensor([label == subset for label in held_out.subsets or []])
+        for way, (ours, theirs) in ways.items():
+            trivial = recall(theirs, 1, chosen) if theirs is not None else None
+            name, note = f"{subset}: {way} R@1", f"{int(chosen.sum())} queries among all pairs"
+            figures.append(Figure(name, recall(ours, 1, chosen), trivial, 1 / n, note=note))
+    return figures
+
+
+def categories(
+    images: Tensor, encode_texts: EncodeTexts, held_out: Pairs, baseline: TfidfPixels | None, *, supervised: bool
+) -> list[Figure]:
+    """Zero-shot classification into the data's categories as balanced accuracy: the majority class gains nothing."""
+    labels = held_out.categories or []
+    known = [i for i, label in enumerate(labels) if label]
+    classes = sorted({labels[i] for i in known})
+    if len(classes) < 2:
+        return []
+    truth = np.array([classes.index(labels[i]) for i in known])
+    guess = zero_shot(images[known], encode_texts, classes).argmax(1).numpy()
+    note = f"{len(known)} images{_SUPERVISED if supervised else ''}"
+    trivial = None
+    if baseline is not None:
+        own = baseline.train.categories or []
+        found = [own[int(baseline.nearest[i])] for i in known]
+        trivial = float(
+            np.mean([np.mean([found[j] == name for j in np.flatnonzero(truth == c)]) for c, name in enumerate(classes)])
+        )
+    name = f"zero-shot {len(classes)} categories, balanced"
+    score, chance = float(balanced_accuracy_score(truth, guess)), 1 / len(classes)
+    return [Figure(name, score, trivial, chance, chance, note)]
+
+
+def flags(
+    images: Tensor, encode_texts: EncodeTexts, held_out: Pairs, baseline: TfidfPixels, supervised: bool
+) -> Figure:
+    """How well the prompt "Flags" ranks flags before everything else, as the area under the ROC curve."""
+    truth = np.array([label == "Flags" for label in held_out.categories or []])
+    score = zero_shot(images, encode_texts, ["Flags"])[:, 0]
+    is_flag = torch.tensor([label == "Flags" for label in baseline.train.categories or []])
+    trivial = baseline.pixels[:, is_flag].amax(1) - baseline.pixels[:, ~is_flag].amax(1)
+    note = f"{int(truth.sum())} flags{_SUPERVISED if supervised else ''}"
+    ours, theirs = float(roc_auc_score(truth, score)), float(roc_auc_score(truth, trivial))
+    return Figure("flag or not, AUC", ours, theirs, 0.5, 0.5, note)
+
+
+def skin_tone(images: Tensor, encode_texts: EncodeTexts, held_out: Pairs, baseline: TfidfPixels) -> Figure:
+    """Zero-shot tone of five: which of an emoji's own caption and its four with another tone lies nearest."""
+    tones = [openmoji.tone_of(caption) for caption in held_out.captions]
+    known = [(i, tone) for i, tone in enumerate(tones) if tone is not None]
+    options = [[openmoji.with_tone(held_out.captions[i], t) for t in range(len(openmoji.TONES))] for i, _ in known]
+    texts = encode_texts([caption for captions in options for caption in captions])
+    similarity = (texts.view(len(known), len(openmoji.TONES), -1) @ images[[i for i, _ in known], :, None])[..., 0]
+    truth = torch.tensor([tone for _, tone in known])
+    ours = float((similarity.argmax(1) == truth).float().mean())
+    trivial = torch.stack([baseline.captions_for(i, captions) for (i, _), captions in zip(known, options, strict=True)])
+    right = trivial.gather(1, truth[:, None])
+    shared = ((trivial == right) & (right == trivial.amax(1, keepdim=True))).sum(1)  # ties are broken at random
+    theirs = float((shared.clamp(max=1) / shared.clamp(min=1)).mean())
+    majority = Counter(truth.tolist()).most_common(1)[0][1] / len(known)
+    note = f"{len(known)} images, tone swapped in own caption"
+    return Figure("zero-shot skin tone of five", ours, theirs, 1 / len(openmoji.TONES), majority, note)
+
+
+def report_card(
+    encoder: Encoder, train: Pairs | None, held_out: Pairs, supervised: bool
+) -> tuple[list[Figure], Tensor]:
+    """Every figure that the data allows, and the similarity [N, N] of the held-out captions to the held-out images."""
+    images, texts = encoder.images(held_out), encoder.texts(held_out.captions)
+    drawn = train is not None and isinstance(train.images, Tensor)
+    baseline = TfidfPixels(train, held_out, encoder.size) if drawn and train else None
+    figures = retrieval(images, texts, held_out, baseline)
+    if baseline is not None:
+        figures.append(skin_tone(images, encoder.texts, held_out, baseline))
+    figures += categories(images, encoder.texts, held_out, baseline, supervised=supervised)
+    if baseline is not None:
+        figures.append(flags(images, encoder.texts, held_out, baseline, supervised))
+    return figures, texts @ images.T

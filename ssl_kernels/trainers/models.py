@@ -1,0 +1,208 @@
+"""Image towers, text towers and tokenizers, all small enough to read."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import timm
+import torch
+from timm.models.resnet import BasicBlock, downsample_conv
+from torch import Tensor, nn
+
+from ssl_kernels.trainers.errors import UserError
+
+TINY = "tiny-resnet"
+
+
+class TinyResNet(nn.Module):
+    """Three residual stages at 1/2, 1/4 and 1/8 of the resolution, flattened: it learns small drawings fastest.
+
+    Flattening keeps where things are, which averaging throws away; it also ties the net to one image size.
+    """
+
+    def __init__(self, size: int, widths: Sequence[int] = (32, 64, 128)) -> None:
+        super().__init__()
+        if size % 8:
+            raise UserError(f"--image-size: {TINY} needs a multiple of 8, got {size}")
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        blocks: list[nn.Module] = []
+        for before, after in itertools.pairwise((widths[0], *widths)):
+            stride = 1 if not blocks else 2
+            shortcut = downsample_conv(before, after, kernel_size=1, stride=stride) if stride > 1 else None
+            blocks.append(BasicBlock(before, after, stride=stride, downsample=shortcut))
+        self.blocks = nn.Sequential(*blocks)
+        self.num_features = widths[-1] * (size // 8) ** 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.blocks(self.stem(x))).flatten(1)
+
+
+class ImageTower(nn.Module):
+    """uint8 images [B, 3, H, W] to embeddings [B, D]: normalise, run the trunk, project linearly.
+
+    A locked tower keeps its trunk as it is and trains only the projection.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, name: str, size: int, dim: int, *, pretrained: bool = False, inverted: bool = False, locked: bool = False
+    ) -> None:
+        super().__init__()
+        self.locked = locked
+        self.trunk, config = _trunk(name, size, pretrained)
+        # Drawings are mostly white: fed as 1 - x, so that the ground is zero.
+        mean, std = ([1.0] * 3, [-1.0] * 3) if inverted else (config["mean"], config["std"])
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        try:
+            with torch.no_grad():
+                features = self.trunk.eval()(torch.zeros(1, 3, size, size))
+        except Exception as error:  # a model's own check of its input size may be an assert or any error of torch
+            raise UserError(f"--image-size: {name} does not take {size} x {size} images ({_first(error)})") from None
+        self.head = nn.Linear(features.shape[-1], dim, bias=False)
+        if locked:
+            self.trunk.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> ImageTower:
+        super().train(mode)
+        if self.locked:  # batch statistics would move with the data otherwise
+            self.trunk.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images.to(self.head.weight.dtype) / 255 - self.mean) / self.std
+        return cast(Tensor, self.head(self.trunk(x)))
+
+
+def _trunk(name: str, size: int, pretrained: bool) -> tuple[nn.Module, dict[str, Sequence[float]]]:
+    if name == TINY:
+        if pretrained:
+            raise UserError(f"--pretrained: {TINY} has no pretrained weights; name a timm model in --image-model")
+        return TinyResNet(size), {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:6]}*")[:3]) or "resnet18, vit_tiny_patch16_224"
+        raise UserError(f"--image-model: timm has no model {name!r}; it has for example {near} ({TINY} is ours)")
+    try:
+        try:  # a ViT is built for its image size, a convolutional net knows no such argument
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
+        except TypeError:
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # the hub's errors share no base class
+        what = "--pretrained: cannot get the weights of" if pretrained else "--image-model: cannot build"
+        raise UserError(f"{what} {name} at {size} pixels ({_first(error)})") from None
+    return model, timm.data.resolve_model_data_config(model)
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# -- Text ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TowerConfig:
+    """Which image tower meets which text tower."""
+
+    image_model: str = TINY
+    """Image tower: the built-in `tiny-resnet`, or any timm model by name."""
+    pretrained: bool = False
+    """Load timm's pretrained weights."""
+    image_lr_factor: float = 1.0
+    """Factor on the learning rate of the image tower's trunk; below 1 its weight decay is off, at 0 it is locked."""
+    text_model: Literal["ngrams", "transformer"] = "ngrams"
+    """Text tower: hashed n-grams, for short names; or a transformer over open_clip's tokens, for sentences."""
+    text_width: int = 256
+    """Width of the text transformer."""
+    text_layers: int = 4
+    """Layers of the text transformer."""
+    context_length: int = 64
+    """Tokens of a caption that the transformer reads."""
+    dim: int = 128
+    """Size of the shared embedding."""
+
+    def check_towers(self) -> None:
+        """Refuse values that cannot work."""
+        for name, low in (("dim", 1), ("text_layers", 1), ("context_length", 2)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
+        if self.text_width < 64 or self.text_width % 64:
+            raise UserError(f"--text-width: expected a multiple of 64, got {self.text_width}")
+        if not 0 <= self.image_lr_factor <= 1:
+            raise UserError(f"--image-lr-factor: expected a number in [0, 1], got {self.image_lr_factor}")
+
+
+class NGramTokenizer:
+    """Hash a caption's words, pairs of words, words with their place and character 3- and 4-grams into buckets."""
+
+    def __init__(self, buckets: int = 16_384) -> None:
+        self.buckets = buckets
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        bags = [_bag(caption, self.buckets) for caption in captions]
+        offsets = torch.tensor([0, *map(len, bags)]).cumsum(0)[:-1]
+        return {"tokens": torch.tensor([token for bag in bags for token in bag]), "offsets": offsets}
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _bag(caption: str, buckets: int) -> tuple[int, ...]:
+    words = caption.lower().split() or [""]
+    grams = [f"w {word}" for word in words]
+    grams += [f"b {a} {b}" for a, b in itertools.pairwise(words)]
+    grams += [f"p {place} {word}" for place, word in enumerate(words)]
+    grams += [f"c {f'<{word}>'[i : i + n]}" for word in words for n in (3, 4) for i in range(len(word) + 3 - n)]
+    return tuple(zlib.crc32(gram.encode()) % buckets for gram in grams)
+
+
+class NGramTower(nn.Module):
+    """The mean of the n-grams' embeddings, then a small MLP: on short names as good as a transformer, and fast."""
+
+    def __init__(self, dim: int, buckets: int = 16_384, width: int = 128) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(buckets, width, mode="mean")
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim, bias=False)
+        )
+
+    def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        return cast(Tensor, self.mlp(self.embedding(tokens, offsets)))
+
+
+class BpeTokenizer:
+    """open_clip's byte-pair tokenizer; its vocabulary ships in the package."""
+
+    def __init__(self, context_length: int) -> None:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        self.tokenizer = SimpleTokenizer(context_length=context_length)
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        return {"text": self.tokenizer(list(captions))}
+
+
+def text_tower(config: TowerConfig) -> nn.Module:
+    """The text tower that a configuration names."""
+    if config.text_model == "ngrams":
+        return NGramTower(config.dim)
+    from open_clip.transformer import TextTransformer
+
+    return TextTransformer(
+        context_length=config.context_length, width=config.text_width, heads=config.text_width // 64,
+        layers=config.text_layers, output_dim=config.dim,
+    )  # fmt: skip
+
+
+def tokenizer(config: TowerConfig) -> NGramTokenizer | BpeTokenizer:
+    """The tokenizer that goes with `text_tower`."""
+    return NGramTokenizer() if config.text_model == "ngrams" else BpeTokenizer(config.context_length)

@@ -1,0 +1,121 @@
+"""The closing table and the pictures of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ssl_kernels.trainers.data.pairs import Pairs
+from ssl_kernels.trainers.evaluate import Figure
+from ssl_kernels.trainers.loop import Result, write_atomically
+
+matplotlib.use("Agg")  # runs have no display
+import matplotlib.pyplot as plt
+
+
+def closing_table(console: Console, title: str, result: Result, figures: Sequence[Figure], total_s: float) -> None:
+    """Print what the run reached, each figure beside what needs no learning to reach."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for column in ("model", "TF-IDF + pixels", "chance", "majority"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("remarks")
+    for figure in figures:
+        numbers = (figure.model, figure.baseline, figure.chance, figure.majority)
+        table.add_row(figure.name, *("" if n is None else f"{n:.3f}" for n in numbers), figure.note)
+    if figures:
+        table.add_section()
+    if result.records:
+        first, last = result.records[0]["loss"], result.records[-1]["loss"]
+        table.add_row("training loss", f"{first:.2f} -> {last:.2f}", "", "", "", "first -> last step")
+        worst = loss_difference(result)
+        if worst is not None:
+            steps = sum("loss_reference" in record for record in result.records)
+            remark = f"relative difference, worst of {steps} steps"
+            table.add_row("same loss by the reference", f"{worst:.1e}", "", "", "", remark)
+    remark = f"training ({result.steps} steps) / all"
+    table.add_row("seconds", f"{result.elapsed_s:.0f} / {total_s:.0f}", "", "", "", remark)
+    table.add_row("peak memory, MB", f"{result.peak_mb:.0f}", "", "", "", "CPU: whole process with its libraries")
+    console.print(table)
+
+
+def loss_difference(result: Result) -> float | None:
+    """The largest relative difference between the loss and the reference's; None if they were not compared."""
+    compared = [r for r in result.records if "loss_reference" in r]
+    differences = [abs(r["loss_check"] - r["loss_reference"]) / abs(r["loss_reference"]) for r in compared]
+    return max(differences, default=None)
+
+
+def write_summary(path: Path, result: Result, figures: Sequence[Figure], total_s: float) -> None:
+    first, last = (result.records[i]["loss"] if result.records else None for i in (0, -1))
+    summary: dict[str, Any] = {
+        "figures": [asdict(figure) for figure in figures], "loss_first": first, "loss_last": last,
+        "loss_difference": loss_difference(result), "steps": result.steps, "training_s": result.elapsed_s,
+        "total_s": total_s, "peak_mb": result.peak_mb,
+    }  # fmt: skip
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(summary, indent=2) + "\n"))
+
+
+def plot_curves(path: Path, records: Sequence[dict[str, float]]) -> None:
+    """Every logged metric over the steps."""
+    names = [name for name in records[-1] if name not in ("step", "epoch", "elapsed_s", "loss_check", "loss_reference")]
+    columns = 3
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.4 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        axis.plot([step for step, _ in points], [value for _, value in points], linewidth=1)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+        if name == "loss":
+            axis.set_yscale("log")
+    _save(figure, path)
+
+
+def plot_retrieval(
+    path: Path, pairs: Pairs, similarity: Tensor, size: int, credit: str = "", rows: int = 16, top: int = 6
+) -> None:
+    """Text queries with the images that lie nearest, the right one framed in green; `similarity` is text by image.
+
+    The queries are spread evenly over the pairs, not picked for their success.
+    """
+    top, rows = min(top, len(pairs)), min(rows, len(pairs))
+    queries = [round(i * (len(pairs) - 1) / max(1, rows - 1)) for i in range(rows)]
+    figure, axes = plt.subplots(
+        len(queries), top + 1, figsize=(1.1 * top + 4, 1.1 * len(queries)), squeeze=False, layout="constrained",
+        gridspec_kw={"width_ratios": [3.2] + [1] * top},
+    )  # fmt: skip
+    for row, query in zip(axes, queries, strict=True):
+        subset = f"\n({pairs.subsets[query]})" if pairs.subsets else ""
+        row[0].text(1, 0.5, _wrap(pairs.captions[query]) + subset, ha="right", va="center", fontsize=8)
+        row[0].axis("off")
+        nearest = similarity[query].topk(top).indices.tolist()
+        for axis, index, image in zip(row[1:], nearest, pairs.load(nearest, size), strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(color="tab:green" if index == query else "lightgray", linewidth=3 if index == query else 1)
+    figure.supxlabel(credit, fontsize=7)
+    _save(figure, path)
+
+
+def _wrap(text: str, width: int = 34) -> str:
+    import textwrap
+
+    return textwrap.fill(textwrap.shorten(text, 3 * width), width)
+
+
+def _save(figure: Any, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    plt.close(figure)

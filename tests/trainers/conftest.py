@@ -1,0 +1,134 @@
+"""Small real data on disk, and a way to run the trainer as its users do."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "black": (10, 10, 10)}
+SHAPES = ("square", "bar", "cross", "dot", "corner", "frame")
+
+
+def drawing(colour: str, shape: str, shade: int) -> Image.Image:
+    """A 24-pixel drawing that its caption describes; the shade makes each one unique."""
+    pixels = np.full((24, 24, 3), 255 - shade, dtype=np.uint8)
+    mask = np.zeros((24, 24), dtype=bool)
+    match shape:
+        case "square":
+            mask[6:18, 6:18] = True
+        case "bar":
+            mask[9:15] = True
+        case "cross":
+            mask[9:15] = mask[:, 9:15] = True
+        case "dot":
+            mask[10:14, 10:14] = True
+        case "corner":
+            mask[:12, :12] = True
+        case "frame":
+            mask[:4] = mask[-4:] = mask[:, :4] = mask[:, -4:] = True
+    pixels[mask] = COLOURS[colour]
+    return Image.fromarray(pixels)
+
+
+def rows(n: int) -> list[tuple[str, str, int]]:
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    return [(*kinds[i % len(kinds)], i // len(kinds)) for i in range(n)]
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV of 96 drawings with unique captions and a category."""
+    folder = tmp_path_factory.mktemp("drawings")
+    lines = ["image,caption,category"]
+    for i, (colour, shape, shade) in enumerate(rows(96)):
+        drawing(colour, shape, shade).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,{colour} {shape} number {shade},{shape}")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.csv"
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four WebDataset shards of twelve drawings each."""
+    folder = tmp_path_factory.mktemp("shards")
+    pairs = rows(48)
+    for shard in range(4):
+        write_shard(
+            folder / f"{shard:03}.tar",
+            [(png(drawing(*pair)), f"{pair[0]} {pair[1]} number {pair[2]}") for pair in pairs[shard * 12 :][:12]],
+        )
+    return str(folder / "{000..003}.tar")
+
+
+def write_shard(path: Path, pairs: list[tuple[bytes, str]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i, (image, caption) in enumerate(pairs):
+            for suffix, content in (("png", image), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{path.stem}-{i}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Nets this small are slower on several threads, and much slower where something else uses the cores."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def small(table: Path) -> list[str]:
+    """Arguments of a run over the table that takes a second or two."""
+    return [
+        *("--data", str(table), "--batch-size", "16", "--epochs", "3", "--image-size", "16", "--dim", "16"),
+        *("--accelerator", "cpu"),
+    ]
+
+
+def start(arguments: list[str], **options: object) -> subprocess.Popen[str]:
+    """`python -m ssl_kernels.trainers.siglip` with these arguments."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ssl_kernels.trainers.siglip", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
+    )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The log of a run without what depends on the clock."""
+    from ssl_kernels.trainers.loop import TIMED
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def same_state(a: object, b: object) -> bool:
+    """Whether two checkpoints hold the same bits, wherever they were written and however long it took."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        clock = {"elapsed_s", "output_dir", "resume"}
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a.keys() - clock)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

@@ -1,0 +1,169 @@
+"""The command line: dispatch, a missing extra, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import start
+
+from ssl_kernels import cli
+from ssl_kernels.trainers import siglip
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in (([], 2), (["--help"], 0), (["train", "--help"], 0)):
+        assert cli.main(arguments) == code
+        out = capsys.readouterr().out
+        assert "ssl-kernels train TRAINER" in out
+        assert "siglip" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["tarin"], "expected a command, train or info, got 'tarin'"), (["train"], "siglip, got none"),
+     (["train", "clap"], "siglip, got 'clap'")],
+)  # fmt: skip
+def test_unknown_commands(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_info_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+_WITHOUT_EXTRA = """
+import importlib.abc, importlib.util, sys
+
+HIDDEN = {"lightning", "timm", "tyro"}
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in HIDDEN else find_spec(name, package)
+sys.meta_path.insert(0, Hide())
+from ssl_kernels import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def without_extra(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _WITHOUT_EXTRA, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_info_needs_no_extra() -> None:
+    done = without_extra("info")
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+
+
+def test_train_names_the_missing_extra() -> None:
+    done = without_extra("train", "siglip")
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "ssl-kernels: error: ssl_kernels.trainers: missing lightning, timm, tyro;"
+        ' install: pip install "ssl_kernels[train]"'
+    )
+
+
+def test_train_dispatches_to_the_trainer(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "siglip", *small, "--epochs", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    assert "training loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "absent.csv"], "--data: no such file: absent.csv"),
+        (["--data", "pairs.zip"], "--data: expected openmoji"),
+        (["--data", "absent-{00..01}.tar"], "--data: cannot read the shard absent-00.tar"),
+        (["--image-model", "resnet_of_dreams"], "--image-model: timm has no model 'resnet_of_dreams'"),
+        (["--image-size", "20"], "--image-size: tiny-resnet needs a multiple of 8, got 20"),
+        (["--image-size", "4"], "--image-size: expected at least 8, got 4"),
+        (["--batch-size", "4000"], "--batch-size: 4000 is more than the 86 training pairs"),
+        (["--accumulate", "50"], "--accumulate 50: more than one epoch holds"),
+        (["--caption-column", "text"], "has no column 'text'; it has 'image', 'caption', 'category'"),
+        (["--held-out", "1.5"], "--held-out: expected a number in [0, 1], got 1.5"),
+        (["--lr", "nan"], "--lr: expected a finite number >= 0, got nan"),
+        (["--precision", "16-mixed"], "--precision: 16-mixed needs a GPU"),
+        (["--loss-backend", "triton"], "--loss-backend: backend 'triton': expected CUDA tensors"),
+        (["--resume", "nowhere"], "--resume: no checkpoint at nowhere"),
+        (["--output-dir", "/dev/null/run"], "--output-dir: cannot create /dev/null/run"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_argument(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    folder = [] if "--output-dir" in arguments else ["--output-dir", str(tmp_path / "run")]
+    assert siglip.main([*small, *folder, *arguments], prog="ssl-kernels train siglip") == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("ssl-kernels train siglip: error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_value_of_the_wrong_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--precision", "fp8"], ["--epochs", "many"], ["--no-such-flag"]):
+        with pytest.raises(SystemExit) as stop:
+            siglip.main(arguments)
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        assert arguments[-1] in captured.out + captured.err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_image_stops_the_run_with_its_name(
+    small: list[str], table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    """Also from a loader's worker process, whose errors arrive wrapped in a traceback."""
+    broken = table.parent / "broken.png"
+    broken.write_bytes(b"no picture")
+    lines = table.read_text().splitlines()[:41]
+    (table.parent / "broken.csv").write_text("\n".join([*lines, "broken.png,a broken one,"]) + "\n")
+    arguments = ["--data", str(table.parent / "broken.csv"), "--held-out", "0", "--batch-size", "41"]
+    assert siglip.main([*small, *arguments, "--workers", workers, "--output-dir", str(tmp_path)]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(err) == 1
+    assert err[0].startswith(f"python -m ssl_kernels.trainers.siglip: error: --data: cannot read the image {broken}")
+
+
+def test_several_processes_are_refused(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the loss exchanges features, torchrun would start as many runs as processes, all in one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert siglip.main([*small, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "SigLipLoss: world_size=2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverging_run_stops_with_exit_code_one(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert siglip.main([*small, "--lr", "1e30", "--warmup", "0", "--clip", "0", "--output-dir", str(tmp_path)]) == 1
+    err = capsys.readouterr().err.strip()
+    assert "is not finite; no checkpoint had been written yet" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_interrupted_before_training_exits_at_once(small: list[str], tmp_path: Path) -> None:
+    """No half-made run is left behind by a Ctrl-C during the imports or while the data is read."""
+    import signal
+    import time
+
+    process = start([*small, "--output-dir", str(tmp_path / "run")])
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not (tmp_path / "run").exists()

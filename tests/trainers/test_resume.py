@@ -1,0 +1,95 @@
+"""A run that is killed and resumed ends with the bits of a run that was left alone."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import logged, same_state, start
+
+from ssl_kernels.trainers import siglip
+from ssl_kernels.trainers.loop import load_checkpoint
+
+STEPS, TIMEOUT = 90, 120
+
+
+def arguments(small: list[str], folder: Path) -> list[str]:
+    return [*small, "--epochs", str(STEPS // 5), "--checkpoint-every", "8", "--output-dir", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    small = ["--data", str(table), "--batch-size", "16", "--image-size", "16", "--dim", "16", "--accelerator", "cpu"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the killed processes have; sums depend on how they are cut into threads
+    assert siglip.main(arguments(small, folder)) == 0
+    torch.set_num_threads(threads)
+    assert len(logged(folder)) == STEPS
+    return folder
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    log = folder / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < steps:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run is too slow"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_killed_run_resumes_bit_exactly(
+    small: list[str], tmp_path: Path, uninterrupted: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    process = start(arguments(small, folder))
+    wait_for_steps(process, folder, 21)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=TIMEOUT)
+    stopped = load_checkpoint(folder / "last.pt")["step"]
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+        assert stopped % 8 == 0
+    else:
+        assert process.returncode == 128 + number
+        assert err.strip().splitlines()[-1] == (
+            f"{number.name}: stopped after saving {folder / 'last.pt'}; continue with:"
+            f" python -m ssl_kernels.trainers.siglip --resume {folder}"
+        )
+        assert "Traceback" not in err
+        assert stopped == logged(folder)[-1]["step"], "the checkpoint is that of the last step"
+    assert 16 <= stopped < STEPS
+
+    assert siglip.main(["--resume", str(folder)]) == 0
+    assert "written:" in capsys.readouterr().out
+    assert logged(folder) == logged(uninterrupted)
+    a, b = load_checkpoint(folder / "last.pt"), load_checkpoint(uninterrupted / "last.pt")
+    assert a["step"] == b["step"] == STEPS
+    for part in ("model", "optimizer", "rng", "config"):
+        assert same_state(a[part], b[part]), part
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp") and number != signal.SIGKILL]
+
+
+def test_resuming_a_finished_run_evaluates_it_again(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (uninterrupted / "last.pt").read_bytes()
+    assert siglip.main(["--resume", str(uninterrupted)]) == 0
+    assert "text->image R@1" in capsys.readouterr().out
+    assert (uninterrupted / "last.pt").read_bytes() == before
+    assert len(logged(uninterrupted)) == STEPS
+
+
+def test_a_resumed_run_keeps_its_settings(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for changed, message in (
+        (["--lr", "0.5"], f"--lr: the run in {uninterrupted} has 0.003, not 0.5"),
+        (["--loss-backend", "reference"], "--loss-backend"),
+        (["--seed", "3"], "--seed"),
+    ):
+        assert siglip.main(["--resume", str(uninterrupted), *changed]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert len(err.strip().splitlines()) == 1

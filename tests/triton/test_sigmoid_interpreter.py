@@ -1,0 +1,385 @@
+"""The Triton kernel of the sigmoid loss in the strict interpreter, against the dense formula in float64.
+
+The interpreter multiplies exactly what a GPU multiplies (16-bit operands as they are, fp32 rounded to tf32 where that
+is asked for), so the oracle is given the same operands and what is left is fp32 arithmetic: the bounds are tight.
+Beside them stands the project's rule: an error of at most twice that of the eager formula in the same dtype, plus a
+tolerance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strict_interpreter import strict_interpreter
+from torch import Tensor
+
+from ssl_kernels.kernels.sigmoid import CONFIGS, Config, sigmoid_panel
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IDS = ["none", "positive", "ignore"]
+# Relative rounding error of each dtype, in which G is stored.
+UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# Half of the smallest spacing; fp32 below the normal range may be flushed to zero, and so may bf16.
+TINY = {torch.float32: 2**-125, torch.bfloat16: 2**-125, torch.float16: 2**-25}
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Iterator[None]:
+    """Strict interpreter; what torch.empty returns is NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    with strict_interpreter():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def features(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return F.normalize(torch.randn(rows, width), dim=1).to(dtype)
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    bits = x.numpy().view(np.uint32)
+    return torch.from_numpy(((bits + 0x1000) & 0xFFFFE000).view(np.float32))
+
+
+def dense(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    ignore_same_id: bool,
+    diagonal: int,
+) -> tuple[Tensor, Tensor]:
+    """G and the row sums of loss, G raw and G, in the dtype of the arguments."""
+    raw = x @ y.t()
+    z = scale.to(x.dtype) * raw + bias.to(x.dtype)
+    positive = torch.zeros(z.shape, dtype=torch.bool)
+    for i in range(z.shape[0]):
+        if 0 <= i + diagonal < z.shape[1]:
+            positive[i, i + diagonal] = True
+    counted = torch.ones_like(positive)
+    if x_ids is not None and y_ids is not None:
+        same = x_ids[:, None] == y_ids[None, :]
+        if ignore_same_id:
+            counted = positive | ~same
+        else:
+            positive = positive | same
+    s = torch.where(positive, -z, z)
+    loss = torch.where(counted, s.clamp(min=0) + torch.log1p(torch.exp(-s.abs())), 0)
+    g = torch.where(positive, -torch.sigmoid(s), torch.sigmoid(s))
+    g = torch.where(counted, g, 0)
+    return g, torch.stack([loss.sum(1), torch.where(counted, g * raw, 0).sum(1), g.sum(1)], dim=1)
+
+
+def check(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float = 10.0,
+    bias: float = -10.0,
+    ids: tuple[Tensor, Tensor] | None = None,
+    ignore_same_id: bool = False,
+    diagonal: int = 0,
+    with_grad: bool = True,
+    loss_only: bool = False,
+    grad: Tensor | None = None,
+    config: Config | None = None,
+    is_tf32: bool = False,
+) -> tuple[Tensor | None, Tensor]:
+    """Run one panel and compare all that it wrote; returns (G, stats)."""
+    m, n = x.shape[0], y.shape[0]
+    if grad is None and with_grad:
+        grad = torch.empty(m, n, dtype=x.dtype)
+    before = torch.rand(m, 1 if loss_only else 3, dtype=torch.float64)
+    stats = before.clone()
+    t, b = torch.tensor(scale), torch.tensor(bias)
+    x_ids, y_ids = ids or (None, None)
+    options = (x_ids, y_ids, ignore_same_id, diagonal)
+    sigmoid_panel(x, y, grad, stats, t, b, *options, config=config)
+
+    exact_x, exact_y = (round_to_tf32(x), round_to_tf32(y)) if is_tf32 else (x, y)
+    want_g, want = dense(exact_x.double(), exact_y.double(), t.double(), b.double(), *options)
+    eager_g, eager = dense(x, y, t, b, *options)
+    got = stats - before
+    # fp32 products of unit vectors err by 1e-7 or so; scale and bias magnify that in the exponent.
+    z_error = 3e-7 * (scale + abs(bias))
+    tolerance = (z_error + 4e-7) * torch.stack([want[:, 0], want_g.abs().sum(1), want_g.abs().sum(1)], 1) + 1e-14
+    columns = 1 if loss_only else 3
+    for k in range(columns):
+        error, eager_error = (got[:, k] - want[:, k]).abs(), (eager[:, k].double() - want[:, k]).abs()
+        assert (error <= tolerance[:, k]).all(), (k, (error / tolerance[:, k]).max())
+        assert (error <= 2 * eager_error + tolerance[:, k]).all()
+    if with_grad and not loss_only:
+        assert grad is not None
+        error, eager_error = (grad.double() - want_g).abs(), (eager_g.double() - want_g).abs()
+        bound = (z_error + 4e-7 + UNIT[x.dtype]) * want_g.abs() + TINY[x.dtype]
+        assert (error <= bound).all(), (error / bound).max()
+        assert (error <= 2 * eager_error + bound).all()
+    return grad, got
+
+
+def make_ids(kind: str, m: int, n: int, values: int = 5) -> tuple[Tensor, Tensor] | None:
+    if kind == "none":
+        return None
+    # Beyond 2^32, and equal in their low halves: a comparison in 32 bits would find them all the same.
+    return torch.randint(values, (m,)) * 2**33, torch.randint(values, (n,)) * 2**33
+
+
+def shipped(kinds: tuple[str, ...]) -> list[Config]:
+    return list(dict.fromkeys(c for (_, kind), pair in CONFIGS.items() if kind in kinds for c in pair))
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("config", shipped(("half",)), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_config_in_16_bits(dtype, config, ids):
+    m, n, d = config.block_m + 3, 2 * config.block_n + 5, config.block_d + 9
+    check(
+        features(m, d, dtype), features(n, d, dtype), config=config, diagonal=config.block_n // 2 - 3,
+        ids=make_ids(ids, m, n), ignore_same_id=ids == "ignore",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("config", shipped(("ieee",)), ids=str)
+def test_every_config_in_ieee_fp32(config, ids):
+    m, n, d = config.block_m + 3, 2 * config.block_n + 5, config.block_d + 9
+    check(
+        features(m, d, torch.float32), features(n, d, torch.float32), config=config, diagonal=-3,
+        ids=make_ids(ids, m, n), ignore_same_id=ids == "ignore",
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("config", shipped(("tf32",)), ids=str)
+def test_every_config_in_tf32(config, ids):
+    m, n, d = config.block_m + 3, 2 * config.block_n + 5, config.block_d + 9
+    check(
+        features(m, d, torch.float32), features(n, d, torch.float32), config=config, diagonal=4, is_tf32=True,
+        ids=make_ids(ids, m, n), ignore_same_id=ids == "ignore",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_fp32_products_follow_the_matmul_precision(precision):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        check_products_are_tf32(precision != "highest")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_fp32_products_follow_the_newer_setting(precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    check_products_are_tf32(precision == "tf32")
+
+
+def check_products_are_tf32(is_tf32: bool) -> None:
+    x, y = features(40, 70, torch.float32), features(50, 70, torch.float32)
+    check(x, y, is_tf32=is_tf32)
+    with pytest.raises(AssertionError):
+        check(x, y, is_tf32=not is_tf32)
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "d"), [(1, 1, 1), (3, 17, 5), (17, 3, 64), (65, 130, 33), (130, 65, 1), (64, 64, 64)]
+)
+def test_sizes(m, n, d, dtype, ids):
+    check(features(m, d, dtype), features(n, d, dtype), ids=make_ids(ids, m, n), ignore_same_id=ids == "ignore")
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("diagonal", [1, -1, 63, -64, 129, 130, -69, -70, 131, 2**31, -(2**31), 2**63 - 1, -(2**63)])
+def test_diagonals(diagonal, ids):
+    m, n = 70, 130
+    x, y = features(m, 8, torch.float32), features(n, 8, torch.float32)
+    check(x, y, diagonal=diagonal, ids=make_ids(ids, m, n), ignore_same_id=ids == "ignore")
+
+
+@pytest.mark.parametrize("ignore_same_id", [False, True])
+@pytest.mark.parametrize("values", [1, 10**6])
+def test_all_ids_equal_and_all_distinct(values, ignore_same_id):
+    m, n = 20, 70
+    x, y = features(m, 16, torch.float32), features(n, 16, torch.float32)
+    check(x, y, ids=make_ids("some", m, n, values), ignore_same_id=ignore_same_id, diagonal=50)
+
+
+def test_nothing_is_left_of_a_panel_of_ignored_pairs():
+    x, y = features(5, 16, torch.bfloat16), features(70, 16, torch.bfloat16)
+    x[2] = float("nan")
+    ids = torch.zeros(5, dtype=torch.int64), torch.zeros(70, dtype=torch.int64)
+    grad, stats = torch.empty(5, 70, dtype=torch.bfloat16), torch.zeros(5, 3, dtype=torch.float64)
+    sigmoid_panel(x, y, grad, stats, torch.tensor(10.0), torch.tensor(0.0), *ids, True, 1000)
+    assert not grad.any()
+    assert not stats.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(dtype):
+    m, n, d = 37, 41, 19
+    transposed = features(d, m, dtype).t()
+    every_other = torch.randn(n, 2 * d + 3).to(dtype)[:, 1::2][:, :d]
+    spaced_rows = torch.randn(3 * n, d).to(dtype)[::3]
+    one_row = features(1, d, dtype).expand(m, d)
+    for x, y in itertools.product([transposed, one_row], [every_other * 0.2, spaced_rows * 0.2]):
+        check(x, y)
+    for y in (every_other, spaced_rows):  # as they are, not copied by the product above
+        check(transposed, y, scale=1.0, bias=-1.0)
+
+
+def test_only_the_tile_of_a_wide_gradient_buffer_is_written():
+    m, n = 66, 70
+    buffer = torch.full((m + 2, 128), 7.0)
+    check(features(m, 8, torch.float32), features(n, 8, torch.float32), grad=buffer[1 : m + 1, 5 : n + 5])
+    buffer[1 : m + 1, 5 : n + 5] = 7.0
+    assert (buffer == 7.0).all()
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_what_is_wanted(dtype, ids):
+    m, n = 33, 67
+    x, y = features(m, 24, dtype), features(n, 24, dtype)
+    options = {"ids": make_ids(ids, m, n), "ignore_same_id": ids == "ignore", "diagonal": 9}
+    _, full = check(x, y, **options)
+    _, sums = check(x, y, with_grad=False, **options)
+    _, loss = check(x, y, loss_only=True, with_grad=False, **options)
+    untouched = torch.full((m, n), 7.0, dtype=dtype)
+    check(x, y, loss_only=True, grad=untouched, **options)
+    assert (untouched == 7).all()
+    torch.testing.assert_close(sums, full, rtol=0, atol=1e-14)
+    torch.testing.assert_close(loss[:, 0], full[:, 0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("where", ["row", "column"])
+def test_nan_features_give_nan_and_only_where_they_belong(where, ids):
+    m, n = 20, 70
+    x, y = features(m, 12, torch.float32), features(n, 12, torch.float32)
+    pair = make_ids(ids, m, n, 10**6) or (None, None)
+    (x if where == "row" else y)[3, 5] = float("nan")
+    grad, stats = torch.empty(m, n), torch.zeros(m, 3, dtype=torch.float64)
+    sigmoid_panel(x, y, grad, stats, torch.tensor(10.0), torch.tensor(-10.0), *pair, ids == "ignore", 0)
+    touched = torch.zeros(m, n, dtype=torch.bool)
+    touched[(3, slice(None)) if where == "row" else (slice(None), 3)] = True
+    assert torch.equal(grad.isnan(), touched)
+    assert torch.equal(stats.isnan(), touched.any(1, keepdim=True).expand(m, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's word for the infinities meant here
+@pytest.mark.parametrize("n", [64, 70])
+def test_infinite_logits_saturate(n):
+    x, y = torch.tensor([[1e30]]), torch.full((n, 1), 1e30)
+    y[1::2] *= -1
+    grad, stats = torch.empty(1, n), torch.zeros(1, 1, dtype=torch.float64)
+    sigmoid_panel(x, y, None, stats, torch.tensor(1.0), torch.tensor(0.0), None, None, False, 1000)
+    assert stats.item() == float("inf")
+    stats = torch.zeros(1, 3, dtype=torch.float64)
+    sigmoid_panel(x, y, grad, stats, torch.tensor(1.0), torch.tensor(0.0), None, None, False, 1000)
+    assert torch.equal(grad, (y.t() > 0).float())
+    assert stats[0, 2] == grad.sum()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 60.0, 100.0, 3000.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scales(dtype, scale):
+    """Up to what makes every pair confident: relative precision holds for the smallest of the losses."""
+    x, y = features(20, 32, dtype), features(30, 32, dtype)
+    check(x, y, scale=scale, bias=-0.5 * scale)
+    check(x, x, scale=scale, bias=-0.5 * scale)
+
+
+@pytest.mark.parametrize("z", [-87.0, -60.0, -20.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 20.0, 60.0, 87.0])
+@pytest.mark.parametrize("positive", [False, True])
+def test_confident_pairs_keep_their_relative_precision(z, positive):
+    """A loss of e^-60 is e^-60, not zero and not what is left of 60 - 60."""
+    one = torch.ones(1, 1)
+    grad, stats = torch.empty(1, 1), torch.zeros(1, 3, dtype=torch.float64)
+    sigmoid_panel(one, one, grad, stats, torch.tensor(z), torch.tensor(0.0), None, None, False, 0 if positive else 1)
+    s = -z if positive else z
+    exact = torch.tensor(float(torch.tensor(s)), dtype=torch.float64)
+    loss, sigma = F.softplus(exact, threshold=1e9), torch.sigmoid(exact)
+    sign = -1 if positive else 1
+    torch.testing.assert_close(stats[0], torch.stack([loss, sign * sigma, sign * sigma]), rtol=8e-6, atol=0)
+    torch.testing.assert_close(grad[0, 0].double(), sign * sigma, rtol=8e-6, atol=0)
+
+
+def test_offsets_beyond_32_bits():
+    """Rows 2^30 elements apart: a row index times the stride overflows 32 bits from the second row on."""
+    stride, m, n, d = 2**30, 4, 3, 5
+    size = 3 * stride + d
+    with tempfile.TemporaryFile() as sparse:  # takes no more room than what is written
+        sparse.truncate(2 * size)
+        flat = torch.frombuffer(mmap.mmap(sparse.fileno(), 2 * size), dtype=torch.bfloat16)
+    x = flat.as_strided((m, d), (stride, 1))
+    x.copy_(features(m, d, torch.bfloat16))
+    check(x, features(n, d, torch.bfloat16))
+    check(features(n, d, torch.bfloat16), x, with_grad=False)
+    grad = flat.as_strided((m, n), (stride, 1), storage_offset=0)
+    check(features(m, d, torch.bfloat16), features(n, d, torch.bfloat16), grad=grad)
+
+
+def test_results_are_reproducible_bit_by_bit_and_independent_of_panels():
+    m, n = 100, 150
+    x, y = features(m, 24, torch.float32), features(n, 24, torch.float32)
+    scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+
+    def whole() -> tuple[Tensor, Tensor]:
+        grad, stats = torch.empty(m, n), torch.zeros(m, 3, dtype=torch.float64)
+        sigmoid_panel(x, y, grad, stats, scale, bias, None, None, False, 7)
+        return grad, stats
+
+    grad, stats = whole()
+    again = whole()
+    assert torch.equal(grad, again[0])
+    assert torch.equal(stats, again[1])
+    pieces, sums = torch.empty(m, n), torch.zeros(m, 3, dtype=torch.float64)
+    for i, j in itertools.product(range(0, m, 33), range(0, n, 40)):
+        rows, cols = slice(i, i + 33), slice(j, j + 40)
+        sigmoid_panel(x[rows], y[cols], pieces[rows, cols], sums[rows], scale, bias, None, None, False, 7 + i - j)
+    # NumPy sums a product in an order that depends on its shape; on a GPU the tile decides.
+    torch.testing.assert_close(pieces, grad, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums, stats, rtol=1e-5, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    m=st.integers(1, 90),
+    n=st.integers(1, 90),
+    d=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(IDS),
+    values=st.integers(1, 100),
+    diagonal=st.integers(-100, 100),
+    scale=st.floats(0, 100, width=32),
+    bias=st.floats(-20, 20, width=32),
+    seed=st.integers(0, 2**31),
+)
+def test_any_panel(m, n, d, dtype, kind, values, diagonal, scale, bias, seed):
+    torch.manual_seed(seed)
+    check(
+        features(m, d, dtype), features(n, d, dtype), scale=scale, bias=bias, diagonal=diagonal,
+        ids=make_ids(kind, m, n, values), ignore_same_id=kind == "ignore",
+    )  # fmt: skip
