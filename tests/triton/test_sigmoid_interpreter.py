@@ -189,9 +189,12 @@ def test_fp32_products_follow_the_matmul_precision(precision):
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_fp32_products_follow_the_newer_setting(precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
-    check_products_are_tf32(precision == "tf32")
+def test_fp32_products_follow_the_newer_setting(precision):
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        check_products_are_tf32(precision == "tf32")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def check_products_are_tf32(is_tf32: bool) -> None:
@@ -226,12 +229,18 @@ def test_all_ids_equal_and_all_distinct(values, ignore_same_id):
     check(x, y, ids=make_ids("some", m, n, values), ignore_same_id=ignore_same_id, diagonal=50)
 
 
-def test_nothing_is_left_of_a_panel_of_ignored_pairs():
+@pytest.mark.parametrize("diagonal", [1000, 69])
+def test_nothing_is_left_of_ignored_pairs_even_if_they_are_nan(diagonal):
     x, y = features(5, 16, torch.bfloat16), features(70, 16, torch.bfloat16)
     x[2] = float("nan")
-    ids = torch.zeros(5, dtype=torch.int64), torch.zeros(70, dtype=torch.int64)
+    ids = torch.full((5,), 7), torch.full((70,), 7)
     grad, stats = torch.empty(5, 70, dtype=torch.bfloat16), torch.zeros(5, 3, dtype=torch.float64)
-    sigmoid_panel(x, y, grad, stats, torch.tensor(10.0), torch.tensor(0.0), *ids, True, 1000)
+    sigmoid_panel(x, y, grad, stats, torch.tensor(10.0), torch.tensor(0.0), *ids, True, diagonal)
+    if diagonal == 69:  # all that is counted is the first row's positive, in the last column
+        assert (stats[0] != 0).all()
+        assert grad[0, 69] < 0
+        grad[0, 69] = 0
+        stats[0] = 0
     assert not grad.any()
     assert not stats.any()
 
@@ -300,6 +309,17 @@ def test_infinite_logits_saturate(n):
     sigmoid_panel(x, y, grad, stats, torch.tensor(1.0), torch.tensor(0.0), None, None, False, 1000)
     assert torch.equal(grad, (y.t() > 0).float())
     assert stats[0, 2] == grad.sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("n", [64, 70])
+def test_infinite_features_give_what_the_formula_gives(n):
+    """In the columns that only fill the last tile, infinity meets zero."""
+    x, y = torch.tensor([[float("inf")]]), torch.ones(n, 1)
+    grad, stats = torch.empty(1, n), torch.zeros(1, 3, dtype=torch.float64)
+    sigmoid_panel(x, y, grad, stats, torch.tensor(1.0), torch.tensor(0.0), None, None, False, 1000)
+    assert (grad == 1).all()
+    assert stats[0].tolist() == [float("inf"), float("inf"), n]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 60.0, 100.0, 3000.0])
