@@ -19,7 +19,7 @@ $(SETUP): .venv/.torch-done pyproject.toml $(NATIVE)
 	touch $@
 
 demo: setup
-	$(BIN)/ssl-kernels train siglip --output-dir runs/demo
+	$(BIN)/ssl-kernels train siglip --output-dir runs/demo --overwrite
 
 test: setup
 	$(BIN)/python -m pytest

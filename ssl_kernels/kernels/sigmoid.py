@@ -7,9 +7,10 @@ For panels x [m, D] and y [n, D], in one visit to each element of the m x n simi
     s_ij   = -z_ij on positive pairs, z_ij on negative ones
     loss_ij = softplus(s_ij)                        G_ij = d loss_ij / d z_ij = -sigma(s_ij) or +sigma(s_ij)
 
-G lies in [-1, 1], so it is written in the dtype of the features; scale, 1/M and the upstream gradient multiply the fp32
-products made of it, never G itself. Row sums of loss, G raw and G (for the loss, d scale and d bias) go to a buffer
-with one slot per column block and are added in a fixed order: the result is bitwise reproducible.
+G lies in [-1, 1], so it is written in the dtype of the features (in fp16 times 2^15, see gradient_scale); scale, 1/M
+and the upstream gradient multiply the fp32 products made of it, never G itself. Row sums of loss, G raw and G (for the
+loss, d scale and d bias) go to a buffer with one slot per column block and are added in a fixed order: the result is
+bitwise reproducible.
 
 Derivation of the epilogue: one exponential and one reciprocal square root per element, no logarithm, no division.
 With e = exp(-|s|) in (0, 1] and r = (1 + e)^(-1/2),
@@ -59,6 +60,7 @@ from torch import Tensor
 _C1 = tl.constexpr(-0.04166441038250923)
 _C2 = tl.constexpr(0.004659461788833141)
 _C3 = tl.constexpr(-0.0005965688033029437)
+_FP16_GRADIENT_SCALE = tl.constexpr(2.0**15)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def _epilogue(
     row_g_raw = tl.sum(g * raw, axis=1)
     row_g = tl.sum(g, axis=1)
     if WITH_GRAD:
-        g = g.to(GRAD.dtype.element_ty)
+        GRAD_SCALE: tl.constexpr = _FP16_GRADIENT_SCALE if GRAD.dtype.element_ty == tl.float16 else 1.0
+        g = (g * GRAD_SCALE).to(GRAD.dtype.element_ty)
     if not POSITIVE_IDS:  # noqa: SIM102  (decided when compiled; the next one when run)
         if has_diagonal:
             has_positive = (row + delta >= 0) & (row + delta < cols_left)
@@ -183,7 +186,7 @@ def _epilogue(
             row_g += positive_g
             if WITH_GRAD:
                 on_diagonal = col[None, :] == (row + delta)[:, None]
-                g = tl.where(on_diagonal, positive_g.to(g.dtype)[:, None], g)
+                g = tl.where(on_diagonal, (positive_g * GRAD_SCALE).to(g.dtype)[:, None], g)
     if WITH_GRAD:
         grad_at = GRAD + first_col + (first_row + row)[:, None] * stride_gm + col[None, :]
         if is_edge:
@@ -311,6 +314,14 @@ def product_kind(features: Tensor) -> str:
     return "tf32" if wanted and _device_traits(features.device)[1] else "ieee"
 
 
+def gradient_scale(dtype: torch.dtype) -> float:
+    """The power of two that G carries in the gradient tile; whoever multiplies with the tile takes it out in fp32.
+
+    Most negatives have a sigmoid of 1e-4 to 1e-8, below the normal range of fp16; times 2^15, G still fits.
+    """
+    return float(_FP16_GRADIENT_SCALE.value) if dtype == torch.float16 else 1.0
+
+
 def choose_config(x: Tensor, y: Tensor, grad: Tensor | None) -> Config:
     """The entry of CONFIGS for these panels.
 
@@ -347,7 +358,8 @@ def sigmoid_panel(
     Args:
         x: rows [m, D] in fp32, bf16 or fp16, any strides; m and D at least 1.
         y: columns [n, D], of the same dtype, any strides; n at least 1.
-        grad: [m, n] in that dtype with unit stride along n, receives G; None where no feature gradient is wanted.
+        grad: [m, n] in that dtype with unit stride along n, receives G times :func:`gradient_scale`; None where no
+            feature gradient is wanted.
         stats: [m, 3] float64, to which the row sums of loss, G (x_i . y_j) and G are added; [m, 1] for the loss alone.
         scale: 0-dim fp32 on the device.
         bias: likewise.

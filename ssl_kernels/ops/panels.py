@@ -49,6 +49,7 @@ def run_panels(
     *,
     compute_dtype: torch.dtype,
     tiles: int,
+    tile_scale: float,
     stats_width: int,
     want_dx: bool,
     want_dy: bool,
@@ -57,7 +58,8 @@ def run_panels(
     """Per-row statistics [M, stats_width], and the gradients sum_j G Y [M, D] and sum_i G^T (w X) [N, D] in fp32
     (float64 for float64 features; empty where not wanted).
 
-    Features go to the panels in ``compute_dtype``; ``tiles`` is how many tiles of it ``panel`` holds at a time.
+    Features go to the panels in ``compute_dtype``; ``tiles`` is how many tiles of it ``panel`` holds at a time, and
+    ``tile_scale`` the power of two that its result carries, which is taken out after the fp32 accumulation.
     ``row_weight`` [M] weighs the rows in the gradient of y; what is by rows is left for the caller to weigh.
     """
     rows, cols, width = x.shape[0], y.shape[0], x.shape[1]
@@ -95,6 +97,9 @@ def run_panels(
             if want_dy:
                 add_matmul(dy_t[:, j : j + n], x_i_t, tile, first=i == 0)
             del tile  # before the next one is made
+    if tile_scale != 1:
+        dx /= tile_scale
+        dy_t /= tile_scale
     if row_weight is not None:
         dy_t *= peak
     return stats, dx, dy_t.t()

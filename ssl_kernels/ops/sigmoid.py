@@ -170,9 +170,16 @@ def _panel_triton(
 ) -> Tensor | None:
     from ssl_kernels.kernels.sigmoid import sigmoid_panel
 
-    grad = x.new_empty(x.shape[0], y.shape[0]) if write_grad else None
+    m, n = x.shape[0], y.shape[0]
+    grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write_grad else None  # aligned rows, for wide stores
     sigmoid_panel(x, y, grad, stats, scale, bias, x_ids, y_ids, ignore_same_id, diagonal)
     return grad
+
+
+def _tile_scale(dtype: torch.dtype) -> float:
+    from ssl_kernels.kernels.sigmoid import gradient_scale
+
+    return gradient_scale(dtype)
 
 
 _PANELS = {"eager": _panel_eager, "cpu": _panel_cpu, "triton": _panel_triton}
@@ -225,6 +232,7 @@ def _sigmoid_contrastive(
             y,
             compute_dtype=x.dtype if backend == "triton" else dtype,
             tiles=_TILES[backend],
+            tile_scale=_tile_scale(x.dtype) if backend == "triton" else 1.0,
             stats_width=3 if any(needs_grad) else 1,
             want_dx=want_dx,
             want_dy=want_dy,

@@ -24,7 +24,7 @@ def run(kind: type[Config], train: Callable[[Config, Console], None], argv: Sequ
         config = parse(kind, sys.argv[1:] if argv is None else argv, prog)
         config.check()
         # A pipe or a log file has no width of its own, and 80 columns would wrap every line of the table.
-        train(config, Console(width=None if sys.stdout.isatty() else 130))
+        train(config, Console(width=None if sys.stdout.isatty() else 150))
     except UserError as error:
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, NonFiniteError) else 2

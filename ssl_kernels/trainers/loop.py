@@ -82,7 +82,7 @@ class LoopConfig:
     clip: float = 5.0
     """Largest norm of the gradient; 0 turns clipping off."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
-    """Fabric's precision."""
+    """Fabric's precision: of the arithmetic, and with -true of the weights too."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on."""
     workers: int = 0

@@ -1,0 +1,69 @@
+"""The whole op on the Triton backend, several panels and all, in the strict interpreter."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from strict_interpreter import strict_interpreter
+from torch import Tensor
+
+import ssl_kernels
+import ssl_kernels.functional as K
+
+UNIT = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    with strict_interpreter():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(backend: str, x: Tensor, y: Tensor, bias: float, weight: Tensor, **options: object) -> list[Tensor]:
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    leaves = [t.detach().requires_grad_() for t in (x, y, torch.tensor(10.0, dtype=kind), torch.tensor(bias).to(kind))]
+    with ssl_kernels.use_backend(backend):
+        loss = K.sigmoid_contrastive_loss(*leaves, **options)  # type: ignore[arg-type]
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, weight.to(kind).expand(loss.shape))]
+
+
+@pytest.mark.parametrize("dtype", list(UNIT))
+@pytest.mark.parametrize(("reduction", "same_id"), itertools.product(["mean", "none"], [None, "positive", "ignore"]))
+def test_values_and_gradients(dtype: torch.dtype, reduction: str, same_id: str | None) -> None:
+    torch.manual_seed(0)
+    x, y = F.normalize(torch.randn(70, 24), dim=1).to(dtype), F.normalize(torch.randn(45, 24), dim=1).to(dtype)
+    options: dict[str, object] = {"reduction": reduction, "offset": 3}
+    if same_id:
+        options |= {"same_id": same_id, "x_ids": torch.randint(9, (70,)), "y_ids": torch.randint(9, (45,))}
+    weight = torch.rand(70) if reduction == "none" else torch.tensor(64.0)
+    exact = run("reference", x.double(), y.double(), -5.0, weight, **options)
+    with ssl_kernels.use_workspace(0.005):  # tiles of about 50 x 50
+        ours = run("triton", x, y, -5.0, weight, **options)
+    for a, o, unit in zip(ours, exact, (2e-6, UNIT[dtype], UNIT[dtype], 1e-5, 1e-5), strict=True):
+        spread = max(o.norm().item(), 1.0 if o.dim() == 0 else 0.0)
+        assert (a.double() - o).norm() <= 2 * unit * spread
+
+
+def test_fp16_keeps_the_gradient_of_confident_negatives() -> None:
+    """Sigmoids of 1e-7 are nothing in fp16; here they are all there is."""
+    torch.manual_seed(0)
+    x, y = (F.normalize(torch.rand(40, 16) + 0.1, dim=1).half() for _ in range(2))
+    weight = torch.tensor(2.0**20)
+    exact = run("reference", x.double(), y.double(), -25.0, weight, offset=1000, reduction="sum")
+    ours = run("triton", x, y, -25.0, weight, offset=1000, reduction="sum")
+    for a, o in zip(ours[1:3], exact[1:3], strict=True):
+        assert (a.double() - o).norm() <= 2**-9 * o.norm()
+
+
+def test_no_grad_writes_no_tile() -> None:
+    x = torch.eye(20, requires_grad=True)
+    with torch.no_grad(), ssl_kernels.use_backend("triton"):
+        loss = K.sigmoid_contrastive_loss(x, x, 10.0, -5.0)
+    with ssl_kernels.use_backend("reference"):
+        torch.testing.assert_close(loss, K.sigmoid_contrastive_loss(x.detach(), x.detach(), 10.0, -5.0))
