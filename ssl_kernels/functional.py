@@ -56,7 +56,7 @@ def sigmoid_contrastive_loss(
     >>> loss = K.sigmoid_contrastive_loss(x, y, 10.0, -10.0)
     >>> loss.backward()
     >>> round(loss.item(), 4), tuple(x.grad.shape)
-    (4.3115, (4, 2))
+    (4.0231, (4, 2))
     """
     return sigmoid.sigmoid_contrastive_loss(
         x, y, scale, bias, x_ids=x_ids, y_ids=y_ids, same_id=same_id, offset=offset, reduction=reduction
