@@ -10,7 +10,7 @@ setup: $(SETUP)
 
 # torch comes first: the build without isolation compiles against it.
 .venv/.torch-done: constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch torchvision setuptools wheel pybind11 ninja numpy
 	touch $@
 
@@ -30,6 +30,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
+	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/sigmoid.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/sigmoid.json
 

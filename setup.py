@@ -6,8 +6,10 @@ ssl_kernels._native  the same kernels on NumPy arrays (pybind11), for the Python
 """
 
 from glob import glob
+from pathlib import Path
 
 import pybind11
+import torch
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -21,6 +23,9 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-psabi",
+    "-g0",  # no debug information, and no path of the machine that builds
+    f"-ffile-prefix-map={Path(__file__).resolve().parent}/=",
+    f"-ffile-prefix-map={Path(torch.__file__).parent}/=torch/",
 ]
 CPU_SOURCES = sorted(glob("csrc/cpu/*.cpp"))
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))

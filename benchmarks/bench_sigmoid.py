@@ -1,7 +1,8 @@
 """SigLIP loss: ours, open_clip's, the eager one-liner, and the one-liner compiled; fp32, side by side in one run.
 
-Outputs are compared before anything is timed. ``report.py`` turns the JSON into ratios: time against the other
-providers, 6 B^2 D FLOP (2 B^2 D forward only) against the machine's matrix-product rate, and peak memory.
+Outputs are compared before anything is timed, but for the large batch's, which nothing else here can hold.
+``report.py`` turns the JSON into ratios: time against the other providers, 6 B^2 D FLOP (2 B^2 D forward only) against
+the machine's matrix-product rate, and peak memory.
 """
 
 from __future__ import annotations
@@ -62,12 +63,14 @@ def step(loss: Loss, leaves: list[Tensor], mode: str) -> Tensor:
     return value.detach()
 
 
-def verify(leaves: list[Tensor], loss: Loss) -> None:
-    expected = [step(eager, leaves, "forward+backward"), *(leaf.grad for leaf in leaves)]
-    got = [step(loss, leaves, "forward+backward"), *(leaf.grad for leaf in leaves)]
+def verify(leaves: list[Tensor], loss: Loss, mode: str) -> None:
+    def results(loss: Loss) -> list[Tensor]:
+        value = step(loss, leaves, mode)
+        return [value, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    got, expected = results(loss), results(eager)
+    assert len(got) == len(expected) == (1 if mode == "forward" else 5)
     for a, b in zip(got, expected, strict=True):
-        assert a is not None
-        assert b is not None
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
 
 
@@ -86,8 +89,8 @@ def measure(benchmark: Any, loss: Loss, batch: int, width: int, mode: str, round
 @pytest.mark.parametrize("name", PROVIDERS)
 def bench_sigmoid(benchmark: Any, name: str, batch: int, width: int, mode: str) -> None:
     benchmark.extra_info["provider"] = name
-    if mode == "forward+backward" and name != "eager":
-        verify(inputs(batch, width), provider(name))
+    if name != "eager":
+        verify(inputs(batch, width), provider(name), mode)
     measure(benchmark, provider(name), batch, width, mode, rounds=8 if batch < 8192 else 3)
 
 

@@ -45,8 +45,9 @@ def sigmoid_contrastive_loss(
         RuntimeError: on double backward, which only the reference backend supports.
 
     Under autocast, ``x`` and ``y`` are cast as for a matrix product; the loss is still accumulated in float32.
-    float32 products follow ``torch.get_float32_matmul_precision()``. Beside inputs and gradients the peak is one tile,
-    at most ``SSL_KERNELS_WORKSPACE_MB`` (default 64) megabytes; see :func:`ssl_kernels.use_workspace`.
+    float32 products follow ``torch.get_float32_matmul_precision()``. Between forward and backward the sums of the
+    gradients that are needed are kept, [M, D] and [N, D] in float32. A tile, and a panel of features, take at most
+    ``SSL_KERNELS_WORKSPACE_MB`` (default 64) megabytes each; see :func:`ssl_kernels.use_workspace`.
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023, arXiv:2303.15343.
 

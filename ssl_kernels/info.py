@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform
 from typing import Any
 
@@ -34,7 +32,7 @@ def collect() -> dict[str, str]:
         "ssl_kernels": ssl_kernels.__version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "Triton": _version("triton"),
+        "Triton": _triton_version(),
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "instruction set": f"{_C.active_isa()} (SSL_KERNELS_ISA overrides)",
     }
@@ -51,10 +49,13 @@ def collect() -> dict[str, str]:
     return report
 
 
-def _version(package: str) -> str:
-    if importlib.util.find_spec(package) is None:
+def _triton_version() -> str:
+    try:
+        import triton
+
+        return str(triton.__version__)
+    except (ImportError, AttributeError):
         return "not installed"
-    return importlib.metadata.version(package)
 
 
 def _backends() -> dict[str, str]:

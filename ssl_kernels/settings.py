@@ -26,14 +26,14 @@ def _check_workspace(mb: float, origin: str) -> float:
 
 
 def _workspace_from_environment() -> float:
-    text = os.environ.get("SSL_KERNELS_WORKSPACE_MB", "64")
+    text = os.environ.get("SSL_KERNELS_WORKSPACE_MB") or "64"
     try:
         return _check_workspace(float(text), "SSL_KERNELS_WORKSPACE_MB")
     except ValueError:
         raise ValueError(f"SSL_KERNELS_WORKSPACE_MB: expected a positive number of megabytes, got {text!r}") from None
 
 
-_backend = _check_backend(os.environ.get("SSL_KERNELS_BACKEND", "auto"), "SSL_KERNELS_BACKEND")
+_backend = _check_backend(os.environ.get("SSL_KERNELS_BACKEND") or "auto", "SSL_KERNELS_BACKEND")
 _workspace_mb = _workspace_from_environment()
 
 
@@ -92,7 +92,7 @@ def choose_backend(device: str, dtype: torch.dtype) -> str:
     if _backend == "cpu" and device != "cpu":
         raise ValueError(f"backend 'cpu': expected CPU tensors, got {device}")
     if _backend == "triton" and device != "cuda" and not (device == "cpu" and _interpreting()):
-        raise ValueError(f"backend 'triton': expected CUDA tensors (or TRITON_INTERPRET=1), got {device}")
+        raise ValueError(f"backend 'triton': expected CUDA tensors, got {device}")
     return _backend
 
 

@@ -30,7 +30,7 @@ def test_auto_chooses_by_device_and_dtype() -> None:
     ("backend", "device", "dtype", "message"),
     [
         ("cpu", "cuda", torch.float32, "backend 'cpu': expected CPU tensors, got cuda"),
-        ("triton", "cpu", torch.float32, "backend 'triton': expected CUDA tensors"),
+        ("triton", "cpu", torch.float32, "backend 'triton': expected CUDA tensors, got cpu"),
         ("cpu", "cpu", torch.float64, "backend 'cpu' has no float64 kernels: use 'eager' or 'reference'"),
     ],
 )
@@ -83,17 +83,18 @@ def test_panels_cover_the_matrix_within_the_workspace(
     mb: float, device: str, rows: int, cols: int, itemsize: int
 ) -> None:
     with ssl_kernels.use_workspace(mb):
-        m, n = panel_shape(rows, cols, itemsize, device)
+        m, n = panel_shape(rows, cols, 64, itemsize, device)
     assert 1 <= m <= rows
     assert 1 <= n <= cols
     assert m * n * itemsize <= max(mb * 2**20, itemsize)
 
 
 def test_preferred_panels() -> None:
-    assert panel_shape(4096, 4096, 4, "cpu") == (1024, 1024)
-    assert panel_shape(1025, 2100, 4, "cpu") == (528, 1056)  # near-equal panels, not 1024 + 1
-    assert panel_shape(16_384, 16_384, 2, "cuda") == (4096, 4096)
-    assert panel_shape(256, 65_536, 4, "cpu") == (256, 4096)  # few rows: longer panels of the same size
+    assert panel_shape(4096, 4096, 512, 4, "cpu") == (1024, 1024)
+    assert panel_shape(1025, 2100, 512, 4, "cpu") == (528, 1056)  # near-equal panels, not 1024 + 1
+    assert panel_shape(16_384, 16_384, 512, 2, "cuda") == (4096, 4096)
+    assert panel_shape(256, 65_536, 512, 4, "cpu") == (256, 4096)  # few rows: longer panels of the same size
+    assert panel_shape(1, 2**20, 1024, 4, "cpu") == (1, 2**14)  # but not so long that their features outgrow 64 MB
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

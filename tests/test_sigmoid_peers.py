@@ -82,7 +82,10 @@ def test_transformers() -> None:
 
 
 def test_fp16_negatives_do_not_vanish_at_a_large_batch() -> None:
-    """A peer divides by the batch before it stores the gradient tile in 16 bits: 1/65,536 of a small sigmoid is 0."""
+    """A peer divides by the batch before it stores the gradient tile in 16 bits: 1/65,536 of a small sigmoid is 0.
+
+    Here the tile is fp32; the 16-bit tile of the GPU has its own test in triton_kernels/test_panels_interpreter.py.
+    """
     rows = 65_536
     x = torch.zeros(rows, 4, dtype=torch.float16)
     x[:, 0] = 1

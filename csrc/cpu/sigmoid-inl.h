@@ -11,6 +11,18 @@ struct RowSums {
   Vec loss, scale, bias;
 };
 
+// Columns after which the fp32 sums of a row go to double: a row may be millions of columns long.
+constexpr int64_t kColumnsPerSum = 64 * LANES;
+
+SSLK_INLINE void add_up(double* stats, RowSums& sums, bool grad) {
+  stats[0] += sum(sums.loss);
+  if (grad) {
+    stats[1] += sum(sums.scale);
+    stats[2] += sum(sums.bias);
+  }
+  sums = RowSums{};
+}
+
 // One vector of a row. Lanes set in `ignored` contribute exactly zero, whatever they hold.
 template <bool kMasked, bool kGrad>
 SSLK_INLINE Vec sigmoid_block(Vec raw, Vec scale, Vec bias, Mask positive, Mask ignored, RowSums& sums) {
@@ -40,6 +52,7 @@ SSLK_INLINE void sigmoid_row(const SigmoidPanel& p, int64_t row) {
   const Mask lanes = lane_index(), none = {};
   const int64_t diagonal = row + p.diagonal;
   const Mask drop_same_id = none - (p.ignore_same_id ? 1 : 0);
+  double* stats = p.stats + row * p.stats_width;
   RowSums sums = {};
 
   // Elements [col, col + LANES) with the diagonal and equal ids found; lanes from `valid` on are ignored.
@@ -64,6 +77,7 @@ SSLK_INLINE void sigmoid_row(const SigmoidPanel& p, int64_t row) {
       out = sigmoid_block<false, kGrad>(load<Vec>(tile + col), scale, bias, none, none, sums);
     }
     if (kGrad && p.write_grad) store(tile + col, out);
+    if (col % kColumnsPerSum == kColumnsPerSum - LANES) add_up(stats, sums, kGrad);
   }
   if (const int rest = int(p.cols - col)) {
     float buffer[LANES] = {};
@@ -73,13 +87,7 @@ SSLK_INLINE void sigmoid_row(const SigmoidPanel& p, int64_t row) {
     Vec out = masked(buffer, ids, col, rest);
     if (kGrad && p.write_grad) std::memcpy(tile + col, &out, rest * sizeof(float));
   }
-
-  double* stats = p.stats + row * p.stats_width;
-  stats[0] += sum(sums.loss);
-  if (kGrad) {
-    stats[1] += sum(sums.scale);
-    stats[2] += sum(sums.bias);
-  }
+  add_up(stats, sums, kGrad);
 }
 
 template <bool kIds, bool kGrad>

@@ -27,9 +27,13 @@ void sigmoid_panel(Array<float> tile, Array<double> stats, float scale, float bi
                    std::optional<Array<int64_t>> row_ids, std::optional<Array<int64_t>> col_ids, bool ignore_same_id,
                    int64_t diagonal, bool write_grad, std::optional<std::string> isa) {
   const int64_t item = sizeof(float);
-  if (tile.ndim() != 2 ||
-      (tile.size() > 0 && ((tile.shape(1) > 1 && tile.strides(1) != item) || tile.strides(0) % item != 0))) {
-    throw py::value_error("tile: expected a matrix with unit stride along columns, got shape " + shape_of(tile));
+  const bool is_matrix = tile.ndim() == 2;
+  const bool has_layout = is_matrix && (tile.size() == 0 || ((tile.shape(1) == 1 || tile.strides(1) == item) &&
+                                                             tile.strides(0) % item == 0 &&
+                                                             (tile.shape(0) == 1 || tile.strides(0) >= tile.shape(1) * item)));
+  if (!has_layout) {
+    throw py::value_error("tile: expected a matrix with unit stride along columns and rows that do not overlap, "
+                          "got shape " + shape_of(tile));
   }
   const bool has_width = stats.ndim() == 2 && (stats.shape(1) == 3 || (stats.shape(1) == 1 && !write_grad));
   if (!has_width || stats.shape(0) != tile.shape(0) || !(stats.flags() & py::array::c_style)) {

@@ -27,7 +27,7 @@ reaches loss and G whichever way the comparisons fall.
 
 The instructions round a little: ex2 and rsqrt of the hardware err by 2^-22 or so, hence loss and G by a few 1e-7.
 
-Budget per element of the tile, with everything wanted (compiled, not timed; tests/triton/ keeps the figures):
+Budget per element of the tile, with everything wanted (compiled, not timed; tests/triton_kernels/ keeps the figures):
 
     matrix product       2 D FLOP on the tensor cores
     softplus and sigma   13 instructions, of which 2 are special functions (ex2, rsqrt). For comparison, compiled alike

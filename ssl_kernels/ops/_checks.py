@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -56,6 +59,18 @@ def check_offset(offset: int) -> None:
         raise ValueError(f"offset: expected at most 2**62 in magnitude, got {offset}")
 
 
+def check_transforms(*tensors: Tensor) -> None:
+    """Reverse-mode autograd is all that fused losses support; anything else must not pass in silence."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if is_functorch_wrapped_tensor(tensor) or unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "ssl_kernels: fused losses support neither forward-mode AD nor torch.func transforms; run the loss "
+                "inside `with ssl_kernels.use_backend('reference'):`"
+            )
+
+
 def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """A 0-dim tensor on the device of ``like``, in its accumulation dtype, in the graph of ``value``."""
     dtype = accumulation_dtype(like.dtype)
@@ -66,9 +81,9 @@ def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
                 f"got {value.dtype} of shape {tuple(value.shape)}"
             )
         return value.reshape(()).to(device=like.device, dtype=dtype)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(f"{name}: expected a float or a tensor of one element, got {type(value).__name__}")
-    return torch.full((), value, dtype=dtype, device=like.device)
+    return torch.full((), float(value), dtype=dtype, device=like.device)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -52,9 +52,9 @@ def add_matmul(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
             out.add_(matmul(a, b))
         return
     beta = 0 if first else 1  # with 0, what ``out`` holds is not read
-    if a.dtype == out.dtype:
+    if a.dtype == b.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.device.type == "cuda":
+    elif a.dtype == b.dtype and a.device.type == "cuda" and torch.version.hip is None:
         torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
     else:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)

@@ -25,12 +25,14 @@ _SIDE_CPU = 1024  # 1024 x 1024 fp32 is 4 MB: in the last-level cache, with long
 _SIDE_GPU = 4096  # 4096 x 4096 in 16 bits is 32 MB: within the L2 of an H100, with few launches
 
 
-def panel_shape(rows: int, cols: int, bytes_per_element: int, device_type: str) -> tuple[int, int]:
-    """Rows and columns of a panel: square by preference, within the workspace limit, evened out over the matrix."""
+def panel_shape(rows: int, cols: int, width: int, bytes_per_element: int, device_type: str) -> tuple[int, int]:
+    """Rows and columns of a panel: square by preference, evened out over the matrix. The tile fits the workspace, and
+    so does a panel of ``width`` features in fp32, which a conversion or a product may have to hold."""
     limit = max(1, workspace_bytes() // bytes_per_element)
+    longest = max(1, workspace_bytes() // (4 * max(1, width)))
     side = min(_SIDE_CPU if device_type == "cpu" else _SIDE_GPU, math.isqrt(limit))
-    panel_rows = _even_split(rows, side)
-    panel_cols = _even_split(cols, side * side // panel_rows)
+    panel_rows = _even_split(rows, min(side, longest))
+    panel_cols = _even_split(cols, min(side * side // panel_rows, longest))
     return panel_rows, panel_cols
 
 
@@ -74,16 +76,13 @@ def run_panels(
     if rows == 0 or cols == 0:
         return stats, dx, dy_t.t()
 
-    if row_weight is not None:
-        # Weights in [-1, 1] in the products, so that 16-bit panels neither overflow nor lose small weights.
-        peak = row_weight.abs().amax().clamp_min(torch.finfo(row_weight.dtype).tiny)
-        row_weight = row_weight / peak
-    panel_rows, panel_cols = panel_shape(rows, cols, tiles * compute_dtype.itemsize, device.type)
+    panel_rows, panel_cols = panel_shape(rows, cols, width, tiles * compute_dtype.itemsize, device.type)
     for i in range(0, rows, panel_rows):
         x_i = x[i : i + panel_rows].to(compute_dtype)
         m = x_i.shape[0]
         if want_dy:
-            x_i_t = x_i.t() if row_weight is None else x_i.t() * row_weight[i : i + m].to(compute_dtype)
+            # A weight must not meet 16-bit features before the product: that product is then one of fp32.
+            x_i_t = x_i.t() if row_weight is None else x_i.t().to(accumulate_dtype) * row_weight[i : i + m]
             if device.type == "cpu":
                 x_i_t = x_i_t.contiguous()
         for j in range(0, cols, panel_cols):
@@ -100,6 +99,4 @@ def run_panels(
     if tile_scale != 1:
         dx /= tile_scale
         dy_t /= tile_scale
-    if row_weight is not None:
-        dy_t *= peak
     return stats, dx, dy_t.t()

@@ -47,6 +47,7 @@ def sigmoid_contrastive_loss(
     backend = choose_backend(x.device.type, x.dtype)
     if backend == "reference":
         return reference(x, y, scale, bias, x_ids, y_ids, ignore_same_id, offset, reduction)
+    _checks.check_transforms(x, y, scale, bias)
     grad = torch.is_grad_enabled()
     needs_grad = [grad and t.requires_grad for t in (x, y, scale, bias)]
     loss: Tensor = _sigmoid_contrastive(
@@ -168,18 +169,18 @@ def _panel_triton(
     diagonal: int,
     write_grad: bool,
 ) -> Tensor | None:
-    from ssl_kernels.kernels.sigmoid import sigmoid_panel
-
     m, n = x.shape[0], y.shape[0]
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write_grad else None  # aligned rows, for wide stores
-    sigmoid_panel(x, y, grad, stats, scale, bias, x_ids, y_ids, ignore_same_id, diagonal)
+    _triton_kernels().sigmoid_panel(x, y, grad, stats, scale, bias, x_ids, y_ids, ignore_same_id, diagonal)
     return grad
 
 
-def _tile_scale(dtype: torch.dtype) -> float:
-    from ssl_kernels.kernels.sigmoid import gradient_scale
-
-    return gradient_scale(dtype)
+def _triton_kernels() -> Any:
+    try:
+        from ssl_kernels.kernels import sigmoid
+    except ImportError as error:
+        raise ImportError("backend 'triton': Triton is not installed; install it or use_backend('eager')") from error
+    return sigmoid
 
 
 _PANELS = {"eager": _panel_eager, "cpu": _panel_cpu, "triton": _panel_triton}
@@ -231,8 +232,8 @@ def _sigmoid_contrastive(
             x,
             y,
             compute_dtype=x.dtype if backend == "triton" else dtype,
-            tiles=_TILES[backend],
-            tile_scale=_tile_scale(x.dtype) if backend == "triton" else 1.0,
+            tiles=_TILES[backend] + (0 if row_weight is None else 2),  # weighted products hold the tile in fp32
+            tile_scale=_triton_kernels().gradient_scale(x.dtype) if backend == "triton" else 1.0,
             stats_width=3 if any(needs_grad) else 1,
             want_dx=want_dx,
             want_dy=want_dy,
@@ -312,7 +313,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         upstream = torch.ones_like(scale)
     else:
         scale, *sums = ctx.saved_tensors
-        upstream = grad_loss / ctx.rows if reduction == "mean" else grad_loss
+        upstream = grad_loss / max(ctx.rows, 1) if reduction == "mean" else grad_loss
     gradients = finish_gradients(upstream, scale, *sums, ctx.dtype)
     return (*(g if needed else None for g, needed in zip(gradients, needs_grad, strict=True)), *rest)
 

@@ -3,7 +3,7 @@
 Asserted of each: no spills, shared memory within the chip's limit, matrix instructions where the products are to run on
 the tensor cores and none where fp32 is to stay fp32, one exponential and one reciprocal square root per element and no
 logarithm, wide loads and stores where rows are aligned. The size of the code is compared with sigmoid_budget.json;
-`python tests/triton/test_sigmoid_aot.py` writes that file anew, for a new compiler or after a change that is meant.
+`python tests/triton_kernels/test_sigmoid_aot.py` writes that file anew, for a new compiler or a change that is meant.
 """
 
 from __future__ import annotations

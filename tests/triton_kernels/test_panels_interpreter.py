@@ -61,6 +61,18 @@ def test_fp16_keeps_the_gradient_of_confident_negatives() -> None:
         assert (a.double() - o).norm() <= 2**-9 * o.norm()
 
 
+def test_a_large_row_weight_costs_the_others_no_precision() -> None:
+    """The row with the large weight is zero, as a padded one is."""
+    torch.manual_seed(0)
+    x, y = (F.normalize(torch.randn(64, 32), dim=1).half() for _ in range(2))
+    x[0] = 0
+    weight = torch.ones(64)
+    weight[0] = 1e5
+    exact = run("reference", x.double(), y.double(), -5.0, weight, reduction="none")
+    ours = run("triton", x, y, -5.0, weight, reduction="none")
+    assert (ours[2].double() - exact[2]).norm() <= 2**-10 * exact[2].norm()
+
+
 def test_no_grad_writes_no_tile() -> None:
     x = torch.eye(20, requires_grad=True)
     with torch.no_grad(), ssl_kernels.use_backend("triton"):

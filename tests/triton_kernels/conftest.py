@@ -19,8 +19,7 @@ import pytest
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 TIMEOUT_S = 900
 
-# By its submodule: this folder is called triton too, and may pass for a package of that name.
-if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.language") is None:
+if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["*.py"]
 elif INTERPRETING:
     collect_ignore_glob = ["test_*aot.py"]
