@@ -74,6 +74,7 @@ def test_the_loss_is_the_same_through_either_library() -> None:
     torch.testing.assert_close(y.grad, 0.5 / 90 * grad.t() @ x, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
 def test_16_bit_panels_on_cuda_add_into_fp32() -> None:
     """The call that a GPU gets, checked for dtypes and shapes without one."""
     with FakeTensorMode():
