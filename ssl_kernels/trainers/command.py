@@ -57,7 +57,7 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
 
 
 def _resume_of(argv: Sequence[str]) -> Path | None:
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv, ""][1:], strict=True):
         if flag == "--resume" and value not in ("", "None"):
             return Path(value)
         if flag.startswith("--resume="):

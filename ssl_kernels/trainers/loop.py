@@ -47,6 +47,9 @@ class EpochBatches(Protocol):
 
     batch_size: int
 
+    @property
+    def fingerprint(self) -> str: ...
+
     def __len__(self) -> int: ...
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]: ...
@@ -81,7 +84,7 @@ class LoopConfig:
     """AdamW's betas."""
     clip: float = 5.0
     """Largest norm of the gradient; 0 turns clipping off."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     """Fabric's precision: of the arithmetic, and with -true of the weights too."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on."""
@@ -195,7 +198,7 @@ def checkpoint_path(resume: Path) -> Path:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "step", "rng", "config", "elapsed_s"} - state.keys()
+        missing = {"model", "optimizer", "step", "total", "data", "rng", "config", "elapsed_s"} - state.keys()
     except Exception as error:  # torch, zipfile and pickle each have their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--resume: {path} is not a readable checkpoint ({reason[:120]})") from None
@@ -243,6 +246,12 @@ def read_records(path: Path, up_to: int | None = None) -> list[dict[str, float]]
             if up_to is None or record["step"] <= up_to:
                 records.append(record)
     return records
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    """JSON knows no infinity, which the norm of a step that a scaler skips may be: null stands for it."""
+    values = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+    return json.dumps(values) + "\n"
 
 
 class _Signals:
@@ -301,6 +310,10 @@ def fit(
 
     if config.resume is not None:
         state = load_checkpoint(checkpoint_path(config.resume))
+        if checkpoint.exists() and checkpoint.resolve() != checkpoint_path(config.resume).resolve():
+            raise UserError(f"--output-dir: {folder} already holds another run than the one in {config.resume}")
+        if (state["total"], state["data"]) != (total, data.fingerprint):
+            raise UserError("--resume: the data is not what the run was trained on (other pairs, files or workers)")
         try:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -313,7 +326,8 @@ def fit(
         done, elapsed = state["step"], state["elapsed_s"]
         result.records = read_records(checkpoint_path(config.resume).with_name(METRICS), up_to=done)
     elif config.overwrite:
-        checkpoint.unlink(missing_ok=True)
+        for name in (CHECKPOINT, "summary.json", "curves.png", "retrieval.png"):
+            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     elif checkpoint.exists():
         raise UserError(
@@ -324,7 +338,7 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir: cannot create {folder}: {error.strerror}") from None
-    lines = "".join(json.dumps(record) + "\n" for record in result.records)
+    lines = "".join(map(_json_line, result.records))
     write_atomically(folder / METRICS, lambda path: path.write_text(lines))
     write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(plain(config), indent=2)))
 
@@ -337,6 +351,7 @@ def fit(
                 raise NonFiniteError(done, f"the updated parameter {_own_name(name)}", last_good())
         state = {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "elapsed_s": elapsed,
+            "total": total, "data": data.fingerprint,
             "rng": _rng_state(), "scaler": scaler.state_dict() if scaler is not None else {}, "config": plain(config),
         }  # fmt: skip
         write_atomically(checkpoint, lambda path: fabric.save(path, state))
@@ -372,15 +387,13 @@ def fit(
                     for name, value in {"loss": loss.detach(), **extra}.items():
                         metrics[name] = metrics.get(name, 0.0) + float(value) / config.accumulate
                 limit = config.clip or math.inf
-                norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
+                try:  # a scaler meets infinite gradients on purpose and skips those steps
+                    norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=scaler is None)
+                except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be named
+                    bad = (n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+                    term = f"the gradient of {_own_name(next(bad, 'all parameters together'))}"
+                    raise NonFiniteError(done + 1, term, last_good()) from None
                 assert norm is not None
-                # A scaler meets infinite gradients on purpose and skips those steps.
-                if scaler is None and not bool(torch.isfinite(norm)):
-                    culprit = next(
-                        (n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()),
-                        "all parameters together",
-                    )
-                    check_finite(norm, f"the gradient of {_own_name(culprit)}")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 done += 1
@@ -397,7 +410,7 @@ def fit(
                         "peak_mb": peak_memory_mb(fabric.device), "elapsed_s": elapsed,
                     }  # fmt: skip
                     result.records.append(record)
-                    log.write(json.dumps(record) + "\n")
+                    log.write(_json_line(record))
                     log.flush()
                     for name, value in record.items():
                         if name not in ("step", "epoch"):

@@ -63,6 +63,9 @@ class ImageTower(nn.Module):
         mean, std = ([1.0] * 3, [-1.0] * 3) if inverted else (config["mean"], config["std"])
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        patch = getattr(getattr(self.trunk, "patch_embed", None), "patch_size", (1, 1))
+        if any(size % p for p in patch):
+            raise UserError(f"--image-size: {name} cuts patches of {patch[0]} pixels, which do not divide {size}")
         try:
             with torch.no_grad():
                 features = self.trunk.eval()(torch.zeros(1, 3, size, size))

@@ -25,7 +25,7 @@ def closing_table(console: Console, title: str, result: Result, figures: Sequenc
     """Print what the run reached, each figure beside what needs no learning to reach."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
-    for column in ("model", "TF-IDF + pixels", "chance", "majority"):
+    for column in ("model", "baseline", "chance", "majority"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("remarks")
     for figure in figures:

@@ -369,3 +369,16 @@ def test_a_batch_larger_than_the_data_is_refused(table: Path, shards: str, kind:
     if kind == "shards":
         with pytest.raises(UserError, match=r"--workers: 9 is more than the 4 shards"):
             load(config(data=name), TOKENIZE, batch_size=4, seed=0, workers=9)
+
+
+def test_a_row_with_too_many_fields_is_refused(table: Path, tmp_path: Path) -> None:
+    image = table.parent / "0.png"
+    (tmp_path / "pairs.csv").write_text(f"image,caption\n{image},a red, round dot\n")
+    with pytest.raises(UserError, match=r"pairs.csv:2 has more fields than the header"):
+        files.read_table(tmp_path / "pairs.csv", "image", "caption")
+
+
+def test_quotation_marks_are_letters_where_tabs_separate(table: Path, tmp_path: Path) -> None:
+    image = table.parent / "0.png"
+    (tmp_path / "pairs.tsv").write_text(f'image\tcaption\n{image}\t"quoted start\n{image}\tlast\n')
+    assert files.read_table(tmp_path / "pairs.tsv", "image", "caption").captions == ['"quoted start', "last"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -73,6 +74,45 @@ def test_a_killed_run_resumes_bit_exactly(
     for part in ("model", "optimizer", "rng", "config"):
         assert same_state(a[part], b[part]), part
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp") and number != signal.SIGKILL]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(
+    small: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    """As a terminal, a job scheduler or `timeout` sends it: the loader's workers get it too."""
+    folder = tmp_path / "run"
+    process = start([*arguments(small, folder), "--workers", "1"], start_new_session=True)
+    wait_for_steps(process, folder, 10)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert load_checkpoint(folder / "last.pt")["step"] == logged(folder)[-1]["step"]
+
+
+def test_other_data_is_not_resumed_on(
+    small: list[str], table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs.csv"
+    images = table.read_text().splitlines()
+    pairs.write_text("\n".join([images[0], *(f"{table.parent}/{line}" for line in images[1:])]) + "\n")
+    run = [*small, "--data", str(pairs), "--output-dir", str(tmp_path / "run")]
+    assert siglip.main(run) == 0
+    pairs.write_text(pairs.read_text().replace("red square", "scarlet square"))
+    assert siglip.main(["--resume", str(tmp_path / "run")]) == 2
+    assert "--resume: the data is not what the run was trained on" in capsys.readouterr().err
+
+
+def test_resuming_into_another_run_is_refused(
+    small: list[str], uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    assert siglip.main([*small, "--epochs", "1", "--output-dir", str(other)]) == 0
+    before = (other / "last.pt").read_bytes()
+    assert siglip.main(["--resume", str(uninterrupted), "--output-dir", str(other)]) == 2
+    assert "already holds another run" in capsys.readouterr().err
+    assert (other / "last.pt").read_bytes() == before
 
 
 def test_resuming_a_finished_run_evaluates_it_again(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from ssl_kernels.trainers.data.pairs import Fingerprints, Pairs, link
 from ssl_kernels.trainers.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
+MOST_HELD_OUT = 5_000  # evaluation compares every held-out image with every held-out caption
 
 
 def read_table(path: Path, image_column: str, caption_column: str, flag: str = "--data") -> Pairs:
@@ -54,10 +55,18 @@ def _rows(path: Path, flag: str) -> Iterable[tuple[int, dict[str, Any]]]:
                             raise UserError(f"{flag}: {path}:{line}: expected a JSON object, got {text.strip()[:40]!r}")
                         yield line, row
             else:
-                reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+                plain = path.suffix == ".tsv"  # tabs separate, and a quotation mark is a letter like any other
+                reader = csv.DictReader(
+                    file, delimiter="\t" if plain else ",", quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+                )
                 for row in reader:
+                    if None in row:
+                        raise UserError(
+                            f"{flag}: {path}:{reader.line_num} has more fields than the header; a caption with a comma"
+                            " needs quotation marks"
+                        )
                     yield reader.line_num, row
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{flag}: cannot read {path}: {error}") from None
 
 
@@ -91,9 +100,17 @@ def split(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
     def drawn(group: int) -> bytes:
         return hashlib.sha256(f"{seed}:{pairs.captions[members[group][0]]}".encode()).digest()
 
-    chosen = set(sorted(members, key=drawn)[: round(share * len(members))])
+    chosen = set(sorted(members, key=drawn)[: min(round(share * len(members)), MOST_HELD_OUT)])
     train = [i for group, own in members.items() if group not in chosen for i in own]
     return pairs.select(sorted(train)), pairs.select(sorted(members[group][0] for group in chosen))
+
+
+def one_per_group(pairs: Pairs) -> Pairs:
+    """The first pair of each group, for a gallery in which an answer is right or wrong."""
+    first: dict[int, int] = {}
+    for index, group in enumerate(groups(pairs)):
+        first.setdefault(group, index)
+    return pairs.select(sorted(first.values()))
 
 
 def fingerprints(pairs: Pairs) -> Fingerprints:

@@ -8,6 +8,7 @@ number of loader workers.
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,13 +109,21 @@ class Batches(Dataset[Batch]):
     ) -> None:  # fmt: skip
         self.pairs, self.tokenize, self.size, self.batch_size, self.seed = pairs, tokenize, size, batch_size, seed
         self.augment, self.label_captions, self.workers = augment, label_captions, workers
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch that is being read
 
     def __len__(self) -> int:
         return len(self.pairs) // self.batch_size
 
+    @property
+    def fingerprint(self) -> str:
+        """What a resumed run must find again: captions and image files, in order."""
+        names = [str(path) for path in self.pairs.images] if isinstance(self.pairs.images, list) else []
+        return hashlib.sha256("\0".join([*self.pairs.captions, *names]).encode()).hexdigest()
+
     def indices(self, epoch: int, number: int) -> np.ndarray:
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.pairs))
-        return order[number * self.batch_size : (number + 1) * self.batch_size]
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.pairs)))
+        return self._order[1][number * self.batch_size : (number + 1) * self.batch_size]
 
     def __getitem__(self, item: tuple[int, int]) -> Batch:
         epoch, number = item
@@ -154,21 +163,23 @@ class Batches(Dataset[Batch]):
 def loader(dataset: Dataset[Batch], workers: int, **options: Any) -> DataLoader[Batch]:
     """A loader of whole batches. Its own generator keeps it from drawing from torch's global one at every start."""
     return DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=_ignore_interrupts,
+        dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator().manual_seed(0), **options,
     )  # fmt: skip
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches loader workers too; the main process decides when they end."""
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C, a scheduler and `timeout` signal a whole process group: a worker has one of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Tensor:
     """A random resized crop; torchvision draws from torch's global generator, which is left as it was."""
     crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.6, 1.0)), v2.PILToTensor()])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2**62)))
+        torch.default_generator.manual_seed(int(rng.integers(2**62)))
         cropped: Tensor = crop(image)
     return cropped
 

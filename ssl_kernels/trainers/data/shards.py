@@ -59,7 +59,9 @@ def read(names: list[str], flag: str = "--data") -> Iterator[Sample]:
     except UserError:
         raise
     except Exception as error:  # tarfile, gzip, sockets and pipes each have their own
-        raise UserError(f"{flag}: cannot read the shards: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{flag}: cannot read the shards: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from None
 
 
 def decode(image: bytes, key: str, flag: str = "--data") -> Image.Image:
@@ -106,6 +108,11 @@ class ShardBatches(IterableDataset[Batch]):
             )
         self.epoch = self.start = 0
 
+    @property
+    def fingerprint(self) -> str:
+        """What a resumed run must find again: the shards, and the workers among which they are dealt."""
+        return f"{self.workers} workers: {' '.join(self.names)}"
+
     def __len__(self) -> int:
         return self.epoch_pairs // self.batch_size
 
@@ -125,6 +132,7 @@ class ShardBatches(IterableDataset[Batch]):
                 yield self._batch(samples, np.random.default_rng((self.seed, self.epoch, number + 1)))
 
     def _stream(self, worker: int, workers: int) -> Iterator[Sample]:
+        fruitless = 0
         for again in itertools.count():
             names = [
                 self.names[i]
@@ -132,11 +140,12 @@ class ShardBatches(IterableDataset[Batch]):
             ]
             chance = random.Random(f"{self.seed} {self.epoch} {again} {worker}")
             fresh = (s for s in read(names[worker::workers]) if not self.held_out.match(s[1], s[0]))
-            empty = True
             for sample in wds.filters.shuffle(_BUFFER, rng=chance)(fresh):
-                empty = False
+                fruitless = 0
                 yield sample
-            if empty:
+            # A share may be held out whole; the next pass deals the shards anew.
+            fruitless += 1
+            if fruitless > 20 * workers:
                 raise UserError("--data: the shards hold no pair that is not held out")
 
     def _batch(self, samples: list[Sample], rng: np.random.Generator) -> Batch:
