@@ -1,4 +1,4 @@
-"""OpenMoji art with its Unicode names: about 3,950 real image-text pairs from PyPI packages, rendered offline.
+"""OpenMoji art with its Unicode names: 3,798 real image-text pairs from PyPI packages, rendered offline.
 
 The names are compositional ("woman surfing, dark skin tone"), which gives two held-out sets that mean something:
 
