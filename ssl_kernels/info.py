@@ -59,7 +59,7 @@ def _triton_version() -> str:
 
 
 def _backends() -> dict[str, str]:
-    """What an op will use for tensors of each kind; the features themselves are never touched."""
+    """What an op will use for features of each kind."""
     cases = {
         "CPU fp32/bf16/fp16": ("cpu", torch.float32),
         "CPU fp64": ("cpu", torch.float64),

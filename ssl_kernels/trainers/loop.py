@@ -108,7 +108,8 @@ class LoopConfig:
             raise UserError(f"--warmup: expected a share of the steps in [0, 1], got {self.warmup}")
 
 
-# Settings that a resumed run may change: they do not touch the arithmetic.
+# Settings that a resumed run may change: they do not touch the arithmetic. (Where the data depends on the workers, its
+# fingerprint does too.)
 RESUMABLE = {"output_dir", "resume", "overwrite", "workers", "log_every", "checkpoint_every"}
 
 

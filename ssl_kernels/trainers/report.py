@@ -20,10 +20,12 @@ from ssl_kernels.trainers.loop import Result, write_atomically
 matplotlib.use("Agg")  # runs have no display
 import matplotlib.pyplot as plt
 
+_BASELINE = "baseline, where no other is remarked: captions matched by TF-IDF to training images, and those to pixels"
+
 
 def closing_table(console: Console, title: str, result: Result, figures: Sequence[Figure], total_s: float) -> None:
     """Print what the run reached, each figure beside what needs no learning to reach."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", caption=_BASELINE, caption_justify="left")
     table.add_column("", no_wrap=True)
     for column in ("model", "baseline", "chance", "majority"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -263,6 +263,15 @@ def test_shards_continue_in_mid_epoch(shards: str, workers: int, start: int) -> 
     assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_worker_whose_shards_are_held_out_takes_others(shards: str) -> None:
+    from ssl_kernels.trainers.data.shards import read_all
+
+    _, marks = read_all(shards.replace("{000..003}", "003"), 16)
+    sizes = [len(batch["images"]) for batch in stream(shards, marks, workers=4).batches(0)]
+    assert sizes == [5] * 7  # of the 36 pairs that are left
+
+
 def test_a_short_stream_starts_over(shards: str) -> None:
     data = stream(shards, epoch_pairs=120)
     assert len(list(data.batches(0))) == 24

@@ -184,7 +184,8 @@ def test_other_sources_train_and_evaluate(shards: str, tmp_path: Path, source: s
                      "zero-shot 9 categories, balanced", "flag or not, AUC"):  # fmt: skip
             assert name in figures
             assert name in text
-        assert "baseline" in text
+        assert "captions matched by TF-IDF to training images" in text
+        assert "baseline: colours" in text
     else:
         assert len(logged(tmp_path)) == 3  # 36 of 48 pairs are not held out
 
