@@ -23,6 +23,14 @@ inline void check_size(const torch::stable::Tensor& t, const char* name, int64_t
                   t.size(axis));
 }
 
+// A matrix of floats whose rows are contiguous and do not overlap.
+inline void check_tile(const torch::stable::Tensor& t, const char* name) {
+  check_tensor(t, name, torch::headeronly::ScalarType::Float, 2);
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected unit stride along columns, got ", t.stride(1));
+  STD_TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), name, ": expected rows that do not overlap, got stride ",
+                  t.stride(0), " for ", t.size(1), " columns");
+}
+
 // Null when absent; otherwise the data of a contiguous int64 vector of `size` ids.
 inline const int64_t* check_ids(const std::optional<torch::stable::Tensor>& ids, const char* name, int64_t size) {
   if (!ids) return nullptr;

@@ -15,9 +15,34 @@ except ImportError as error:
     ) from error
 
 from ssl_kernels import functional
-from ssl_kernels.losses import SigLipLoss
-from ssl_kernels.settings import use_backend, use_workspace
+from ssl_kernels.losses import (
+    ALBEFContrastiveLoss,
+    ClipLoss,
+    InfoNCELoss,
+    MoCoLoss,
+    MoCoV3Loss,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
+)
+from ssl_kernels.queue import KeyQueue
+from ssl_kernels.settings import use_backend, use_tile_budget, use_workspace
 
 _C.active_isa()  # an unknown SSL_KERNELS_ISA is reported here, not in the first loss
 
-__all__ = ["SigLipLoss", "__version__", "functional", "use_backend", "use_workspace"]
+__all__ = [
+    "ALBEFContrastiveLoss",
+    "ClipLoss",
+    "InfoNCELoss",
+    "KeyQueue",
+    "MoCoLoss",
+    "MoCoV3Loss",
+    "NTXentLoss",
+    "SigLipLoss",
+    "SupConLoss",
+    "__version__",
+    "functional",
+    "use_backend",
+    "use_tile_budget",
+    "use_workspace",
+]

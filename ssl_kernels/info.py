@@ -11,7 +11,16 @@ import ssl_kernels
 from ssl_kernels import _C, settings
 from ssl_kernels.ops.matmul import onednn_is_faster
 
-OPS = ("sigmoid_contrastive_loss",)
+OPS = (
+    "sigmoid_contrastive_loss",
+    "clip_loss",
+    "nt_xent_loss",
+    "sup_con_loss",
+    "info_nce_loss",
+    "albef_contrastive_loss",
+    "key_softmax",
+    "enqueue_",
+)
 
 
 def native_build_info() -> dict[str, Any] | str:
@@ -44,6 +53,7 @@ def collect() -> dict[str, str]:
     report["CPU matrix products"] = "oneDNN" if onednn_is_faster() else "torch.mm"
     report["backend"] = f"{settings.default_backend()} (SSL_KERNELS_BACKEND or use_backend overrides)"
     report["workspace"] = f"{settings.workspace_bytes() / 2**20:g} MB (SSL_KERNELS_WORKSPACE_MB overrides)"
+    report["kept tiles"] = f"{settings.tile_budget_bytes() / 2**20:g} MB (SSL_KERNELS_TILE_BUDGET_MB overrides)"
     for op in OPS:
         report[op] = ", ".join(f"{case}: {backend}" for case, backend in _backends().items())
     return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,16 +25,29 @@ def _check_workspace(mb: float, origin: str) -> float:
     return mb
 
 
-def _workspace_from_environment() -> float:
-    text = os.environ.get("SSL_KERNELS_WORKSPACE_MB") or "64"
+def _check_budget(mb: float, origin: str) -> float:
+    if not 0 <= mb < float("inf"):
+        raise ValueError(f"{origin}: expected a number of megabytes, at least 0, got {mb!r}")
+    return mb
+
+
+def _megabytes(variable: str, default: float, check: Callable[[float, str], float]) -> float:
+    text = os.environ.get(variable)
+    if not text:
+        return default
     try:
-        return _check_workspace(float(text), "SSL_KERNELS_WORKSPACE_MB")
+        value = float(text)
     except ValueError:
-        raise ValueError(f"SSL_KERNELS_WORKSPACE_MB: expected a positive number of megabytes, got {text!r}") from None
+        value = float("nan")
+    try:
+        return check(value, variable)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rpartition('got ')[0]}got {text!r}") from None
 
 
 _backend = _check_backend(os.environ.get("SSL_KERNELS_BACKEND") or "auto", "SSL_KERNELS_BACKEND")
-_workspace_mb = _workspace_from_environment()
+_workspace_mb = _megabytes("SSL_KERNELS_WORKSPACE_MB", 64, _check_workspace)
+_tile_budget_mb = _megabytes("SSL_KERNELS_TILE_BUDGET_MB", 64, _check_budget)
 
 
 @contextmanager
@@ -72,8 +85,28 @@ def use_workspace(mb: float) -> Iterator[None]:
         _workspace_mb = previous
 
 
+@contextmanager
+def use_tile_budget(mb: float) -> Iterator[None]:
+    """Let a softmax loss keep up to ``mb`` megabytes of similarities from its first pass for its second.
+
+    What is kept need not be computed again: 3 units instead of 4 for CLIP. It is freed before the loss returns. 0 turns
+    it off; the environment variable ``SSL_KERNELS_TILE_BUDGET_MB`` sets the default, 64 if absent, which is all of a
+    batch of 4,096 in fp32. On GPUs the Triton kernels keep nothing: there the product is faster than the memory.
+    """
+    global _tile_budget_mb
+    previous, _tile_budget_mb = _tile_budget_mb, _check_budget(mb, "use_tile_budget")
+    try:
+        yield
+    finally:
+        _tile_budget_mb = previous
+
+
 def workspace_bytes() -> int:
     return int(_workspace_mb * 2**20)
+
+
+def tile_budget_bytes() -> int:
+    return int(_tile_budget_mb * 2**20)
 
 
 def default_backend() -> str:

@@ -13,11 +13,7 @@ namespace {
 
 void sigmoid_panel_cpu(Tensor tile, Tensor stats, double scale, double bias, std::optional<Tensor> row_ids,
                        std::optional<Tensor> col_ids, bool ignore_same_id, int64_t diagonal, bool write_grad) {
-  sslk::check_tensor(tile, "tile", ScalarType::Float, 2);
-  STD_TORCH_CHECK(tile.size(1) <= 1 || tile.stride(1) == 1, "tile: expected unit stride along columns, got ",
-                  tile.stride(1));
-  STD_TORCH_CHECK(tile.size(0) <= 1 || tile.stride(0) >= tile.size(1), "tile: expected rows that do not overlap, got ",
-                  "stride ", tile.stride(0), " for ", tile.size(1), " columns");
+  sslk::check_tile(tile, "tile");
   sslk::check_tensor(stats, "stats", ScalarType::Double, 2);
   sslk::check_size(stats, "stats", 0, tile.size(0));
   STD_TORCH_CHECK(stats.is_contiguous(), "stats: expected a contiguous tensor");

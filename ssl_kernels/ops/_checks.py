@@ -36,20 +36,31 @@ def check_ids(x: Tensor, y: Tensor, x_ids: Tensor | None, y_ids: Tensor | None) 
     if (x_ids is None) != (y_ids is None):
         raise ValueError(f"{'x_ids' if x_ids is None else 'y_ids'}: expected ids for both x and y, or for neither")
     for name, ids, features in (("x_ids", x_ids, x), ("y_ids", y_ids, y)):
-        if ids is None:
-            continue
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"{name}: expected an int64 tensor, got {got}")
-        if ids.shape != features.shape[:1]:
-            raise ValueError(f"{name}: expected shape ({features.shape[0]},), got {tuple(ids.shape)}")
-        if ids.device != features.device:
-            raise ValueError(f"{name}: expected device {features.device}, got {ids.device}")
+        if ids is not None:
+            check_row_ids(name, ids, features)
+
+
+def check_row_ids(name: str, ids: Tensor, features: Tensor) -> None:
+    """int64 [rows of the features], on their device."""
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+    if ids.shape != features.shape[:1]:
+        raise ValueError(f"{name}: expected shape ({features.shape[0]},), got {tuple(ids.shape)}")
+    if ids.device != features.device:
+        raise ValueError(f"{name}: expected device {features.device}, got {ids.device}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
 def check_offset(offset: int) -> None:
@@ -84,6 +95,13 @@ def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(f"{name}: expected a float or a tensor of one element, got {type(value).__name__}")
     return torch.full((), float(value), dtype=dtype, device=like.device)
+
+
+def as_temperature(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """As :func:`as_scalar`, and a float must be positive; a tensor is not read, for that would wait for the device."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+    return as_scalar(name, value, like)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

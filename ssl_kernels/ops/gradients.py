@@ -43,11 +43,11 @@ def _(
     )
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+def no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError(
         "ssl_kernels: the gradient of a fused loss cannot be differentiated again; "
         "for double backward run the loss inside `with ssl_kernels.use_backend('reference'):`"
     )
 
 
-finish_gradients.register_autograd(_no_double_backward)
+finish_gradients.register_autograd(no_double_backward)

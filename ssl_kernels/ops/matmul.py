@@ -38,6 +38,8 @@ def _through_onednn(a: Tensor, b: Tensor) -> bool:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b for a [m, k] and b [k, n] of one dtype, any strides."""
     if _through_onednn(a, b):
+        if not (b.is_contiguous() or b.t().is_contiguous()):
+            b = b.clone()  # oneDNN has no fast kernel for gaps between its rows: it is 1,000 times slower
         product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
         return product
     return a @ b

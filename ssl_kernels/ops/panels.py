@@ -5,10 +5,12 @@ per-row statistics and a gradient tile G [m, n]; two matrix products then add G 
 G^T X_i to that of Y_j, in fp32. Nothing of size M x N ever exists: the peak is one tile beside O((M + N) D).
 
 Cost per element of M x N: 2 D FLOP for the tile, 2 D for each of the two gradients that is wanted, and the epilogue.
+Where Y is X, the tiles below the diagonal mirror those above it and are not visited: half the cost.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -23,15 +25,22 @@ PanelFunction = Callable[[Tensor, Tensor, Tensor, int, int], Tensor | None]
 
 _SIDE_CPU = 1024  # 1024 x 1024 fp32 is 4 MB: in the last-level cache, with long enough inner products
 _SIDE_GPU = 4096  # 4096 x 4096 in 16 bits is 32 MB: within the L2 of an H100, with few launches
+_SYMMETRIC_PANELS = 8  # at least so many where size allows: tiles on the diagonal are visited whole, 1/8 of the work
 
 
-def panel_shape(rows: int, cols: int, width: int, bytes_per_element: int, device_type: str) -> tuple[int, int]:
+def panel_shape(
+    rows: int, cols: int, width: int, bytes_per_element: int, device_type: str, symmetric: bool = False
+) -> tuple[int, int]:
     """Rows and columns of a panel: square by preference, evened out over the matrix. The tile fits the workspace, and
     so does a panel of ``width`` features in fp32, which a conversion or a product may have to hold."""
     limit = max(1, workspace_bytes() // bytes_per_element)
     longest = max(1, workspace_bytes() // (4 * max(1, width)))
     side = min(_SIDE_CPU if device_type == "cpu" else _SIDE_GPU, math.isqrt(limit))
+    if symmetric:
+        side = min(side, max(256, rows // _SYMMETRIC_PANELS))
     panel_rows = _even_split(rows, min(side, longest))
+    if symmetric:
+        return panel_rows, panel_rows
     panel_cols = _even_split(cols, min(side * side // panel_rows, longest))
     return panel_rows, panel_cols
 
@@ -42,6 +51,12 @@ def _even_split(size: int, limit: int) -> int:
         return size
     even = -(-size // -(-size // limit))
     return min(limit, -(-even // 16) * 16)
+
+
+def _cut(size: int, step: int, seam: int = 0) -> list[slice]:
+    """Panels of at most ``step`` rows, of which none lies across the row ``seam``."""
+    starts = [*range(0, seam, step), *range(seam, size, step)]
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, size])]
 
 
 def run_panels(
@@ -56,13 +71,21 @@ def run_panels(
     want_dx: bool,
     want_dy: bool,
     row_weight: Tensor | None = None,
+    dx: Tensor | None = None,
+    symmetric: bool = False,
+    seam: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row statistics [M, stats_width], and the gradients sum_j G Y [M, D] and sum_i G^T (w X) [N, D] in fp32
     (float64 for float64 features; empty where not wanted).
 
     Features go to the panels in ``compute_dtype``; ``tiles`` is how many tiles of it ``panel`` holds at a time, and
     ``tile_scale`` the power of two that its result carries, which is taken out after the fp32 accumulation.
-    ``row_weight`` [M] weighs the rows in the gradient of y; what is by rows is left for the caller to weigh.
+    ``row_weight`` [M] weighs the rows in the gradient of y; what is by rows is left for the caller to weigh. A ``dx``
+    that is given receives the gradient of x; ``panel`` may rescale its rows before a tile after the first is added.
+
+    With ``symmetric``, ``y`` is ``x``, and only tiles on and above the diagonal are visited. One above it stands for
+    its mirror image too: G must hold the gradient through both. Both gradients are then in the first, and the second
+    is empty. No panel lies across the row ``seam``.
     """
     rows, cols, width = x.shape[0], y.shape[0], x.shape[1]
     device = x.device
@@ -71,31 +94,40 @@ def run_panels(
     stats = torch.zeros(rows, stats_width, dtype=stats_dtype, device=device)
     # The gradient of y is kept transposed: [D, m] x [m, n] reads G along its rows, the fast way on the CPU.
     make = torch.zeros if rows == 0 or cols == 0 else torch.empty
-    dx = make(rows if want_dx else 0, width, dtype=accumulate_dtype, device=device)
+    if dx is None:
+        dx = make(rows if want_dx else 0, width, dtype=accumulate_dtype, device=device)
     dy_t = make(width, cols if want_dy else 0, dtype=accumulate_dtype, device=device)
     if rows == 0 or cols == 0:
         return stats, dx, dy_t.t()
 
-    panel_rows, panel_cols = panel_shape(rows, cols, width, tiles * compute_dtype.itemsize, device.type)
-    for i in range(0, rows, panel_rows):
-        x_i = x[i : i + panel_rows].to(compute_dtype)
-        m = x_i.shape[0]
+    bytes_per_element = tiles * compute_dtype.itemsize
+    panel_rows, panel_cols = panel_shape(rows, cols, width, bytes_per_element, device.type, symmetric)
+    row_panels, col_panels = _cut(rows, panel_rows, seam), _cut(cols, panel_cols, seam)
+    if symmetric and want_dy:
+        dy_t[:, col_panels[0]] = 0  # nothing lies above the first tile
+    for a, row_panel in enumerate(row_panels):
+        i = row_panel.start
+        x_i = x[row_panel].to(compute_dtype)
         if want_dy:
             # A weight must not meet 16-bit features before the product: that product is then one of fp32.
-            x_i_t = x_i.t() if row_weight is None else x_i.t().to(accumulate_dtype) * row_weight[i : i + m]
+            x_i_t = x_i.t() if row_weight is None else x_i.t().to(accumulate_dtype) * row_weight[row_panel]
             if device.type == "cpu":
                 x_i_t = x_i_t.contiguous()
-        for j in range(0, cols, panel_cols):
-            y_j = y[j : j + panel_cols].to(compute_dtype)
-            n = y_j.shape[0]
-            tile = panel(x_i, y_j, stats[i : i + m], i, j)
+        first_col = a if symmetric else 0
+        for b in range(first_col, len(col_panels)):
+            col_panel = col_panels[b]
+            y_j = y[col_panel].to(compute_dtype)
+            tile = panel(x_i, y_j, stats[row_panel], i, col_panel.start)
             if tile is None:
                 continue
             if want_dx:
-                add_matmul(dx[i : i + m], tile, y_j, first=j == 0)
-            if want_dy:
-                add_matmul(dy_t[:, j : j + n], x_i_t, tile, first=i == 0)
+                add_matmul(dx[row_panel], tile, y_j, first=b == first_col)
+            if want_dy and not (symmetric and a == b):
+                add_matmul(dy_t[:, col_panel], x_i_t, tile, first=a == 0)
             del tile  # before the next one is made
+    if symmetric and want_dy:
+        dx += dy_t.t()
+        dy_t = dy_t.new_empty(width, 0)
     if tile_scale != 1:
         dx /= tile_scale
         dy_t /= tile_scale

@@ -1,0 +1,89 @@
+// Online softmax over a tile of raw similarities r = q_i . k_j, z = scale r, in two sweeps of a row that stays in L1:
+//
+//   m' = max(m, max_j z_j)                       the running maximum
+//   e_j = exp(z_j - m'),   s' = s exp(m - m') + sum_j e_j
+//
+// and whatever was weighed by exponentials of earlier tiles is multiplied by exp(m - m') too. One exponential to an
+// element; the sum is about 1 at least, so that an exponential that bottoms out at 1.2e-38 changes nothing.
+//
+// As in logsumexp, nothing is subtracted from a row whose maximum is infinite: it sums to +infinity, or to a finite
+// number beside the maximum -infinity. A NaN does not enter the maximum and shows in the sum.
+
+// Columns after which the fp32 sum of a row goes to double: a row may be millions of columns long.
+constexpr int64_t kColumnsPerSum = 64 * LANES;
+
+constexpr float kInfinity = __builtin_inff();
+
+SSLK_INLINE float row_maximum(const float* row, int64_t cols, float scale) {
+  constexpr int kChains = 4;  // comparisons in flight
+  Vec top[kChains];
+  for (Vec& t : top) t = broadcast(-kInfinity);
+  int64_t col = 0;
+  for (; col + kChains * LANES <= cols; col += kChains * LANES) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      Vec z = load<Vec>(row + col + chain * LANES) * scale;
+      top[chain] = z > top[chain] ? z : top[chain];
+    }
+  }
+  float maximum = -kInfinity;
+  for (const Vec& t : top) {
+    for (int k = 0; k < LANES; ++k) maximum = t[k] > maximum ? t[k] : maximum;
+  }
+  for (; col < cols; ++col) {
+    const float z = row[col] * scale;
+    maximum = z > maximum ? z : maximum;
+  }
+  return maximum;
+}
+
+// exp(z - shift), where the difference exceeds a rounding error only beside an infinite maximum: then any large number
+// will do, for the infinity is in the sum.
+SSLK_INLINE Vec exp_from(Vec raw, Vec scale, Vec shift) {
+  Vec x = raw * scale - shift;
+  Vec e = exp_nonpositive(x);
+  return x > 1 ? x : e;
+}
+
+template <bool kWrite>
+SSLK_INLINE double exp_row(float* row, int64_t cols, Vec scale, Vec shift) {
+  double total = 0;
+  Vec part = {};
+  int64_t col = 0;
+  for (; col + LANES <= cols; col += LANES) {
+    Vec e = exp_from(load<Vec>(row + col), scale, shift);
+    part += e;
+    if (kWrite) store(row + col, e);
+    if (col % kColumnsPerSum == kColumnsPerSum - LANES) {
+      total += sum(part);
+      part = Vec{};
+    }
+  }
+  if (const int rest = int(cols - col)) {
+    float buffer[LANES] = {};
+    std::memcpy(buffer, row + col, rest * sizeof(float));
+    Vec e = exp_from(load<Vec>(buffer), scale, shift);
+    part += lane_index() < rest ? e : broadcast(0);
+    if (kWrite) std::memcpy(row + col, &e, rest * sizeof(float));
+  }
+  return total + sum(part);
+}
+
+static void key_softmax_panel(const KeySoftmaxPanel& p, int64_t begin, int64_t end) {
+  const Vec scale = broadcast(p.scale);
+  for (int64_t i = begin; i < end; ++i) {
+    float* row = p.tile + i * p.row_stride;
+    double* stats = p.stats + 2 * i;
+    const double before = stats[0], here = row_maximum(row, p.cols, p.scale);
+    const double maximum = here > before ? here : before;
+    const bool infinite = maximum == kInfinity || maximum == -kInfinity;
+    const Vec shift = broadcast(infinite ? 0 : float(maximum));
+    const double total = p.mean ? exp_row<true>(row, p.cols, scale, shift) : exp_row<false>(row, p.cols, scale, shift);
+    const double rescale = before == maximum ? 1 : std::exp(before - maximum);
+    stats[0] = maximum;
+    stats[1] = stats[1] * rescale + total;
+    if (p.mean && rescale != 1) {
+      float* mean = p.mean + i * p.mean_stride;
+      for (int64_t k = 0; k < p.width; ++k) mean[k] *= float(rescale);
+    }
+  }
+}

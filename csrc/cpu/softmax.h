@@ -1,0 +1,79 @@
+// The tile kernels of the softmax contrastive losses (CLIP, NT-Xent, SupCon). Free of torch and of Python.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "isa.h"
+
+namespace sslk {
+
+// A diagonal that meets no tile.
+constexpr int64_t kNoDiagonal = int64_t(1) << 62;
+
+// Raw similarities x_i . y_j, and what each pair is.
+struct SoftmaxTile {
+  float* raw;  // [rows, cols]
+  int64_t rows;
+  int64_t cols;
+  int64_t row_stride;  // of raw, in elements
+  float scale;         // t >= 0
+  const int64_t* row_ids;  // [rows] and [cols], or both null
+  const int64_t* col_ids;
+  bool ignore_same_id;  // pairs of equal ids off the positive diagonal: left out instead of positive
+  int64_t positive;     // (i, i + positive) is a positive pair
+  int64_t excluded;     // (i, i + excluded) is left out, whatever else it is
+};
+
+// Statistics of a row or a column, accumulated over tiles, in this order. The last two only if `uniform`.
+//   max of z = scale * raw over the pairs that count, sum of exp(z - max), sum of raw over positives, their number,
+//   sum of raw over the pairs that count, their number
+constexpr int64_t kStats = 4, kUniformStats = 6;
+
+// Statistics of one tile in two steps, of which each may be split over threads in any way with the same result: first
+// the rows, in chunks, then the columns, out of what the chunks left.
+class SoftmaxStats {
+ public:
+  static constexpr int64_t kChunk = 64;  // rows that share a reference for their columns' sums
+
+  // row_stats [rows, kStats or kUniformStats]; col_stats [cols, same], or null where not wanted.
+  SoftmaxStats(const SoftmaxTile& tile, double* row_stats, double* col_stats, bool uniform);
+
+  int64_t chunks() const { return (tile.rows + kChunk - 1) / kChunk; }
+  void add_rows(int64_t chunk_begin, int64_t chunk_end, Isa isa);
+  void add_columns(int64_t col_begin, int64_t col_end, Isa isa);
+
+  const SoftmaxTile tile;
+  double* const row_stats;
+  double* const col_stats;
+  const bool uniform;
+  const int64_t width;       // of the statistics
+  std::vector<float> sums;   // [chunks, planes, cols]: per chunk and column, the statistics but for the maximum
+  std::vector<float> tops;   // [chunks]: the largest raw similarity of a chunk, to which its sums of exp refer
+  const int64_t planes;
+};
+
+// The gradient of the loss by z, in place of the raw similarities. With P = exp(z - lse):
+//   G_ij = row_weight_i P_ij(rows) + col_weight_j P_ij(columns)
+//          - [positive] (row_target_i + col_target_j) - (row_uniform_i + col_uniform_j),   0 where left out
+struct SoftmaxGrad {
+  struct Side {
+    const double* lse;
+    const float* weight;
+    const float* target;
+    const float* uniform;  // null without label smoothing, then on both sides
+  };
+  SoftmaxTile tile;
+  double* stats;  // [rows]: sum_j G_ij raw_ij is added
+  Side row, col;
+  bool write;                       // whether G replaces the similarities
+  std::vector<float> col_lse_raw;   // [cols] each, made by softmax_grad_prepare: lse = scale * raw + rest
+  std::vector<float> col_lse_rest;
+};
+
+void softmax_grad_prepare(SoftmaxGrad& grad);
+
+// Rows [row_begin, row_end); distinct ranges may run concurrently, and the result does not depend on the split.
+void softmax_grad(const SoftmaxGrad& grad, int64_t row_begin, int64_t row_end, Isa isa);
+
+}  // namespace sslk

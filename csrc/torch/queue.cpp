@@ -1,0 +1,69 @@
+// CPU tensors in, the torch-free kernel underneath, torch's own thread pool across keys.
+#include "../cpu/queue.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../checks.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+sslk::FeatureType check_features(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1, name,
+                  ": expected unit stride along columns, got ", t.stride(1));
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return sslk::FeatureType::kFloat32;
+    case ScalarType::BFloat16:
+      return sslk::FeatureType::kBFloat16;
+    case ScalarType::Half:
+      return sslk::FeatureType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype Float, BFloat16 or Half, got ",
+                      torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+void enqueue_rows_cpu(Tensor queue, Tensor pointer, Tensor keys, bool normalize) {
+  sslk::Enqueue job{};
+  job.queue_type = check_features(queue, "queue");
+  job.keys_type = check_features(keys, "keys");
+  sslk::check_size(keys, "keys", 1, queue.size(1));
+  STD_TORCH_CHECK(queue.size(0) > 0, "queue: expected at least 1 row, got 0");
+  STD_TORCH_CHECK(queue.size(0) == 1 || queue.stride(0) >= queue.size(1),
+                  "queue: expected rows that do not overlap, got stride ", queue.stride(0), " for ", queue.size(1),
+                  " columns");
+  STD_TORCH_CHECK(pointer.is_cpu() && pointer.scalar_type() == ScalarType::Long && pointer.numel() == 1,
+                  "pointer: expected one int64 element on the CPU");
+
+  const int64_t size = queue.size(0), batch = keys.size(0);
+  int64_t& row = *pointer.mutable_data_ptr<int64_t>();
+  job.queue = queue.mutable_data_ptr();
+  job.size = size;
+  job.queue_stride = queue.stride(0);
+  job.keys = keys.const_data_ptr();
+  job.keys_stride = keys.stride(0);
+  job.width = queue.size(1);
+  job.start = (row % size + size) % size;
+  job.normalize = normalize;
+
+  const sslk::Isa isa = sslk::active_isa();
+  const int64_t elements_per_task = 65536;  // about 10 us of work, so that small batches stay on one thread
+  const int64_t grain = elements_per_task / (job.width > 0 ? job.width : 1) + 1;
+  torch::stable::parallel_for(batch > size ? batch - size : 0, batch, grain,
+                              [&](int64_t begin, int64_t end) { sslk::enqueue_rows(job, begin, end, isa); });
+  row = (job.start + batch) % size;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
+  m.def("enqueue_rows_(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys, bool normalize) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) { m.impl("enqueue_rows_", TORCH_BOX(&enqueue_rows_cpu)); }

@@ -1,0 +1,61 @@
+"""Modules of lightly, argument for argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import ssl_kernels.functional as K
+from ssl_kernels.queue import gather_rows, random_keys
+
+
+class MemoryBankModule(nn.Module):
+    """Replaces ``lightly.models.modules.memory_bank.MemoryBankModule``.
+
+    It returns what lightly's returns: the bank as it was before the update. Unlike that one it keeps every row of a
+    batch that wraps around the end of the bank, takes batches of more rows than the bank, saves the bank in checkpoints
+    (lightly's own, which lack it, load with ``strict=False``), and does not synchronise with the device. The bank is
+    copied in a call that updates it, and else returned as a view.
+
+    A loss over :class:`ssl_kernels.KeyQueue` with :func:`ssl_kernels.functional.info_nce_loss` needs no copy at all.
+
+    Args:
+        size: rows and features of the bank, or 0 for none.
+        gather_distributed: update with the rows of all processes.
+        feature_dim_first: return the bank as [features, rows], else as [rows, features].
+
+    >>> import torch
+    >>> from ssl_kernels.integrations.lightly import MemoryBankModule
+    >>> output, negatives = MemoryBankModule(size=(512, 16))(torch.randn(8, 16), update=True)
+    >>> negatives.shape
+    torch.Size([16, 512])
+    """
+
+    bank: Tensor
+    bank_ptr: Tensor
+
+    def __init__(
+        self, size: int | Sequence[int], gather_distributed: bool = False, feature_dim_first: bool = True
+    ) -> None:
+        super().__init__()
+        self.size = (size,) if isinstance(size, int) else tuple(size)
+        if self.size != (0,) and (len(self.size) != 2 or min(self.size) < 0):
+            raise ValueError(f"size: expected (rows, features), or 0 to disable the memory bank, got {size}")
+        self.gather_distributed = gather_distributed
+        self.feature_dim_first = feature_dim_first
+        self.register_buffer("bank", torch.empty(0) if self.size == (0,) else random_keys(*self.size))
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.int64))
+
+    def forward(
+        self, output: Tensor, labels: Tensor | None = None, update: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """``output`` [B, features], and the bank before ``update`` writes it there; ``labels`` are ignored."""
+        if self.size[0] == 0:
+            return output, None
+        bank = self.bank.clone() if update else self.bank
+        if update:
+            rows = gather_rows(output) if self.gather_distributed else output
+            K.enqueue_(self.bank, self.bank_ptr, rows)
+        return output, bank.t() if self.feature_dim_first else bank

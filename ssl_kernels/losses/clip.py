@@ -1,0 +1,80 @@
+"""CLIP loss module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import ssl_kernels.functional as K
+
+
+class ClipLoss(nn.Module):
+    r"""Symmetric softmax contrastive loss; replaces ``open_clip.ClipLoss`` argument for argument.
+
+    :math:`L = \frac{1}{2B} \sum_i (\log \sum_j e^{z_{ij}} + \log \sum_j e^{z_{ji}} - 2 z_{ii})`,
+    :math:`z_{ij} = t\, x_i \cdot y_j`. See :func:`ssl_kernels.functional.clip_loss`.
+
+    Args:
+        local_loss, gather_with_grad: how open_clip exchanges features between processes; unused in one process.
+        cache_labels: accepted for compatibility; there are no labels to cache.
+        rank, world_size: of the process; this version computes the loss of one process.
+        use_horovod: accepted for compatibility; unused in one process.
+
+    Raises:
+        NotImplementedError: if ``world_size`` > 1.
+
+    Source: Radford et al. 2021, arXiv:2103.00020.
+
+    >>> import torch
+    >>> from ssl_kernels import ClipLoss
+    >>> features = torch.eye(4)
+    >>> round(ClipLoss()(features, features, logit_scale=torch.tensor(2.0)).item(), 4)
+    0.3408
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if world_size > 1:
+            raise NotImplementedError(
+                f"ClipLoss: world_size={world_size}: the exchange of features between processes is not implemented in "
+                "this version; compute the loss per process with world_size=1"
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of [B, D] normalised features; ``logit_scale`` is already exponentiated.
+
+        A ``logit_bias`` has no effect, and its gradient is zero: a softmax does not see what all logits share. With
+        ``output_dict`` the result is ``{"contrastive_loss": loss}``.
+        """
+        if image_features.shape[:1] != text_features.shape[:1]:
+            raise ValueError(
+                f"text_features: expected {image_features.shape[0]} rows as image_features has, "
+                f"got {text_features.shape[0]}"
+            )
+        loss = K.clip_loss(image_features, text_features, logit_scale)
+        if isinstance(logit_bias, Tensor):
+            loss = loss + 0 * logit_bias.sum().to(loss)  # in the graph, for trainers that want every parameter used
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, world_size={self.world_size}"

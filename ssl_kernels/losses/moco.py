@@ -1,0 +1,86 @@
+"""Loss modules of momentum contrast: MoCo v1 and v2 against a queue, MoCo v3 within the batch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ssl_kernels.functional as K
+from ssl_kernels.losses.infonce import positive_temperature
+from ssl_kernels.queue import KeyQueue, gather_rows
+
+
+class MoCoLoss(nn.Module):
+    r"""InfoNCE against a queue of past keys, which receives the new keys once the loss is computed.
+
+    Args:
+        temperature: 0.07 in MoCo v1, 0.2 in v2.
+
+    Source: He et al. 2019, arXiv:1911.05722; Chen et al. 2020, arXiv:2003.04297.
+
+    >>> import torch
+    >>> from ssl_kernels import KeyQueue, MoCoLoss
+    >>> queue, features = KeyQueue(size=128, dim=8), torch.randn(16, 8)
+    >>> loss = MoCoLoss(temperature=0.2)(features, features, queue)
+    >>> queue.pointer.item()
+    16
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature = positive_temperature(temperature)
+
+    def forward(self, query: Tensor, key: Tensor, queue: KeyQueue, update: bool = True) -> Tensor:
+        """The loss of ``query`` [B, D] and the momentum encoder's ``key`` [B, D], both normalised here.
+
+        ``update=False`` leaves the queue as it is, for an evaluation.
+        """
+        query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        loss = K.info_nce_loss(query, key, queue.keys, 1 / self.temperature)
+        if update:
+            queue.enqueue(key)
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+class MoCoV3Loss(nn.Module):
+    r"""Symmetric InfoNCE within the batch: the queries of each view against the momentum keys of the other.
+
+    :math:`L = \ell(q_1, k_2) + \ell(q_2, k_1)`, where
+    :math:`\ell(q, k) = -2 \tau \frac{1}{B} \sum_i \log \operatorname{softmax}_j(q_i \cdot k_j / \tau)_{j = i}`.
+
+    Args:
+        temperature: :math:`\tau`; 1.0 for ResNets, 0.2 for vision transformers.
+        gather: take the keys of all ``torch.distributed`` processes. They are constants: gradients stay exact.
+
+    Source: Chen et al. 2021, arXiv:2104.02057.
+
+    >>> import torch
+    >>> from ssl_kernels import MoCoV3Loss
+    >>> views = torch.eye(4)
+    >>> round(MoCoV3Loss(temperature=0.2)(views, views, views, views).item(), 4)
+    0.016
+    """
+
+    def __init__(self, temperature: float = 1.0, gather: bool = False) -> None:
+        super().__init__()
+        self.temperature = positive_temperature(temperature)
+        self.gather = gather
+
+    def forward(self, q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
+        """The loss of queries and frozen keys of two views, each [B, D] and normalised here."""
+        return self.one_direction(q1, k2) + self.one_direction(q2, k1)
+
+    def one_direction(self, query: Tensor, key: Tensor) -> Tensor:
+        if key.shape != query.shape:
+            raise ValueError(f"key: expected the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}")
+        query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        keys = gather_rows(key) if self.gather else key
+        lse, _ = K.key_softmax(query, keys, 1 / self.temperature, want_mean=False)
+        similarity = (query.to(lse.dtype) * key.to(lse.dtype)).sum(1)
+        return 2 * self.temperature * (lse - similarity / self.temperature).mean()
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, gather={self.gather}"

@@ -1,0 +1,47 @@
+"""Supervised contrastive loss module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import ssl_kernels.functional as K
+from ssl_kernels.losses.infonce import positive_temperature
+
+
+class SupConLoss(nn.Module):
+    r"""Supervised contrastive loss: rows that share a label attract each other.
+
+    :math:`L_i = \log \sum_{k \ne i} \exp(z_i \cdot z_k / \tau) - \frac{1}{|P_i|} \sum_{p \in P_i} z_i \cdot z_p / \tau`
+    over the rows that have a positive; see :func:`ssl_kernels.functional.sup_con_loss`.
+
+    Args:
+        temperature: :math:`\tau`.
+
+    ``unpaired`` holds how many rows of the last batch had no positive and contributed nothing, as a tensor: reading it
+    waits for the device.
+
+    Source: Khosla et al. 2020, arXiv:2004.11362.
+
+    >>> import torch
+    >>> from ssl_kernels import SupConLoss
+    >>> loss = SupConLoss(temperature=0.5)
+    >>> round(loss(torch.eye(3), torch.tensor([7, 7, 8])).item(), 4), loss.unpaired.item()
+    (0.6931, 1)
+    """
+
+    unpaired: Tensor
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature = positive_temperature(temperature)
+        self.register_buffer("unpaired", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of [N, D] normalised features with integer labels [N]; several views are rows of one label."""
+        loss, unpaired = K.sup_con_loss(features, labels.long(), self.temperature, return_unpaired=True)
+        self.unpaired = unpaired
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"

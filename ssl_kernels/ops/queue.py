@@ -1,0 +1,88 @@
+"""A ring buffer of keys, written in place: schema, reference, backends and fake.
+
+One pass normalises, casts and writes B rows where the pointer stands, and moves the pointer on its device: no copy of
+the queue, no synchronisation with the host, no condition on the batch size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_kernels.ops import _checks
+from ssl_kernels.settings import choose_backend
+
+
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = False) -> None:
+    """Documented at :func:`ssl_kernels.functional.enqueue_`."""
+    _check(queue, pointer, keys)
+    backend = choose_backend(queue.device.type, torch.promote_types(queue.dtype, keys.dtype))
+    if backend == "reference":
+        with torch.no_grad():
+            reference(queue, pointer, keys, normalize)
+    else:
+        _enqueue(queue, pointer, keys.detach(), normalize, backend)
+
+
+def _check(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    _checks.check_features(queue=queue)
+    _checks.check_features(keys=keys)
+    if queue.requires_grad:
+        raise ValueError("queue: expected a buffer without gradient, got a tensor that requires it")
+    if queue.shape[0] == 0:
+        raise ValueError("queue: expected at least 1 row, got 0")
+    if queue.stride(1) != 1 and queue.shape[1] > 1:
+        raise ValueError(f"queue: expected rows that are contiguous in memory, got strides {queue.stride()}")
+    if keys.shape[1] != queue.shape[1]:
+        raise ValueError(f"keys: expected {queue.shape[1]} features as queue has, got {keys.shape[1]}")
+    if not isinstance(pointer, Tensor) or pointer.dtype != torch.int64:
+        got = pointer.dtype if isinstance(pointer, Tensor) else type(pointer).__name__
+        raise TypeError(f"pointer: expected an int64 tensor, got {got}")
+    if pointer.numel() != 1:
+        raise ValueError(f"pointer: expected one element, got shape {tuple(pointer.shape)}")
+    for name, value in (("pointer", pointer), ("keys", keys)):
+        if value.device != queue.device:
+            raise ValueError(f"{name}: expected the device of queue ({queue.device}), got {value.device}")
+
+
+def reference(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
+    """The definition: rows (pointer + r) mod K, of which only the last K of a longer batch remain."""
+    if normalize:
+        keys = F.normalize(keys.to(_checks.accumulation_dtype(keys.dtype)), dim=1, eps=1e-12)
+    size, batch = queue.shape[0], keys.shape[0]
+    rows = torch.arange(max(0, batch - size), batch, device=queue.device)
+    queue.index_copy_(0, (pointer.reshape(()) + rows) % size, keys[max(0, batch - size) :].to(queue.dtype))
+    pointer.copy_((pointer + batch) % size)
+
+
+def _enqueue_cpu(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
+    keys = keys if keys.stride(1) == 1 else keys.contiguous()
+    torch.ops.ssl_kernels.enqueue_rows_(queue, pointer, keys, normalize)
+
+
+def _enqueue_triton(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
+    try:
+        from ssl_kernels.kernels import queue as kernels
+    except ImportError as error:
+        raise ImportError("backend 'triton': Triton is not installed; install it or use_backend('eager')") from error
+    kernels.enqueue(queue, pointer, keys, normalize)
+
+
+_BACKENDS: dict[str, Any] = {"eager": reference, "cpu": _enqueue_cpu, "triton": _enqueue_triton}
+
+
+@torch.library.custom_op(
+    "ssl_kernels::enqueue",
+    mutates_args=("queue", "pointer"),
+    schema="(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys, bool normalize, str backend) -> ()",
+)
+def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool, backend: str) -> None:
+    _BACKENDS[backend](queue, pointer, keys, normalize)
+
+
+@_enqueue.register_fake
+def _(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool, backend: str) -> None:
+    return None

@@ -1,0 +1,95 @@
+"""The queue of keys that momentum contrast draws its negatives from."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ssl_kernels.functional as K
+
+
+class KeyQueue(nn.Module):
+    """The last ``size`` keys, as a ring buffer that is written in place.
+
+    The rows of :attr:`keys` start as random unit vectors, as in MoCo, so that the loss has all its negatives from the
+    first step on. Rows and pointer are buffers: checkpoints hold them and training resumes exactly.
+
+    Enqueue strictly after the loss. Keys that are in the queue before it are among their own negatives, and even a
+    perfect match then scores ln 2. The losses of this library keep no reference to the queue: enqueueing between a
+    forward pass and its backward is safe.
+
+    Args:
+        size: number of keys.
+        dim: features of a key.
+        dtype: in which keys are kept: float32, bfloat16, float16 or float64.
+        normalize: divide each key by its norm on the way in.
+        gather: enqueue the keys of all ``torch.distributed`` processes, in the order of their ranks, on each of them.
+            Processes may bring different numbers of keys. For equal queues start from equal keys: wrap the module in
+            ``DistributedDataParallel``, which broadcasts buffers, or give each process a generator of the same seed.
+        generator: of the random keys to start from.
+
+    Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722.
+
+    >>> import torch
+    >>> from ssl_kernels import InfoNCELoss, KeyQueue
+    >>> queue, criterion = KeyQueue(size=512, dim=16, normalize=True), InfoNCELoss(temperature=0.07)
+    >>> query, key = torch.nn.functional.normalize(torch.randn(2, 32, 16), dim=-1)
+    >>> loss = criterion(query, key, queue.keys)
+    >>> queue.enqueue(key)
+    >>> queue.pointer.item()
+    32
+    """
+
+    keys: Tensor  # [size, dim]
+    pointer: Tensor  # 0-dim int64: the row that the next key goes to
+
+    def __init__(
+        self,
+        size: int = 65536,
+        dim: int = 128,
+        *,
+        dtype: torch.dtype = torch.float32,
+        normalize: bool = False,
+        gather: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.normalize = normalize
+        self.gather = gather
+        self.register_buffer("keys", random_keys(size, dim, generator).to(dtype))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    def enqueue(self, keys: Tensor) -> None:
+        """Write ``keys`` [B, dim], any B, over the oldest ones."""
+        K.enqueue_(self.keys, self.pointer, gather_rows(keys) if self.gather else keys, normalize=self.normalize)
+
+    def extra_repr(self) -> str:
+        size, dim = self.keys.shape
+        return f"size={size}, dim={dim}, dtype={self.keys.dtype}, normalize={self.normalize}, gather={self.gather}"
+
+
+def random_keys(size: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """[size, dim] random unit vectors."""
+    return F.normalize(torch.randn(size, dim, generator=generator), dim=1)
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks, without gradient; of this one where it is alone."""
+    rows = rows.detach()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    sizes: list[int] = torch.cat(_all_gather(torch.tensor([rows.shape[0]], device=rows.device))).tolist()
+    padded = F.pad(rows, (0, 0, 0, max(sizes) - rows.shape[0])).contiguous()
+    return torch.cat([part[:size] for part, size in zip(_all_gather(padded), sizes, strict=True)])
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return parts
