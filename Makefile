@@ -31,8 +31,8 @@ lint: setup
 
 bench: setup
 	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/sigmoid.json
-	$(BIN)/python benchmarks/report.py benchmarks/results/sigmoid.json
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/benchmarks.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/benchmarks.json
 
 wheel: setup
 	rm -rf build dist

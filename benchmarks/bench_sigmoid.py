@@ -1,26 +1,20 @@
 """SigLIP loss: ours, open_clip's, the eager one-liner, and the one-liner compiled; fp32, side by side in one run.
 
-Outputs are compared before anything is timed, but for the large batch's, which nothing else here can hold.
-``report.py`` turns the JSON into ratios: time against the other providers, 6 B^2 D FLOP (2 B^2 D forward only) against
-the machine's matrix-product rate, and peak memory.
+Three products of 2 B^2 D FLOP for loss and gradients, one for the loss alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from machine import gemm_gflops
-from memory import peak_mb
+from harness import MODES, Loss, measure, verify
 from torch import Tensor
 
 from ssl_kernels import SigLipLoss
-
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def eager(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -34,16 +28,13 @@ def provider(name: str) -> Loss:
     return {"ours": SigLipLoss(), "eager": eager, "compile": torch.compile(eager)}[name]
 
 
-PROVIDERS = ("ours", "open_clip", "eager", "compile")
-SHAPES = [(batch, width) for batch in (1024, 4096, 8192) for width in (128, 512, 768, 1152)]
+SHAPES = [(1024, 512), (4096, 128), (4096, 512), (4096, 768), (4096, 1152), (8192, 128), (8192, 512), (8192, 1152)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "width" in metafunc.fixturenames:
-        quick = metafunc.config.getoption("--quick")
-        large = metafunc.function.__name__ == "bench_large_batch"
-        shapes = [(64, 16)] if quick else [(32_768, 512)] if large else SHAPES
-        metafunc.parametrize(("batch", "width"), shapes)
+    quick = metafunc.config.getoption("--quick")
+    large = metafunc.function.__name__ == "bench_large_batch"
+    metafunc.parametrize(("batch", "width"), [(64, 16)] if quick else [(32_768, 512)] if large else SHAPES)
 
 
 def inputs(batch: int, width: int) -> list[Tensor]:
@@ -52,49 +43,23 @@ def inputs(batch: int, width: int) -> list[Tensor]:
     return [t.requires_grad_() for t in (x, y, torch.tensor(10.0), torch.tensor(-10.0))]
 
 
-def step(loss: Loss, leaves: list[Tensor], mode: str) -> Tensor:
-    if mode == "forward":
-        with torch.no_grad():
-            return loss(*leaves)
-    for leaf in leaves:
-        leaf.grad = None
-    value = loss(*leaves)
-    value.backward()
-    return value.detach()
+def run(benchmark: Any, name: str, batch: int, width: int, mode: str, rounds: int) -> None:
+    gflop = (1 if mode == "forward" else 3) * 2 * batch**2 * width / 1e9
+    shape = f"B={batch} D={width}"
+    measure(
+        benchmark, provider(name), inputs(batch, width), op="sigmoid", provider=name, mode=mode, shape=shape,
+        width=width, gflop=gflop, rounds=rounds,
+    )  # fmt: skip
 
 
-def verify(leaves: list[Tensor], loss: Loss, mode: str) -> None:
-    def results(loss: Loss) -> list[Tensor]:
-        value = step(loss, leaves, mode)
-        return [value, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-    got, expected = results(loss), results(eager)
-    assert len(got) == len(expected) == (1 if mode == "forward" else 5)
-    for a, b in zip(got, expected, strict=True):
-        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
-
-
-def measure(benchmark: Any, loss: Loss, batch: int, width: int, mode: str, rounds: int) -> None:
-    leaves = inputs(batch, width)
-    info = benchmark.extra_info
-    info.update(batch=batch, width=width, mode=mode, gflop=(2 if mode == "forward" else 6) * batch**2 * width / 1e9)
-    info.update(gemm_gflops(width))
-    benchmark.pedantic(step, args=(loss, leaves, mode), rounds=rounds, warmup_rounds=1)
-    for leaf in leaves:
-        leaf.grad = None
-    info["peak_mb"] = peak_mb(lambda: step(loss, leaves, mode))
-
-
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["ours", "open_clip", "eager", "compile"])
 def bench_sigmoid(benchmark: Any, name: str, batch: int, width: int, mode: str) -> None:
-    benchmark.extra_info["provider"] = name
     if name != "eager":
-        verify(inputs(batch, width), provider(name), mode)
-    measure(benchmark, provider(name), batch, width, mode, rounds=8 if batch < 8192 else 3)
+        verify(provider(name), eager, inputs(batch, width), mode)
+    run(benchmark, name, batch, width, mode, rounds=8 if batch < 8192 else 3)
 
 
 def bench_large_batch(benchmark: Any, batch: int, width: int) -> None:
-    """A batch whose similarity matrix (4 GB) the others keep several times over."""
-    benchmark.extra_info["provider"] = "ours"
-    measure(benchmark, provider("ours"), batch, width, "forward+backward", rounds=1)
+    """A batch whose similarity matrix (4 GB) the others keep several times over, and nothing here can compare."""
+    run(benchmark, "ours", batch, width, "forward+backward", rounds=1)

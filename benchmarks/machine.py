@@ -34,3 +34,10 @@ def gemm_gflops(width: int, side: int = 2048) -> dict[str, float]:
     mm = gflop / best_seconds(lambda: torch.mm(a, b.t(), out=out))
     fastest = gflop / best_seconds(lambda: matmul(a, b.t()))
     return {"torch_mm_gflops": mm, "fastest_gemm_gflops": max(mm, fastest)}
+
+
+@functools.cache
+def copy_gbytes_per_s(megabytes: int = 256) -> float:
+    """Bytes read plus written per second by copying memory that no cache holds."""
+    source, target = torch.zeros(megabytes, 2**18), torch.zeros(megabytes, 2**18)
+    return 2 * megabytes * 2**20 / 1e9 / best_seconds(lambda: target.copy_(source))

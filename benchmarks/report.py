@@ -1,8 +1,8 @@
-"""Turns a pytest-benchmark JSON into a Markdown table and a picture, as ratios taken in that one run.
+"""Turns a pytest-benchmark JSON into Markdown tables and pictures, one per op, as ratios taken in that one run.
 
-    python benchmarks/report.py benchmarks/results/sigmoid.json
+    python benchmarks/report.py benchmarks/results/benchmarks.json
 
-writes sigmoid.md and sigmoid.png beside it.
+writes benchmarks.md and one <op>.png each beside it.
 """
 
 from __future__ import annotations
@@ -17,81 +17,75 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PEERS = ("open_clip", "eager", "compile")
-Key = tuple[str, int, int, str]  # mode, batch, width, provider
+Run = dict[str, Any]  # the extra_info of a benchmark, and its seconds
 
 
-def load(path: Path) -> tuple[dict[Key, dict[str, Any]], dict[str, Any]]:
+def load(path: Path) -> tuple[list[Run], dict[str, Any]]:
     document = json.loads(path.read_text())
-    runs: dict[Key, dict[str, Any]] = {}
-    for entry in document["benchmarks"]:
-        info = entry["extra_info"]
-        key = (info["mode"], info["batch"], info["width"], info["provider"])
-        runs[key] = info | {"seconds": entry["stats"]["min"]}
+    runs = [entry["extra_info"] | {"seconds": entry["stats"]["min"]} for entry in document["benchmarks"]]
     return runs, document["machine_info"]
 
 
-def rows(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per mode and shape. The machine's rate is the best seen at that width: the strictest to be held to."""
-    table = []
-    for (mode, batch, width, provider), ours in sorted(runs.items()):
-        if provider != "ours":
-            continue
-        same_width = [r for r in runs.values() if r["width"] == width]
-        rate = ours["gflop"] / ours["seconds"]
-        row: dict[str, Any] = {
-            "mode": mode,
-            "batch": batch,
-            "width": width,
-            "of_torch_mm": rate / max(r["torch_mm_gflops"] for r in same_width),
-            "of_fastest_gemm": rate / max(r["fastest_gemm_gflops"] for r in same_width),
-            "ours_mb": ours["peak_mb"],
-        }
-        for peer in PEERS:
-            if (other := runs.get((mode, batch, width, peer))) is not None:
-                row[peer] = other["seconds"] / ours["seconds"]
-                row[f"{peer}_mb"] = other["peak_mb"]
-        table.append(row)
-    return table
+def is_ours(provider: str) -> bool:
+    return provider.startswith("ours")
 
 
-def markdown(table: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    lines = [
-        f"fp32, {machine['threads']} threads, {machine['cpu'].get('brand_raw', machine['machine'])}, "
-        f"{machine['instruction_set']}, torch {machine['torch']}. Times as times longer than ours; rates as a fraction "
-        "of the machine's own fp32 matrix product at that width; peak memory above the inputs.",
-        "",
-        "| mode | B | D | open_clip | eager | compile | of torch.mm | of fastest GEMM | ours MB | open_clip MB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in table:
-        peers = " | ".join(f"{row[p]:.2f}x" if p in row else "" for p in PEERS)
-        other_mb = f"{row['open_clip_mb']:.0f}" if "open_clip_mb" in row else ""
-        lines.append(
-            f"| {row['mode']} | {row['batch']} | {row['width']} | {peers} | {row['of_torch_mm']:.2f} | "
-            f"{row['of_fastest_gemm']:.2f} | {row['ours_mb']:.0f} | {other_mb} |"
-        )
+def table(runs: list[Run]) -> list[dict[str, Any]]:
+    """One row per mode, shape and variant of ours. The machine's limit is the best seen in the run: the strictest."""
+    rows = []
+    for ours in (run for run in runs if is_ours(run["provider"])):
+        row: dict[str, Any] = {"mode": ours["mode"], "shape": ours["shape"], "ours": ours["provider"]}
+        if "gflop" in ours:
+            rate = ours["gflop"] / ours["seconds"]
+            same_width = [run for run in runs if run.get("width") == ours["width"]]
+            row["of torch.mm"] = rate / max(run["torch_mm_gflops"] for run in same_width)
+            row["of fastest GEMM"] = rate / max(run["fastest_gemm_gflops"] for run in same_width)
+        if "gbytes" in ours:
+            limit = max(run["copy_gbytes_per_s"] for run in runs)
+            row["of bandwidth"] = ours["gbytes"] / ours["seconds"] / limit
+        row["memory"] = {"ours": ours.get("peak_mb")}
+        row["times"] = {}
+        for other in runs:
+            same = (other["mode"], other["shape"]) == (ours["mode"], ours["shape"])
+            if same and not is_ours(other["provider"]):
+                row["times"][other["provider"]] = other["seconds"] / ours["seconds"]
+                row["memory"][other["provider"]] = other.get("peak_mb")
+        rows.append(row)
+    return rows
+
+
+def markdown(op: str, rows: list[dict[str, Any]]) -> str:
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["times"]))
+    limits = [name for name in ("of torch.mm", "of fastest GEMM", "of bandwidth") if any(name in row for row in rows)]
+    has_memory = any(row["memory"]["ours"] is not None for row in rows)
+    memories = [f"MB {name}" for name in ("ours", *peers)] if has_memory else []
+    head = ["mode", "shape", "", *peers, *limits, *memories]
+    lines = [f"## {op}", "", "| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (len(head) - 3)]
+    for row in rows:
+        cells = [row["mode"], row["shape"], row["ours"]]
+        cells += [f"{row['times'][p]:.2f}x" if p in row["times"] else "" for p in peers]
+        cells += [f"{row[name]:.2f}" if name in row else "" for name in limits]
+        if has_memory:
+            found = (row["memory"].get(name) for name in ("ours", *peers))
+            cells += ["" if mb is None else f"{mb:.0f}" for mb in found]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(table: list[dict[str, Any]], path: Path) -> None:
-    table = [row for row in table if row["mode"] == "forward+backward" and "open_clip" in row]
-    labels = [f"{row['batch']} x {row['width']}" for row in table]
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 0.35 * len(table) + 1.8), sharey=True)
-    height = 0.27
-    for k, peer in enumerate(PEERS):
-        at = [i + (k - 1) * height for i in range(len(table))]
-        speed.barh(at, [row[peer] for row in table], height, label=peer)
-        memory.barh(at, [row[f"{peer}_mb"] for row in table], height)
-    speed.axvline(1, color="black", linewidth=0.8)
-    speed.set_yticks(range(len(table)), labels)
-    speed.invert_yaxis()
-    speed.set_xlabel("time of forward + backward, in times ours")
-    speed.set_ylabel("batch x features")
-    speed.legend()
-    memory.plot([row["ours_mb"] for row in table], range(len(table)), "k|", markersize=12, label="ours")
-    memory.set_xlabel("peak MB above the inputs")
-    memory.legend()
+def plot(op: str, rows: list[dict[str, Any]], path: Path) -> None:
+    """How much longer the others take, per shape, in the mode that does most."""
+    rows = [row for row in rows if row["times"] and row["ours"] == "ours" and row["mode"] == rows[-1]["mode"]]
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["times"]))
+    figure, axes = plt.subplots(figsize=(8, 0.22 * len(rows) * len(peers) + 1.4))
+    height = 0.8 / max(1, len(peers))
+    for k, peer in enumerate(peers):
+        at = [i + (k - (len(peers) - 1) / 2) * height for i in range(len(rows))]
+        axes.barh(at, [row["times"].get(peer, 0) for row in rows], height, label=peer)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [row["shape"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{op}: time in times ours")
+    axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -100,11 +94,17 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
 def main(argument: str) -> None:
     path = Path(argument)
     runs, machine = load(path)
-    table = rows(runs)
-    text = markdown(table, machine)
-    path.with_suffix(".md").write_text(text)
-    plot(table, path.with_suffix(".png"))
-    print(text)
+    parts = [
+        f"fp32, {machine['threads']} threads, {machine['cpu'].get('brand_raw', machine['machine'])}, "
+        f"{machine['instruction_set']}, torch {machine['torch']}. Times as times longer than ours; rates as a fraction "
+        "of what the machine itself reaches in the same run; peak memory above the inputs.\n"
+    ]
+    for op in dict.fromkeys(run["op"] for run in runs):
+        rows = table([run for run in runs if run["op"] == op])
+        parts.append(markdown(op, rows))
+        plot(op, rows, path.with_name(f"{op}.png"))
+    path.with_suffix(".md").write_text("\n".join(parts))
+    print("\n".join(parts))
 
 
 if __name__ == "__main__":
