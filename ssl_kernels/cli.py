@@ -6,7 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-TRAINERS = {"siglip": "image-text pretraining with the sigmoid loss"}
+TRAINERS = {
+    "clip": "image-text pretraining with the softmax loss; with a locked image tower LiT and dino.txt",
+    "siglip": "image-text pretraining with the sigmoid loss",
+}
 
 _USAGE = """\
 usage: ssl-kernels COMMAND ...

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
 from timm.models.resnet import BasicBlock, downsample_conv
+from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 
 from ssl_kernels.trainers.errors import UserError
@@ -44,34 +46,71 @@ class TinyResNet(nn.Module):
         return cast(Tensor, self.blocks(self.stem(x))).flatten(1)
 
 
-class ImageTower(nn.Module):
-    """uint8 images [B, 3, H, W] to embeddings [B, D]: normalise, run the trunk, project linearly.
+class DinoTxtHead(nn.Module):
+    """dino.txt's head (Jose 2024, arXiv 2412.16334): two transformer blocks over the tokens of a ViT, then a
+    projection of [CLS; mean of the patches].
 
-    A locked tower keeps its trunk as it is and trains only the projection.
+    The blocks also read registers, which the embedding leaves out; without a class token it is that of the patches
+    alone. In the paper the concatenation is the embedding, and one linear map takes the text to its width; here either
+    side is projected to the size that both share.
+    """
+
+    def __init__(self, trunk: nn.Module, dim: int, blocks: int = 2) -> None:
+        super().__init__()
+        width = cast(int, trunk.num_features)
+        self.prefix = cast(int, trunk.num_prefix_tokens)
+        self.has_class = getattr(trunk, "cls_token", None) is not None
+        heads = width // math.gcd(width, 64)  # of 64, in all usual widths
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(blocks)))
+        self.blocks.apply(init_weights_vit_timm)
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear((1 + self.has_class) * width, dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = self.norm(self.blocks(tokens))  # [B, prefix + patches, W]
+        features = tokens[:, self.prefix :].mean(1)
+        if self.has_class:
+            features = torch.cat([tokens[:, 0], features], dim=-1)
+        return cast(Tensor, self.projection(features))
+
+
+class ImageTower(nn.Module):
+    """uint8 images [B, 3, H, W] to embeddings [B, D]: normalise, run the trunk, then the head.
+
+    The `linear` head projects the trunk's pooled features, `dinotxt` is `DinoTxtHead` over its tokens. A locked tower
+    keeps its trunk as it is and trains only the head (LiT, Zhai 2021, arXiv 2111.07991).
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, name: str, size: int, dim: int, *, pretrained: bool = False, inverted: bool = False, locked: bool = False
-    ) -> None:
+        self, name: str, size: int, dim: int, *, pretrained: bool = False, inverted: bool = False,
+        locked: bool = False, head: str = "linear",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.locked = locked
+        self.locked, self.reads_tokens = locked, head == "dinotxt"
         self.trunk, config = _trunk(name, size, pretrained)
-        # Drawings are mostly white: fed as 1 - x, so that the ground is zero.
+        # Inverted images are fed as 1 - x, so that a white ground is zero.
         mean, std = ([1.0] * 3, [-1.0] * 3) if inverted else (config["mean"], config["std"])
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        if self.reads_tokens and not hasattr(self.trunk, "num_prefix_tokens"):
+            raise UserError(
+                f"--image-head: dinotxt reads the patch tokens of a vision transformer, which {name} lacks; name one in"
+                " --image-model, for example vit_small_patch14_dinov2"
+            )
         patch = getattr(getattr(self.trunk, "patch_embed", None), "patch_size", (1, 1))
         if any(size % p for p in patch):
             raise UserError(f"--image-size: {name} cuts patches of {patch[0]} pixels, which do not divide {size}")
+        self.trunk.eval()
         try:
             with torch.no_grad():
-                features = self.trunk.eval()(torch.zeros(1, 3, size, size))
+                features = self.features(torch.zeros(1, 3, size, size))
         except Exception as error:  # a model's own check of its input size may be an assert or any error of torch
             raise UserError(f"--image-size: {name} does not take {size} x {size} images ({_first(error)})") from None
-        self.head = nn.Linear(features.shape[-1], dim, bias=False)
+        width = features.shape[-1]
+        self.head = DinoTxtHead(self.trunk, dim) if self.reads_tokens else nn.Linear(width, dim, bias=False)
         if locked:
             self.trunk.requires_grad_(False)
         self.train()
@@ -82,9 +121,15 @@ class ImageTower(nn.Module):
             self.trunk.eval()
         return self
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the head reads of normalised images: all tokens [B, N, W] of the trunk, or pooled features [B, W]."""
+        return cast(Tensor, cast(Any, self.trunk).forward_features(x) if self.reads_tokens else self.trunk(x))
+
     def forward(self, images: Tensor) -> Tensor:
-        x = (images.to(self.head.weight.dtype) / 255 - self.mean) / self.std
-        return cast(Tensor, self.head(self.trunk(x)))
+        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked):  # a locked trunk keeps no activations
+            features = self.features(x)
+        return cast(Tensor, self.head(features))
 
 
 def _trunk(name: str, size: int, pretrained: bool) -> tuple[nn.Module, dict[str, Sequence[float]]]:
@@ -111,38 +156,6 @@ def _first(error: Exception) -> str:
 
 
 # -- Text ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TowerConfig:
-    """Which image tower meets which text tower."""
-
-    image_model: str = TINY
-    """Image tower: the built-in `tiny-resnet`, or any timm model by name."""
-    pretrained: bool = False
-    """Load timm's pretrained weights."""
-    image_lr_factor: float = 1.0
-    """Factor on the learning rate of the image tower's trunk; below 1 its weight decay is off, at 0 it is locked."""
-    text_model: Literal["ngrams", "transformer"] = "ngrams"
-    """Text tower: hashed n-grams, for short names; or a transformer over open_clip's tokens, for sentences."""
-    text_width: int = 256
-    """Width of the text transformer."""
-    text_layers: int = 4
-    """Layers of the text transformer."""
-    context_length: int = 64
-    """Tokens of a caption that the transformer reads."""
-    dim: int = 128
-    """Size of the shared embedding."""
-
-    def check_towers(self) -> None:
-        """Refuse values that cannot work."""
-        for name, low in (("dim", 1), ("text_layers", 1), ("context_length", 2)):
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
-        if self.text_width < 64 or self.text_width % 64:
-            raise UserError(f"--text-width: expected a multiple of 64, got {self.text_width}")
-        if not 0 <= self.image_lr_factor <= 1:
-            raise UserError(f"--image-lr-factor: expected a number in [0, 1], got {self.image_lr_factor}")
 
 
 class NGramTokenizer:
@@ -192,6 +205,58 @@ class BpeTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
         return {"text": self.tokenizer(list(captions))}
+
+
+# -- Configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TowerConfig:
+    """Which image tower meets which text tower."""
+
+    image_model: str = TINY
+    """Image tower: the built-in `tiny-resnet`, or any timm model by name."""
+    pretrained: bool = False
+    """Load timm's pretrained weights."""
+    image_head: Literal["linear", "dinotxt"] = "linear"
+    """Head of the image tower: a linear projection of the pooled features; or two transformer blocks over the tokens
+    of a ViT, then a projection of [CLS; mean of the patches], as dino.txt has above a locked trunk."""
+    lock_image: bool = False
+    """Keep the image tower's trunk as it is and train its head and the text tower only, as LiT does."""
+    image_lr_factor: float = 1.0
+    """Factor on the learning rate of the image tower's trunk; below 1 its weight decay is off, at 0 it is locked."""
+    text_model: Literal["ngrams", "transformer"] = "ngrams"
+    """Text tower: hashed n-grams, for short names; or a transformer over open_clip's tokens, for sentences."""
+    text_width: int = 256
+    """Width of the text transformer."""
+    text_layers: int = 4
+    """Layers of the text transformer."""
+    context_length: int = 64
+    """Tokens of a caption that the transformer reads."""
+    dim: int = 128
+    """Size of the shared embedding."""
+
+    @property
+    def image_locked(self) -> bool:
+        return self.lock_image or self.image_lr_factor == 0
+
+    def check_towers(self) -> None:
+        """Refuse values that cannot work."""
+        for name, low in (("dim", 1), ("text_layers", 1), ("context_length", 2)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
+        if self.text_width < 64 or self.text_width % 64:
+            raise UserError(f"--text-width: expected a multiple of 64, got {self.text_width}")
+        if not 0 <= self.image_lr_factor <= 1:
+            raise UserError(f"--image-lr-factor: expected a number in [0, 1], got {self.image_lr_factor}")
+
+
+def image_tower(config: TowerConfig, size: int, *, inverted: bool = False) -> ImageTower:
+    """The image tower that a configuration names."""
+    return ImageTower(
+        config.image_model, size, config.dim, pretrained=config.pretrained, inverted=inverted,
+        locked=config.image_locked, head=config.image_head,
+    )  # fmt: skip
 
 
 def text_tower(config: TowerConfig) -> nn.Module:

@@ -56,7 +56,7 @@ def loss_difference(result: Result) -> float | None:
     return max(differences, default=None)
 
 
-def write_summary(path: Path, result: Result, figures: Sequence[Figure], total_s: float) -> None:
+def write_summary(path: Path, result: Result, figures: Sequence[Any], total_s: float) -> None:
     first, last = (result.records[i]["loss"] if result.records else None for i in (0, -1))
     summary: dict[str, Any] = {
         "figures": [asdict(figure) for figure in figures], "loss_first": first, "loss_last": last,

@@ -41,6 +41,18 @@ def drawing(colour: str, shape: str, shade: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def patchworks(folder: Path, n: int = 60) -> Path:
+    """A folder of unlike images, each of sixteen random colours, in one subfolder to each of three tints."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        tint = ("blue", "green", "red")[i % 3]
+        patches = rng.integers(0, 200, (4, 4, 3)) + 55 * np.eye(3, dtype=int)[2 - i % 3]
+        (folder / tint).mkdir(exist_ok=True)
+        image = Image.fromarray(patches.astype(np.uint8)).resize((24, 24), Image.Resampling.NEAREST)
+        image.save(folder / tint / f"{i}.png")
+    return folder
+
+
 def rows(n: int) -> list[tuple[str, str, int]]:
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     return [(*kinds[i % len(kinds)], i // len(kinds)) for i in range(n)]
@@ -105,11 +117,11 @@ def small(table: Path) -> list[str]:
     ]
 
 
-def start(arguments: list[str], **options: object) -> subprocess.Popen[str]:
-    """`python -m ssl_kernels.trainers.siglip` with these arguments."""
+def start(arguments: list[str], trainer: str = "siglip", **options: object) -> subprocess.Popen[str]:
+    """`python -m ssl_kernels.trainers.<trainer>` with these arguments."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [sys.executable, "-m", "ssl_kernels.trainers.siglip", *arguments],
+        [sys.executable, "-m", f"ssl_kernels.trainers.{trainer}", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
     )  # type: ignore[call-overload, no-any-return]  # fmt: skip
 

@@ -19,14 +19,17 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(arguments) == code
         out = capsys.readouterr().out
         assert "ssl-kernels train TRAINER" in out
-        assert "siglip" in out
+        assert all(f"TRAINER = {name} " in out for name in ("clip", "siglip"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["tarin"], "expected a command, train or info, got 'tarin'"), (["train"], "siglip, got none"),
-     (["train", "clap"], "siglip, got 'clap'")],
-)  # fmt: skip
+    [
+        (["tarin"], "expected a command, train or info, got 'tarin'"),
+        (["train"], f"one of the trainers {', '.join(cli.TRAINERS)}, got none"),
+        (["train", "clap"], f"one of the trainers {', '.join(cli.TRAINERS)}, got 'clap'"),
+    ],
+)
 def test_unknown_commands(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
@@ -75,9 +78,14 @@ def test_train_names_the_missing_extra() -> None:
     )
 
 
-def test_train_dispatches_to_the_trainer(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "siglip", *small, "--epochs", "1", "--output-dir", str(tmp_path / "run")]) == 0
-    assert "training loss" in capsys.readouterr().out
+@pytest.mark.parametrize(("name", "title"), [("clip", "CLIP on "), ("siglip", "SigLIP on ")])
+def test_train_dispatches_to_the_trainer(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, title: str
+) -> None:
+    assert cli.main(["train", name, *small, "--epochs", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "training loss" in out
+    assert title in out
 
 
 @pytest.mark.parametrize(
@@ -96,6 +104,10 @@ def test_train_dispatches_to_the_trainer(small: list[str], tmp_path: Path, capsy
         (["--lr", "nan"], "--lr: expected a finite number >= 0, got nan"),
         (["--precision", "16-mixed"], "--precision: 16-mixed needs a GPU"),
         (["--loss-backend", "triton"], "--loss-backend: backend 'triton': expected CUDA tensors"),
+        (
+            ["--image-head", "dinotxt"],
+            "--image-head: dinotxt reads the patch tokens of a vision transformer, which tiny-",
+        ),
         (["--resume", "nowhere"], "--resume: no checkpoint at nowhere"),
         (["--output-dir", "/dev/null/run"], "--output-dir: cannot create /dev/null/run"),
     ],

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from memory import saved_bytes
+from torch import Tensor, nn
 
 from ssl_kernels.trainers import models
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.models import ImageTower, NGramTokenizer, NGramTower, TowerConfig, text_tower, tokenizer
+from ssl_kernels.trainers.models import (
+    ImageTower,
+    NGramTokenizer,
+    NGramTower,
+    TowerConfig,
+    image_tower,
+    text_tower,
+    tokenizer,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +33,93 @@ def test_image_towers_embed_images_of_the_asked_size(name: str, size: int) -> No
     assert embeddings.isfinite().all()
     assert not torch.equal(embeddings[0], embeddings[1])
     assert torch.allclose(embeddings[1:], tower(images[1:]), atol=1e-5)
+
+
+# A class token; with registers; with a distillation token; registers alone; no prefix at all.
+VITS = {
+    "test_vit": (1, True), "vit_small_patch16_dinov3": (5, True), "deit_tiny_distilled_patch16_224": (2, True),
+    "test_vit2": (1, False), "test_vit_relpos": (0, False),
+}  # fmt: skip
+
+
+def test_dinotxt_embeds_the_class_token_beside_the_mean_of_the_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks, norm and projection out of the way, for every kind of prefix that timm's ViTs have."""
+    monkeypatch.setattr(models, "Block", lambda *_, **__: nn.Identity())
+    monkeypatch.setattr(nn, "LayerNorm", lambda *_, **__: nn.Identity())
+    for name, (prefix, has_class) in VITS.items():
+        tokens = torch.randn(3, prefix + 4, 8)
+        trunk = nn.Module()
+        trunk.num_features, trunk.num_prefix_tokens = 8, prefix  # type: ignore[assignment]
+        trunk.cls_token = nn.Parameter(torch.zeros(1)) if has_class else None  # type: ignore[assignment]
+        head = models.DinoTxtHead(trunk, 5)
+        patches = tokens[:, prefix:].mean(1)
+        expected = torch.cat([tokens[:, 0], patches], 1) if has_class else patches
+        assert torch.allclose(head(tokens), expected @ head.projection.weight.T, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("name", "prefix", "has_class"), [(name, *kind) for name, kind in VITS.items()])
+def test_dinotxt_takes_any_vit(name: str, prefix: int, has_class: bool) -> None:
+    torch.manual_seed(0)
+    tower = ImageTower(name, 32, 8, head="dinotxt").eval()
+    assert (tower.head.prefix, tower.head.has_class) == (prefix, has_class)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    embeddings = tower(images)
+    assert embeddings.shape == (3, 8)
+    assert torch.allclose(embeddings[1:], tower(images[1:]), atol=1e-5)
+    assert (embeddings[0] - embeddings[1]).abs().max() > 1e-4
+    embeddings.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower.head.parameters())
+
+    # The order of patches means nothing above the trunk, where they lie already known; the prefix is no patch.
+    tokens = torch.randn(2, prefix + 4, tower.trunk.num_features)
+    order = [*range(prefix), *(prefix + i for i in (2, 0, 3, 1))]
+    assert torch.allclose(tower.head(tokens), tower.head(tokens[:, order]), atol=1e-5)
+    if prefix:
+        order = [prefix, *range(1, prefix), 0, *range(prefix + 1, prefix + 4)]
+        assert not torch.allclose(tower.head(tokens), tower.head(tokens[:, order]), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny-resnet", "resnet10t", "swin_tiny_patch4_window7_224"])
+def test_dinotxt_refuses_a_trunk_without_patch_tokens(name: str) -> None:
+    with pytest.raises(
+        UserError, match=f"--image-head: dinotxt reads the patch tokens of .* which {name} lacks"
+    ) as error:
+        ImageTower(name, 224, 8, head="dinotxt")
+    assert "vit_small_patch14_dinov2" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "head"), [("resnet10t", "linear"), ("test_vit", "linear"), ("test_vit", "dinotxt")])
+def test_a_locked_trunk_keeps_nothing_for_backward(name: str, head: str) -> None:
+    """What is saved is what the head alone saves, of features that have no history."""
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    saved = {}
+    for locked in (True, False):
+        tower = ImageTower(name, 64, 8, locked=locked, head=head).train()
+        seen: list[Tensor] = []
+        tower.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # noqa: B023
+        with saved_bytes() as sizes:
+            embeddings = tower(images)
+        saved[locked] = sum(sizes)
+        assert embeddings.requires_grad
+        assert seen[0].requires_grad != locked
+        if locked:
+            with saved_bytes() as sizes:
+                again = tower.head(seen[0])
+            assert saved[locked] == sum(sizes)
+            assert torch.equal(again, embeddings)
+    assert saved[True] < saved[False] / 2
+
+
+def test_a_configuration_names_its_image_tower() -> None:
+    for options, locked in (({}, False), ({"lock_image": True}, True), ({"image_lr_factor": 0.0}, True)):
+        config = TowerConfig(image_model="test_vit", image_head="dinotxt", dim=4, **options)  # type: ignore[arg-type]
+        config.check_towers()
+        tower = image_tower(config, 32, inverted=True)
+        assert tower.locked == locked
+        assert isinstance(tower.head, models.DinoTxtHead)
+        assert tower.mean.mean() == 1
+        assert any(p.requires_grad for p in tower.trunk.parameters()) != locked
 
 
 def test_a_white_ground_is_fed_as_zero_when_inverted() -> None:

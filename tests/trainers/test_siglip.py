@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ssl_kernels import SigLipLoss
-from ssl_kernels.trainers import loop, siglip
+from ssl_kernels.trainers import loop, siglip, two_towers
 from ssl_kernels.trainers.data.pairs import make_batch
 from ssl_kernels.trainers.models import ImageTower, NGramTokenizer, NGramTower
 from ssl_kernels.trainers.siglip import SigLip, SigLipConfig
@@ -87,7 +87,7 @@ def test_gradients_reach_both_towers_scale_and_bias() -> None:
 
 def groups_of(model: SigLip, **options: object) -> dict[str, tuple[float, float]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = siglip.parameter_groups(model, SigLipConfig(lr=0.1, weight_decay=0.2, **options))  # type: ignore[arg-type]
+    groups = two_towers.parameter_groups(model, SigLipConfig(lr=0.1, weight_decay=0.2, **options))  # type: ignore[arg-type]
     listed = [(names[id(p)], g["lr"], g["weight_decay"]) for g in groups for p in g["params"]]  # type: ignore[attr-defined]
     assert len(listed) == len({name for name, *_ in listed})
     return {name: (lr, decay) for name, lr, decay in listed}  # type: ignore[misc]

@@ -1,0 +1,157 @@
+"""An image tower and a text tower that meet in a contrastive loss: what the CLIP and the SigLIP trainer share."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from rich.console import Console
+from torch import Tensor, nn
+
+from ssl_kernels import use_backend
+from ssl_kernels.trainers import evaluate, loop, report
+from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
+from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.models import ImageTower, TowerConfig, image_tower, text_tower, tokenizer
+
+
+@dataclass
+class TwoTowerConfig(TowerConfig, DataConfig, loop.LoopConfig):
+    """What the command lines of image-text trainers have in common."""
+
+    loss_backend: Literal["auto", "reference", "eager", "cpu", "triton"] = "auto"
+    """Implementation of the loss; `reference` is plain PyTorch with the whole matrix of logits."""
+    check_loss: bool = True
+    """Compare every batch's loss, over its first 1,024 pairs, with the reference (and the reference, where it trains,
+    with `auto`) and log both."""
+
+    def check(self) -> None:
+        super().check()
+        self.check_data()
+        self.check_towers()
+
+
+class TwoTowerModel(nn.Module, ABC):
+    """Two towers and a loss; a method adds its learned scalars and says how a batch is contrasted."""
+
+    log_scale: nn.Parameter
+
+    def __init__(
+        self, image: ImageTower, text: nn.Module, loss: nn.Module, backend: str = "auto", check: bool = False
+    ) -> None:
+        super().__init__()
+        self.image, self.text, self.loss, self.backend, self.check = image, text, loss, backend, check
+
+    @abstractmethod
+    def contrast(self, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
+        """The loss of normalised embeddings [B, D]; pairs that share an id are each other's positives."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The learned scalars, as they are logged."""
+        return {"logit_scale": self.log_scale.detach().exp()}
+
+    def after_step(self, number: int) -> None:
+        """What the method does to its scalars after an optimizer step."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return F.normalize(self.image(images), dim=-1)
+
+    def encode_text(self, text: dict[str, Tensor]) -> Tensor:
+        return F.normalize(self.text(**text), dim=-1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        x, y, ids = self.encode_image(batch["images"]), self.encode_text(batch["text"]), batch["ids"]
+        loss = self.contrast_by(self.backend, x, y, ids)
+        metrics = self.scalars()
+        if self.check:
+            with torch.no_grad():
+                x, y, ids = x[:1024], y[:1024], None if ids is None else ids[:1024]
+                checked = "auto" if self.backend == "reference" else self.backend
+                metrics["loss_check"] = self.contrast_by(checked, x, y, ids)
+                metrics["loss_reference"] = self.contrast_by("reference", x, y, ids)
+        return loss, metrics
+
+    def contrast_by(self, backend: str, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
+        with _backend(backend):
+            return self.contrast(x, y, ids)
+
+
+def _backend(name: str) -> AbstractContextManager[None]:
+    return nullcontext() if name == "auto" else use_backend(name)  # `auto` leaves SSL_KERNELS_BACKEND in force
+
+
+def make_loss(kind: Callable[..., nn.Module]) -> nn.Module:
+    """The loss of this process."""
+    try:
+        # From torchrun rather than from Fabric, which runs one device here: W processes would be W runs in one folder.
+        return kind(rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    except NotImplementedError as error:
+        raise UserError(str(error)) from None
+
+
+def try_loss(model: TwoTowerModel, config: TwoTowerConfig, fabric: Fabric) -> None:
+    """Refuse a backend that this device or precision lacks before anything is read or written."""
+    features = torch.ones(1, config.dim, device=fabric.device, dtype=model.log_scale.dtype)
+    try:
+        model.contrast_by(config.loss_backend, features, features, None)
+    except ValueError as error:
+        raise UserError(f"--loss-backend: {error}") from None
+
+
+def parameter_groups(model: TwoTowerModel, config: TwoTowerConfig) -> list[dict[str, object]]:
+    """A pretrained trunk may learn slower than the rest, then without weight decay: it would forget what it knows."""
+    trunk = model.image.trunk
+    slow = config.image_lr_factor < 1
+    others = nn.ModuleList([model.image.head, model.text])
+    scalars = list(model.parameters(recurse=False))
+    return [
+        *loop.parameter_groups(trunk, config.lr * config.image_lr_factor, 0.0 if slow else config.weight_decay),
+        *loop.parameter_groups(others, config.lr, config.weight_decay),
+        {"params": scalars, "lr": config.lr, "peak_lr": config.lr, "weight_decay": 0.0},
+    ]
+
+
+def train(
+    name: str, make_model: Callable[[ImageTower, nn.Module], TwoTowerModel], config: TwoTowerConfig, console: Console
+) -> None:
+    """Train the model that `make_model` puts together from its two towers, evaluate it and report on both."""
+    begun = time.perf_counter()
+    fabric = loop.make_fabric(config)
+    # Drawings are mostly white: a tower that was not trained on photographs sees their ground as zero.
+    image = image_tower(config, config.image_size, inverted=config.data == "openmoji" and not config.pretrained)
+    model = make_model(image, text_tower(config))
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas)
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    try_loss(model, config, fabric)
+    tokenize = tokenizer(config)
+    data = load(config, tokenize, batch_size=config.batch_size, seed=config.seed, workers=config.workers)
+
+    result = loop.fit(
+        fabric, wrapped, wrapped_optimizer, data.batches, config, after_step=model.after_step, console=console
+    )
+
+    folder = config.output_dir
+    figures: list[evaluate.Figure] = []
+    credit = openmoji.CREDIT if config.data == "openmoji" else ""
+    files = [loop.CHECKPOINT, loop.METRICS, "config.json", "tensorboard", "curves.png", "summary.json"]
+    report.plot_curves(folder / "curves.png", result.records)
+    if data.held_out is not None:
+        encoder = evaluate.Encoder(fabric, model, tokenize, config.image_size)
+        supervised = config.label_captions > 0
+        figures, similarity = evaluate.report_card(encoder, data.train, data.held_out, supervised)
+        report.plot_retrieval(folder / "retrieval.png", data.held_out, similarity, config.image_size, credit)
+        files.append("retrieval.png")
+    total_s = time.perf_counter() - begun
+    report.write_summary(folder / "summary.json", result, figures, total_s)
+    report.closing_table(console, f"{name} on {config.data}, {config.evaluate_on} pairs", result, figures, total_s)
+    if credit:
+        console.print(credit)
+    console.print("written:", *(str(folder / name) for name in files), highlight=False, soft_wrap=True)
