@@ -14,15 +14,16 @@ import ssl_kernels
 from ssl_kernels.info import native_build_info
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "tests/cpp/sigmoid_driver.cpp"]
+KERNELS = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+each_driver = pytest.mark.parametrize("driver", sorted((ROOT / "tests/cpp").glob("*.cpp")), ids=lambda path: path.stem)
 FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 
 
-def compile_driver(compiler: str, binary: Path, *flags: str) -> None:
+def compile_driver(compiler: str, driver: Path, binary: Path, *flags: str) -> None:
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
-    command = [compiler, *FLAGS, *WARNINGS, *flags, *map(str, SOURCES), "-o", str(binary)]
+    command = [compiler, *FLAGS, *WARNINGS, *flags, *map(str, KERNELS), str(driver), "-o", str(binary)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
@@ -33,31 +34,35 @@ def run(*command: str) -> str:
     return result.stdout
 
 
-def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+@each_driver
+def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(driver: Path, tmp_path: Path) -> None:
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    compile_driver("g++", tmp_path / "driver", *flags)
+    compile_driver("g++", driver, tmp_path / "driver", *flags)
     output = run(str(tmp_path / "driver"))
     assert "baseline ok" in output
     if platform.machine() == "x86_64":
         assert output.count(" ok") == len(native_build_info()["available_isas"])  # type: ignore[index]
 
 
-def test_the_portable_build_holds_no_x86_code_and_is_right(tmp_path: Path) -> None:
+@each_driver
+def test_the_portable_build_holds_no_x86_code_and_is_right(driver: Path, tmp_path: Path) -> None:
     """What a processor without x86's instruction sets gets; here with the x86 parts switched off."""
-    compile_driver("g++", tmp_path / "driver", "-O3", "-DSSLK_PORTABLE")
+    compile_driver("g++", driver, tmp_path / "driver", "-O3", "-DSSLK_PORTABLE")
     assert run(str(tmp_path / "driver")).splitlines()[0] == "baseline ok"
 
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no cross compiler for Arm is installed")
-def test_compiles_for_arm(tmp_path: Path) -> None:
-    compile_driver("aarch64-linux-gnu-g++", tmp_path / "driver", "-O3", "-static")
+@each_driver
+def test_compiles_for_arm(driver: Path, tmp_path: Path) -> None:
+    compile_driver("aarch64-linux-gnu-g++", driver, tmp_path / "driver", "-O3", "-static")
     if shutil.which("qemu-aarch64-static"):
         assert "baseline ok" in run("qemu-aarch64-static", str(tmp_path / "driver"))
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
-def test_compiles_with_clang(tmp_path: Path) -> None:
-    compile_driver("clang++", tmp_path / "driver", "-O3")
+@each_driver
+def test_compiles_with_clang(driver: Path, tmp_path: Path) -> None:
+    compile_driver("clang++", driver, tmp_path / "driver", "-O3")
     assert "baseline ok" in run(str(tmp_path / "driver"))
 
 
