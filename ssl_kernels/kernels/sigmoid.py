@@ -46,9 +46,6 @@ the program, so that most tiles pay nothing for them; with ids every pair is com
 # (the parameters of jitted functions are Triton's, not Python's; every other function here is annotated)
 from __future__ import annotations
 
-import contextlib
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,43 +53,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssl_kernels.kernels.tiles import (
+    CONFIGS,
+    Config,
+    choose_config,
+    locate_tile,
+    on_device,
+    product_kind,
+    similarities,
+    split_columns,
+)
+
+__all__ = ["CONFIGS", "Config", "gradient_scale", "kernel_constants", "sigmoid_panel"]
+
 # log(1 + e) = w P(w^2), w = e / sqrt(1 + e): minimax in relative error over e in (0, 1], P(0) = 1
 _C1 = tl.constexpr(-0.04166441038250923)
 _C2 = tl.constexpr(0.004659461788833141)
 _C3 = tl.constexpr(-0.0005965688033029437)
 _FP16_GRADIENT_SCALE = tl.constexpr(2.0**15)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How one program of the kernel is cut."""
-
-    block_m: int
-    block_n: int
-    block_d: int  # depth of one step of the matrix product
-    num_warps: int
-    num_stages: int
-    halves: bool = False  # run the epilogue on one half of the columns after the other: fewer registers
-    group_m: int = 8  # row blocks that are visited before the next column block
-
-
-# Every shipped configuration, by chip family and by kind of product: each is emulated by the tests, and compiled with
-# no spills. The first of a pair is for full panels of features whose rows are aligned; the second, with a smaller tile,
-# for the rest (see choose_config). One thread holds 32 similarities, or 64 where it can take them half by half.
-CONFIGS: dict[tuple[str, str], tuple[Config, Config]] = {
-    ("sm_80", "half"): (Config(128, 128, 32, 8, 3, halves=True), Config(64, 64, 64, 4, 3)),
-    ("sm_80", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
-    ("sm_80", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 32, 16, 4, 2)),
-    ("sm_90", "half"): (Config(128, 128, 64, 8, 3, halves=True), Config(64, 64, 64, 4, 3)),
-    ("sm_90", "tf32"): (Config(128, 128, 32, 8, 3, halves=True), Config(64, 64, 32, 4, 3)),
-    ("sm_90", "ieee"): (Config(128, 64, 16, 8, 3), Config(64, 32, 16, 4, 2)),
-    ("sm_100", "half"): (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3)),
-    ("sm_100", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
-    ("sm_100", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 32, 16, 4, 2)),
-    ("gfx9", "half"): (Config(128, 128, 64, 8, 2), Config(64, 64, 64, 4, 2)),
-    ("gfx9", "tf32"): (Config(128, 64, 32, 8, 2), Config(64, 64, 32, 4, 2)),
-    ("gfx9", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 64, 16, 4, 2)),
-}
 
 
 @triton.jit
@@ -230,43 +208,19 @@ def _sigmoid_panel_kernel(
     GROUP_M: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    # Programs walk down GROUP_M row blocks before they move to the next column block, so that those in flight share
-    # rows of x and of y in L2.
-    program = tl.program_id(0)
-    blocks_m = tl.cdiv(m, BLOCK_M).to(tl.int32)
-    blocks_n = tl.cdiv(n, BLOCK_N).to(tl.int32)
-    group = program // (GROUP_M * blocks_n)
-    within = program % (GROUP_M * blocks_n)
-    group_size = min(blocks_m - group * GROUP_M, GROUP_M)
-    block_m = group * GROUP_M + within % group_size
-    block_n = within // group_size
-
+    block_m, block_n = locate_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     first_row = block_m.to(tl.int64) * BLOCK_M
     first_col = block_n.to(tl.int64) * BLOCK_N
-    rows = first_row + tl.arange(0, BLOCK_M)
-    cols = first_col + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_D)
-    row_ok = rows < m
-    col_ok = cols < n
-    x_at = X + rows[:, None] * stride_xm + depth[None, :].to(tl.int64) * stride_xd
-    y_at = Y + cols[None, :] * stride_yn + depth[:, None].to(tl.int64) * stride_yd
-    raw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for d in range(0, D, BLOCK_D):
-        if EVEN_D:
-            x = tl.load(x_at, mask=row_ok[:, None], other=0.0)
-            y = tl.load(y_at, mask=col_ok[None, :], other=0.0)
-        else:
-            x = tl.load(x_at, mask=row_ok[:, None] & (depth < D - d)[None, :], other=0.0)
-            y = tl.load(y_at, mask=col_ok[None, :] & (depth < D - d)[:, None], other=0.0)
-        raw = tl.dot(x, y, raw, input_precision=INPUT_PRECISION)
-        x_at += BLOCK_D * tl.cast(stride_xd, tl.int64)
-        y_at += BLOCK_D * tl.cast(stride_yd, tl.int64)
+    raw = similarities(
+        X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
+        EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
 
     scale = tl.load(SCALE)
     bias = tl.load(BIAS)
     if HALVES:  # the left columns and then the right: half as much of the epilogue is in registers at a time
         WIDTH: tl.constexpr = BLOCK_N // 2
-        left, right = tl.split(tl.permute(tl.reshape(raw, (BLOCK_M, 2, WIDTH)), (0, 2, 1)))
+        left, right = split_columns(raw, BLOCK_M, BLOCK_N)
         row_loss, row_g_raw, row_g = _epilogue(
             left, GRAD, X_IDS, Y_IDS, scale, bias, m, n, diagonal, first_row, first_col, stride_gm,
             HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, BLOCK_M, WIDTH,
@@ -285,33 +239,11 @@ def _sigmoid_panel_kernel(
         )  # fmt: skip
 
     partial_at = PARTIALS + block_n.to(tl.int64) * (1 if LOSS_ONLY else 3) * m + first_row + tl.arange(0, BLOCK_M)
+    row_ok = first_row + tl.arange(0, BLOCK_M) < m
     tl.store(partial_at, row_loss, mask=row_ok)
     if not LOSS_ONLY:
         tl.store(partial_at + m, row_g_raw, mask=row_ok)
         tl.store(partial_at + 2 * m, row_g, mask=row_ok)
-
-
-@functools.cache
-def _device_traits(device: torch.device) -> tuple[str, bool, int]:
-    """(chip family in CONFIGS, whether the chip multiplies tf32, multiprocessors)."""
-    if device.type != "cuda":
-        return "sm_80", True, 1  # the interpreter
-    properties = torch.cuda.get_device_properties(device)
-    multiprocessors = properties.multi_processor_count
-    if torch.version.hip is not None:
-        return "gfx9", properties.gcnArchName.startswith("gfx942"), multiprocessors
-    # Chips between and beyond the three (Ada, consumer Blackwell) take what suits sm_80: its configurations also fit
-    # into their 99 KB of shared memory.
-    return {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80"), properties.major >= 8, multiprocessors
-
-
-def product_kind(features: Tensor) -> str:
-    """How features are multiplied: "half" if of 16 bits, else as torch multiplies fp32 just now: "ieee" or "tf32"."""
-    if features.dtype != torch.float32:
-        return "half"
-    # Set by torch.set_float32_matmul_precision too, whose getter raises once this newer setting has been used.
-    wanted = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if wanted and _device_traits(features.device)[1] else "ieee"
 
 
 def gradient_scale(dtype: torch.dtype) -> float:
@@ -320,23 +252,6 @@ def gradient_scale(dtype: torch.dtype) -> float:
     Most negatives have a sigmoid of 1e-4 to 1e-8, below the normal range of fp16; times 2^15, G still fits.
     """
     return float(_FP16_GRADIENT_SCALE.value) if dtype == torch.float16 else 1.0
-
-
-def choose_config(x: Tensor, y: Tensor, grad: Tensor | None) -> Config:
-    """The entry of CONFIGS for these panels.
-
-    The large tile needs rows that are aligned for wide loads and stores, which keep addresses in few registers, and
-    enough tiles to occupy the chip. A model meets these two tiles only, so nothing is compiled after the first steps.
-    """
-    family, _, multiprocessors = _device_traits(x.device)
-    large, small = CONFIGS[family, product_kind(x)]
-    tiles = triton.cdiv(x.shape[0], large.block_m) * triton.cdiv(y.shape[0], large.block_n)
-    aligned = all(t is None or _is_aligned(t) for t in (x, y, grad))
-    return large if aligned and tiles >= multiprocessors else small
-
-
-def _is_aligned(matrix: Tensor) -> bool:
-    return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def sigmoid_panel(
@@ -377,7 +292,7 @@ def sigmoid_panel(
         config, product_kind(x), width, x_ids is not None, ignore_same_id, stats.shape[1] == 1, grad is not None
     )
     grid = (triton.cdiv(m, config.block_m) * columns,)
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+    with on_device(x.device):
         _sigmoid_panel_kernel[grid](
             x,
             y,

@@ -1,0 +1,740 @@
+r"""Triton tile kernels of the softmax contrastive losses: statistics of rows and columns, and the gradient tile.
+
+For panels x [m, D] and y [n, D], scale t and
+
+    raw_ij = x_i . y_j            fp32 accumulator of the matrix product
+    z_ij   = t raw_ij
+
+a first visit to the tiles merges into running statistics of each row, and of each column, over the pairs that are kept
+
+    maximum of z, sum of exp(z - maximum), sum of raw over positives, number of positives
+    and for label smoothing: sum of raw, number of pairs
+
+of which the log-sum-exps lr_i and lc_j are made. A second visit, with weights a, b, p, q, u, v that the loss chooses,
+writes
+
+    G_ij = a_i exp(z_ij - lr_i) + b_j exp(z_ij - lc_j) - [ij positive] (p_i + q_j) - (u_i + v_j)
+
+and zero for pairs that are left out. Weights are at most 1 in magnitude, so |G| <= 2 on a loss that is a mean of
+cross-entropies; G is written in the dtype of the features (in fp16 times 2^14, see gradient_scale). Whatever else
+multiplies the gradient multiplies the fp32 products made of G.
+
+One exponential per element and visit, though rows and columns have different maxima. Everything is in base 2, with
+log2(e) folded into t.
+
+    statistics   e = 2^(z - c) against the maximum c of the tile serves rows and columns alike: multiplication, maximum,
+                 subtraction, ex2 and two additions. A sum of at least 2^-90 has lost terms below 2^-126 to underflow,
+                 2^-28 of it at most for 128 terms. If any row or column of the tile has less, the program takes each
+                 against its own maximum instead: exact for every scale, and rare, since it takes logits that are 62
+                 apart within one tile. Where column sums are not wanted, rows have their own maximum to begin with.
+    gradient     e = 2^(z - c) against the largest c of the tile's log-sum-exps, which no z exceeds; then
+                 G = e (a_i 2^(c - lr_i) + b_j 2^(c - lc_j)), whose factors are made once per row and column: fma, ex2,
+                 addition, multiplication. If the log-sum-exps of the tile are more than 60 (41 in natural units)
+                 apart, the two exponentials are taken one by one; if not, what underflows is below 2^-66.
+
+The maximum that is kept for a row or column is that of the tiles that it met: at least its own, at most 67 more.
+
+The partial statistics of each block go to a buffer with one slot per block, which a second, small launch merges into
+the running statistics in float64, in a fixed order: the result is bitwise reproducible.
+
+Masks are made in the tile, from positions and ids. Diagonals and ragged edges are dealt with where they are, behind
+branches that are uniform over the program; with ids every pair is compared, in 64 bits.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# (the parameters of jitted functions are Triton's, not Python's; every other function here is annotated)
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssl_kernels.kernels.tiles import (
+    CONFIGS,
+    Config,
+    choose_config,
+    device_traits,
+    locate_tile,
+    on_device,
+    product_kind,
+    similarities,
+    split_columns,
+)
+
+__all__ = ["CONFIGS", "Config", "gradient_scale", "softmax_grad", "softmax_stats"]
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LEAST_SUM = tl.constexpr(2.0**-90)
+_WIDEST_RANGE = tl.constexpr(60.0)
+_FP16_GRADIENT_SCALE = tl.constexpr(2.0**14)
+_MERGE_ROWS = 32
+_MERGE_BLOCKS = 32
+
+
+@triton.jit
+def _diagonal_in_block(diagonal, first_row, first_col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Column, counted within the block, where a diagonal crosses its first row; clamped to where it no longer meets."""
+    return tl.minimum(tl.maximum(diagonal + first_row - first_col, -BLOCK_M), BLOCK_N).to(tl.int32)
+
+
+@triton.jit
+def _left(size, first, BLOCK: tl.constexpr):
+    """How many of a block's rows or columns are within the panel."""
+    return tl.maximum(tl.minimum(size - first, BLOCK), 0).to(tl.int32)
+
+
+@triton.jit
+def _same_id(X_IDS, Y_IDS, first_row, first_col, row, col, rows_left, cols_left):
+    x_id = tl.load(X_IDS + first_row + row, mask=row < rows_left, other=0)
+    y_id = tl.load(Y_IDS + first_col + col, mask=col < cols_left, other=0)
+    return x_id[:, None] == y_id[None, :]
+
+
+@triton.jit
+def _finite_from_below(maximum):
+    """A maximum to subtract: nothing is left of exp(-inf - 0), where exp(-inf + inf) would be NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def _sum_exp2(z, AXIS: tl.constexpr):
+    """Maxima along an axis, and sums of 2^(z - maximum)."""
+    maximum = tl.max(z, axis=AXIS)
+    return maximum, tl.sum(tl.exp2(z - tl.expand_dims(_finite_from_below(maximum), AXIS)), axis=AXIS)
+
+
+@triton.jit
+def _stats_epilogue(
+    raw,  # [BLOCK_M, BLOCK_N] fp32
+    COL_PARTIALS,
+    X_IDS,
+    Y_IDS,
+    scale,
+    m,
+    n,
+    positive,
+    excluded,
+    block_m,
+    first_row,
+    first_col,
+    HAS_IDS: tl.constexpr,
+    IGNORE_SAME_ID: tl.constexpr,
+    WITH_COLS: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write the columns' statistics of a block and return those of its rows, each [BLOCK_M]."""
+    row = tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_N)
+    rows_left = _left(m, first_row, BLOCK_M)
+    cols_left = _left(n, first_col, BLOCK_N)
+    positive_at = _diagonal_in_block(positive, first_row, first_col, BLOCK_M, BLOCK_N)
+    excluded_at = _diagonal_in_block(excluded, first_row, first_col, BLOCK_M, BLOCK_N)
+    is_edge = (rows_left < BLOCK_M) | (cols_left < BLOCK_N)
+    has_positive = (positive_at > -BLOCK_M) & (positive_at < cols_left) & (positive != excluded)
+    has_excluded = (excluded_at > -BLOCK_M) & (excluded_at < cols_left)
+    POSITIVE_IDS: tl.constexpr = HAS_IDS and not IGNORE_SAME_ID
+
+    # A pair that is left out gets z = -inf, and raw = 0, since 0 times a NaN or an infinity would count. With ids that
+    # is decided element by element without a branch, across which the masks would be kept in registers.
+    z = raw * scale
+    row_pairs = tl.zeros((BLOCK_M,), tl.float32) + cols_left
+    col_pairs = tl.zeros((BLOCK_N,), tl.float32) + rows_left
+    if HAS_IDS:
+        is_positive = col[None, :] == (row + positive_at)[:, None]
+        same_id = _same_id(X_IDS, Y_IDS, first_row, first_col, row, col, rows_left, cols_left)
+        kept = (row < rows_left)[:, None] & (col < cols_left)[None, :] & (col[None, :] != (row + excluded_at)[:, None])
+        if IGNORE_SAME_ID:
+            kept = kept & (is_positive | (same_id == 0))
+        else:
+            is_positive = (is_positive | same_id) & kept
+        z = tl.where(kept, z, float("-inf"))
+        raw = tl.where(kept, raw, 0.0)
+        if STATS == 6:
+            row_pairs = tl.sum(kept.to(tl.float32), axis=1)
+            if WITH_COLS:
+                col_pairs = tl.sum(kept.to(tl.float32), axis=0)
+    else:
+        if is_edge | has_excluded:
+            kept = (row < rows_left)[:, None] & (col < cols_left)[None, :]
+            kept = kept & (col[None, :] != (row + excluded_at)[:, None])
+            z = tl.where(kept, z, float("-inf"))
+            raw = tl.where(kept, raw, 0.0)
+            row_pairs -= ((row + excluded_at >= 0) & (row + excluded_at < cols_left)).to(tl.float32)
+            col_pairs -= ((col - excluded_at >= 0) & (col - excluded_at < rows_left)).to(tl.float32)
+
+    # Column sums are stored as soon as they are made: held to the end, six of them take more registers than the tile.
+    col_at = COL_PARTIALS
+    col_ok = col < cols_left
+    if WITH_COLS:
+        col_at += block_m.to(tl.int64) * STATS * n + first_col + col
+    row_raw = tl.zeros((BLOCK_M,), tl.float32)
+    if STATS == 6:
+        row_raw = tl.sum(raw, axis=1)
+        if WITH_COLS:
+            tl.store(col_at + 4 * n, tl.sum(raw, axis=0), mask=col_ok)
+            tl.store(col_at + 5 * n, col_pairs, mask=col_ok)
+
+    row_positive = tl.zeros((BLOCK_M,), tl.float32)
+    row_positives = tl.zeros((BLOCK_M,), tl.float32)
+    if POSITIVE_IDS:
+        row_positives = tl.sum(is_positive.to(tl.float32), axis=1)
+        if WITH_COLS:
+            tl.store(col_at + 3 * n, tl.sum(is_positive.to(tl.float32), axis=0), mask=col_ok)
+        raw = tl.where(is_positive, raw, 0.0)
+        row_positive = tl.sum(raw, axis=1)
+        if WITH_COLS:
+            tl.store(col_at + 2 * n, tl.sum(raw, axis=0), mask=col_ok)
+    else:
+        col_positive = tl.zeros((BLOCK_N,), tl.float32)
+        col_positives = tl.zeros((BLOCK_N,), tl.float32)
+        if has_positive:
+            raw = tl.where(col[None, :] == (row + positive_at)[:, None], raw, 0.0)
+            row_positive = tl.sum(raw, axis=1)
+            row_positives = ((row + positive_at >= 0) & (row + positive_at < cols_left)).to(tl.float32)
+            if WITH_COLS:
+                col_positive = tl.sum(raw, axis=0)
+                col_positives = ((col - positive_at >= 0) & (col - positive_at < rows_left)).to(tl.float32)
+        if WITH_COLS:
+            tl.store(col_at + 2 * n, col_positive, mask=col_ok)
+            tl.store(col_at + 3 * n, col_positives, mask=col_ok)
+
+    if WITH_COLS:
+        maximum = tl.max(tl.max(z, axis=1), axis=0)
+        e = tl.exp2(z - _finite_from_below(maximum))
+        row_max = tl.zeros((BLOCK_M,), tl.float32) + maximum
+        col_max = tl.zeros((BLOCK_N,), tl.float32) + maximum
+        row_sum = tl.sum(e, axis=1)
+        col_sum = tl.sum(e, axis=0)
+        least_row = tl.min(tl.where(row < rows_left, row_sum, 1.0), axis=0)
+        least_col = tl.min(tl.where(col_ok, col_sum, 1.0), axis=0)
+        if tl.minimum(least_row, least_col) < _LEAST_SUM:
+            row_max, row_sum = _sum_exp2(z, 1)
+            col_max, col_sum = _sum_exp2(z, 0)
+        tl.store(col_at, col_max, mask=col_ok)
+        tl.store(col_at + n, col_sum, mask=col_ok)
+    else:
+        row_max, row_sum = _sum_exp2(z, 1)
+    return row_max, row_sum, row_positive, row_positives, row_raw, row_pairs
+
+
+# The sizes and diagonals change from panel to panel and batch to batch, and with them where the slices of ids and
+# vectors begin: specialising on those would recompile in the middle of training. Strides and D are fixed by the model.
+@triton.jit(do_not_specialize=["m", "n", "positive", "excluded"], do_not_specialize_on_alignment=["X_IDS", "Y_IDS"])
+def _softmax_stats_kernel(
+    X,  # [m, D]
+    Y,  # [n, D]
+    ROW_PARTIALS,  # [cdiv(n, BLOCK_N), STATS, m] fp32
+    COL_PARTIALS,  # [cdiv(m, BLOCK_M), STATS, n] fp32, or None without WITH_COLS
+    SCALE,
+    X_IDS,  # [m] int64, or None without HAS_IDS
+    Y_IDS,  # [n]
+    m: tl.int64,
+    n: tl.int64,
+    D,
+    positive: tl.int64,
+    excluded: tl.int64,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    HAS_IDS: tl.constexpr,
+    IGNORE_SAME_ID: tl.constexpr,
+    WITH_COLS: tl.constexpr,
+    STATS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    block_m, block_n = locate_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    first_row = block_m.to(tl.int64) * BLOCK_M
+    first_col = block_n.to(tl.int64) * BLOCK_N
+    raw = similarities(
+        X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
+        EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+
+    scale = tl.load(SCALE) * _LOG2_E
+    if HALVES:  # the left columns and then the right: half as much of the epilogue is in registers at a time
+        WIDTH: tl.constexpr = BLOCK_N // 2
+        left, right = split_columns(raw, BLOCK_M, BLOCK_N)
+        max_l, sum_l, positive_l, positives_l, raw_l, pairs_l = _stats_epilogue(
+            left, COL_PARTIALS, X_IDS, Y_IDS, scale, m, n, positive, excluded, block_m, first_row, first_col,
+            HAS_IDS, IGNORE_SAME_ID, WITH_COLS, STATS, BLOCK_M, WIDTH,
+        )  # fmt: skip
+        max_r, sum_r, positive_r, positives_r, raw_r, pairs_r = _stats_epilogue(
+            right, COL_PARTIALS, X_IDS, Y_IDS, scale, m, n, positive, excluded, block_m, first_row, first_col + WIDTH,
+            HAS_IDS, IGNORE_SAME_ID, WITH_COLS, STATS, BLOCK_M, WIDTH,
+        )  # fmt: skip
+        row_max = tl.maximum(max_l, max_r)
+        shift = _finite_from_below(row_max)
+        row_sum = sum_l * tl.exp2(max_l - shift) + sum_r * tl.exp2(max_r - shift)
+        row_positive = positive_l + positive_r
+        row_positives = positives_l + positives_r
+        row_raw = raw_l + raw_r
+        row_pairs = pairs_l + pairs_r
+    else:
+        row_max, row_sum, row_positive, row_positives, row_raw, row_pairs = _stats_epilogue(
+            raw, COL_PARTIALS, X_IDS, Y_IDS, scale, m, n, positive, excluded, block_m, first_row, first_col,
+            HAS_IDS, IGNORE_SAME_ID, WITH_COLS, STATS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+    at = ROW_PARTIALS + block_n.to(tl.int64) * STATS * m + first_row + tl.arange(0, BLOCK_M)
+    row_ok = first_row + tl.arange(0, BLOCK_M) < m
+    tl.store(at, row_max, mask=row_ok)
+    tl.store(at + m, row_sum, mask=row_ok)
+    tl.store(at + 2 * m, row_positive, mask=row_ok)
+    tl.store(at + 3 * m, row_positives, mask=row_ok)
+    if STATS == 6:
+        tl.store(at + 4 * m, row_raw, mask=row_ok)
+        tl.store(at + 5 * m, row_pairs, mask=row_ok)
+
+
+@triton.jit(do_not_specialize=["size", "blocks"], do_not_specialize_on_alignment=["STATISTICS"])
+def _merge_stats_kernel(
+    PARTIALS,  # [blocks, STATS, size] fp32, maxima in base 2
+    STATISTICS,  # [size, STATS] float64
+    size: tl.int64,
+    blocks,
+    stride_m,
+    stride_k,
+    STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Merge the statistics of the blocks, BLOCKS at a time, and then with the running ones."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row_ok = rows < size
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        at = PARTIALS + block.to(tl.int64)[:, None] * STATS * size + rows[None, :]
+        ok = (block < blocks)[:, None] & row_ok[None, :]
+        maxima = tl.load(at, mask=ok, other=float("-inf"))
+        sums = tl.load(at + size, mask=ok, other=0.0)
+        larger = tl.maximum(maximum, tl.max(maxima, axis=0))
+        shift = _finite_from_below(larger)
+        total *= tl.exp2(maximum - shift)
+        total += tl.sum((sums * tl.exp2(maxima - shift[None, :])).to(tl.float64), axis=0)
+        maximum = larger
+
+    at = STATISTICS + rows * stride_m
+    running = tl.load(at, mask=row_ok, other=0.0)
+    maximum = maximum.to(tl.float64) * _LN_2
+    larger = tl.maximum(running, maximum)
+    shift = _finite_from_below(larger)
+    total *= tl.exp(maximum - shift)
+    total += tl.load(at + stride_k, mask=row_ok, other=0.0) * tl.exp(running - shift)
+    tl.store(at, larger, mask=row_ok)
+    tl.store(at + stride_k, total, mask=row_ok)
+    for k in tl.static_range(2, STATS):
+        total = tl.load(at + k * stride_k, mask=row_ok, other=0.0)
+        for first in range(0, blocks, BLOCKS):
+            block = first + tl.arange(0, BLOCKS)
+            from_blocks = PARTIALS + (block.to(tl.int64)[:, None] * STATS + k) * size + rows[None, :]
+            ok = (block < blocks)[:, None] & row_ok[None, :]
+            total += tl.sum(tl.load(from_blocks, mask=ok, other=0.0).to(tl.float64), axis=0)
+        tl.store(at + k * stride_k, total, mask=row_ok)
+
+
+@triton.jit
+def _load_lse(LSE, WEIGHT, at, ok):
+    """Log-sum-exps in base 2 with their weights, and which of them count: a row or column without any kept pair has
+    weight 0 and a log-sum-exp of -inf, which becomes +inf here, so that its exponentials are 0."""
+    lse = tl.load(LSE + at, mask=ok, other=float("-inf")) * _LOG2_E
+    weight = tl.load(WEIGHT + at, mask=ok, other=0.0)
+    counts = (weight != 0.0) | (lse != float("-inf"))
+    return tl.where(counts, lse, float("inf")), weight, counts
+
+
+@triton.jit
+def _subtract_targets(g, is_positive, ROW_TARGET, COL_TARGET, row, col, row_ok, col_ok):
+    row_target = tl.load(ROW_TARGET + row, mask=row_ok, other=0.0)
+    col_target = tl.load(COL_TARGET + col, mask=col_ok, other=0.0)
+    return tl.where(is_positive, g - (row_target[:, None] + col_target[None, :]), g)
+
+
+@triton.jit
+def _grad_epilogue(
+    raw,  # [BLOCK_M, BLOCK_N] fp32
+    GRAD,
+    X_IDS,
+    Y_IDS,
+    ROW_LSE,
+    COL_LSE,
+    ROW_WEIGHT,
+    COL_WEIGHT,
+    ROW_TARGET,
+    COL_TARGET,
+    ROW_UNIFORM,
+    COL_UNIFORM,
+    scale,
+    m,
+    n,
+    positive,
+    excluded,
+    first_row,
+    first_col,
+    stride_gm,
+    HAS_IDS: tl.constexpr,
+    IGNORE_SAME_ID: tl.constexpr,
+    HAS_UNIFORM: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write G of a block of similarities and return its row sums of G raw, [BLOCK_M]."""
+    row = tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_N)
+    rows_left = _left(m, first_row, BLOCK_M)
+    cols_left = _left(n, first_col, BLOCK_N)
+    row_ok = row < rows_left
+    col_ok = col < cols_left
+    positive_at = _diagonal_in_block(positive, first_row, first_col, BLOCK_M, BLOCK_N)
+    excluded_at = _diagonal_in_block(excluded, first_row, first_col, BLOCK_M, BLOCK_N)
+    is_edge = cols_left < BLOCK_N
+    has_positive = (positive_at > -BLOCK_M) & (positive_at < cols_left)
+    has_excluded = (excluded_at > -BLOCK_M) & (excluded_at < cols_left)
+
+    row_lse, row_weight, row_counts = _load_lse(ROW_LSE, ROW_WEIGHT, first_row + row, row_ok)
+    col_lse, col_weight, col_counts = _load_lse(COL_LSE, COL_WEIGHT, first_col + col, col_ok)
+    highest = tl.maximum(
+        tl.max(tl.where(row_counts, row_lse, float("-inf")), axis=0),
+        tl.max(tl.where(col_counts, col_lse, float("-inf")), axis=0),
+    )
+    lowest = tl.minimum(tl.min(row_lse, axis=0), tl.min(col_lse, axis=0))
+    if highest - lowest <= _WIDEST_RANGE:
+        nothing = highest == float("-inf")
+        row_factor = row_weight * tl.exp2(tl.where(nothing, float("-inf"), highest - row_lse))
+        col_factor = col_weight * tl.exp2(tl.where(nothing, float("-inf"), highest - col_lse))
+        e = tl.exp2(raw * scale - tl.where(nothing, float("inf"), highest))
+        g = e * (row_factor[:, None] + col_factor[None, :])
+    else:
+        z = raw * scale
+        g = row_weight[:, None] * tl.exp2(z - row_lse[:, None]) + col_weight[None, :] * tl.exp2(z - col_lse[None, :])
+    if HAS_UNIFORM:
+        row_uniform = tl.load(ROW_UNIFORM + first_row + row, mask=row_ok, other=0.0)
+        col_uniform = tl.load(COL_UNIFORM + first_col + col, mask=col_ok, other=0.0)
+        g -= row_uniform[:, None] + col_uniform[None, :]
+
+    # Rows beyond the panel are not stored.
+    if HAS_IDS:
+        is_positive = col[None, :] == (row + positive_at)[:, None]
+        same_id = _same_id(X_IDS, Y_IDS, first_row, first_col, row, col, rows_left, cols_left)
+        kept = col_ok[None, :] & (col[None, :] != (row + excluded_at)[:, None])
+        if IGNORE_SAME_ID:
+            kept = kept & (is_positive | (same_id == 0))
+        else:
+            is_positive = is_positive | same_id
+        g = _subtract_targets(g, is_positive, ROW_TARGET, COL_TARGET, first_row + row, first_col + col, row_ok, col_ok)
+        g = tl.where(kept, g, 0.0)
+        raw = tl.where(kept, raw, 0.0)
+    else:
+        if has_positive:
+            is_positive = col[None, :] == (row + positive_at)[:, None]
+            g = _subtract_targets(
+                g, is_positive, ROW_TARGET, COL_TARGET, first_row + row, first_col + col, row_ok, col_ok
+            )
+        if is_edge | has_excluded:
+            kept = col_ok[None, :] & (col[None, :] != (row + excluded_at)[:, None])
+            g = tl.where(kept, g, 0.0)
+            raw = tl.where(kept, raw, 0.0)
+
+    row_g_raw = tl.sum(g * raw, axis=1)
+    if WITH_GRAD:
+        GRAD_SCALE: tl.constexpr = _FP16_GRADIENT_SCALE if GRAD.dtype.element_ty == tl.float16 else 1.0
+        g = (g * GRAD_SCALE).to(GRAD.dtype.element_ty)
+        grad_at = GRAD + first_col + (first_row + row)[:, None] * stride_gm + col[None, :]
+        if is_edge:
+            tl.store(grad_at, g, mask=row_ok[:, None] & col_ok[None, :])
+        else:  # a mask that is constant along the row leaves the stores wide
+            tl.store(grad_at, g, mask=row_ok[:, None])
+    return row_g_raw
+
+
+@triton.jit(
+    do_not_specialize=["m", "n", "positive", "excluded"],
+    do_not_specialize_on_alignment=[
+        "X_IDS", "Y_IDS", "ROW_LSE", "COL_LSE", "ROW_WEIGHT", "COL_WEIGHT", "ROW_TARGET", "COL_TARGET",
+        "ROW_UNIFORM", "COL_UNIFORM",
+    ],
+)  # fmt: skip
+def _softmax_grad_kernel(
+    X,  # [m, D]
+    Y,  # [n, D]
+    GRAD,  # [m, n], or None without WITH_GRAD
+    PARTIALS,  # [cdiv(n, BLOCK_N), m] fp32
+    SCALE,
+    X_IDS,  # [m] int64, or None without HAS_IDS
+    Y_IDS,  # [n]
+    ROW_LSE,  # this and what follows: [m] or [n] fp32
+    COL_LSE,
+    ROW_WEIGHT,
+    COL_WEIGHT,
+    ROW_TARGET,
+    COL_TARGET,
+    ROW_UNIFORM,  # or None without HAS_UNIFORM
+    COL_UNIFORM,
+    m: tl.int64,
+    n: tl.int64,
+    D,
+    positive: tl.int64,
+    excluded: tl.int64,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    stride_gm,
+    HAS_IDS: tl.constexpr,
+    IGNORE_SAME_ID: tl.constexpr,
+    HAS_UNIFORM: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    block_m, block_n = locate_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    first_row = block_m.to(tl.int64) * BLOCK_M
+    first_col = block_n.to(tl.int64) * BLOCK_N
+    raw = similarities(
+        X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
+        EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+
+    scale = tl.load(SCALE) * _LOG2_E
+    if HALVES:
+        WIDTH: tl.constexpr = BLOCK_N // 2
+        left, right = split_columns(raw, BLOCK_M, BLOCK_N)
+        row_g_raw = _grad_epilogue(
+            left, GRAD, X_IDS, Y_IDS, ROW_LSE, COL_LSE, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
+            COL_UNIFORM, scale, m, n, positive, excluded, first_row, first_col, stride_gm,
+            HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
+        )  # fmt: skip
+        row_g_raw += _grad_epilogue(
+            right, GRAD, X_IDS, Y_IDS, ROW_LSE, COL_LSE, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
+            COL_UNIFORM, scale, m, n, positive, excluded, first_row, first_col + WIDTH, stride_gm,
+            HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
+        )  # fmt: skip
+    else:
+        row_g_raw = _grad_epilogue(
+            raw, GRAD, X_IDS, Y_IDS, ROW_LSE, COL_LSE, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
+            COL_UNIFORM, scale, m, n, positive, excluded, first_row, first_col, stride_gm,
+            HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    partial_at = PARTIALS + block_n.to(tl.int64) * m + first_row + tl.arange(0, BLOCK_M)
+    tl.store(partial_at, row_g_raw, mask=first_row + tl.arange(0, BLOCK_M) < m)
+
+
+def gradient_scale(dtype: torch.dtype) -> float:
+    """The power of two that G carries in the gradient tile; whoever multiplies with the tile takes it out in fp32.
+
+    A softmax over many negatives is mostly below the normal range of fp16; times 2^14, G still fits.
+    """
+    return float(_FP16_GRADIENT_SCALE.value) if dtype == torch.float16 else 1.0
+
+
+def softmax_stats(
+    x: Tensor,
+    y: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor | None,
+    scale: Tensor,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    ignore_same_id: bool,
+    positive: int,
+    excluded: int,
+    *,
+    config: Config | None = None,
+) -> None:
+    """Merge one panel into the running statistics of its rows and columns.
+
+    Columns of the statistics: a maximum of z over kept pairs (of all that this row's or column's tiles hold, so at
+    least its own; -inf before the first), the sum of exp(z - maximum), the sum of x_i . y_j over positive pairs, and
+    their number; of six, also the sum of x_i . y_j over kept pairs, and their number.
+
+    Args:
+        x: rows [m, D] in fp32, bf16 or fp16, any strides; m and D at least 1.
+        y: columns [n, D], of the same dtype, any strides; n at least 1.
+        row_stats: [m, 4] or [m, 6] float64, any strides.
+        col_stats: [n, 4] or [n, 6] alike, or None where only rows matter.
+        scale: 0-dim fp32 on the device.
+        x_ids: [m] int64, contiguous, or None.
+        y_ids: [n] likewise, given together with ``x_ids``.
+        ignore_same_id: leave pairs of equal ids out, unless they are on the positive diagonal, instead of making them
+            positives.
+        positive: (i, j) is positive where j = i + positive; out of range, nowhere.
+        excluded: (i, j) is left out where j = i + excluded, whatever else holds; out of range, nowhere.
+        config: an entry of CONFIGS, by default the one that ``choose_config`` names.
+    """
+    m, n, width = x.shape[0], y.shape[0], x.shape[1]
+    config = config_for(config or choose_config(x, y, None), device_traits(x.device)[0], x_ids is not None)
+    blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
+    stats = row_stats.shape[1]
+    row_partials = torch.empty(blocks_n, stats, m, dtype=torch.float32, device=x.device)
+    col_partials = None
+    if col_stats is not None:
+        col_partials = torch.empty(blocks_m, stats, n, dtype=torch.float32, device=x.device)
+    with on_device(x.device):
+        _softmax_stats_kernel[(blocks_m * blocks_n,)](
+            x,
+            y,
+            row_partials,
+            col_partials,
+            scale,
+            x_ids,
+            y_ids,
+            m,
+            n,
+            width,
+            _within(positive, m, n),
+            _within(excluded, m, n),
+            *x.stride(),
+            *y.stride(),
+            **stats_constants(config, product_kind(x), width, x_ids is not None, ignore_same_id, col_stats is not None),
+            STATS=stats,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        for partials, running in ((row_partials, row_stats), (col_partials, col_stats)):
+            if partials is None or running is None:
+                continue
+            blocks, _, size = partials.shape
+            _merge_stats_kernel[(triton.cdiv(size, _MERGE_ROWS),)](
+                partials, running, size, blocks, *running.stride(),
+                STATS=stats, BLOCK=_MERGE_ROWS, BLOCKS=_MERGE_BLOCKS, num_warps=4,
+            )  # fmt: skip
+
+
+def softmax_grad(
+    x: Tensor,
+    y: Tensor,
+    grad: Tensor | None,
+    stats: Tensor,
+    scale: Tensor,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    ignore_same_id: bool,
+    positive: int,
+    excluded: int,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    row_target: Tensor,
+    col_target: Tensor,
+    row_uniform: Tensor | None,
+    col_uniform: Tensor | None,
+    *,
+    config: Config | None = None,
+) -> None:
+    """Write the gradient tile G of one panel to ``grad``, and add its row sums of G (x_i . y_j) to ``stats``.
+
+    Args:
+        x, y, scale, x_ids, y_ids, ignore_same_id, positive, excluded, config: as for :func:`softmax_stats`.
+        grad: [m, n] in the dtype of x with unit stride along n, receives G times :func:`gradient_scale`; None where no
+            feature gradient is wanted.
+        stats: [m, 1] float64.
+        row_lse: [m] fp32, contiguous, as are all that follow: log-sum-exps over all kept pairs of each row, at least
+            every z of it; -inf, with weight 0, where there is none.
+        col_lse: [n], of the columns.
+        row_weight: [m], of exp(z - row_lse).
+        col_weight: [n], of exp(z - col_lse).
+        row_target: [m], subtracted from positive pairs.
+        col_target: [n], likewise.
+        row_uniform: [m], subtracted from every kept pair; or None, together with ``col_uniform``.
+        col_uniform: [n], likewise.
+    """
+    m, n, width = x.shape[0], y.shape[0], x.shape[1]
+    config = config_for(config or choose_config(x, y, grad), device_traits(x.device)[0], x_ids is not None)
+    columns = triton.cdiv(n, config.block_n)
+    partials = torch.empty(columns, m, dtype=torch.float32, device=x.device)
+    constants = grad_constants(
+        config, product_kind(x), width, x_ids is not None, ignore_same_id, row_uniform is not None, grad is not None
+    )
+    with on_device(x.device):
+        _softmax_grad_kernel[(triton.cdiv(m, config.block_m) * columns,)](
+            x,
+            y,
+            grad,
+            partials,
+            scale,
+            x_ids,
+            y_ids,
+            row_lse,
+            col_lse,
+            row_weight,
+            col_weight,
+            row_target,
+            col_target,
+            row_uniform,
+            col_uniform,
+            m,
+            n,
+            width,
+            _within(positive, m, n),
+            _within(excluded, m, n),
+            *x.stride(),
+            *y.stride(),
+            0 if grad is None else grad.stride(0),
+            **constants,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    stats[:, 0] += partials.sum(dim=0, dtype=torch.float64)
+
+
+def config_for(config: Config, family: str, has_ids: bool) -> Config:
+    """The masks of ids take the registers of half a tile, but on AMD, whose wider wavefronts have some to spare."""
+    if has_ids and family != "gfx9" and (config.halves or config.num_warps == 4):
+        return replace(config, block_n=config.block_n // 2, halves=False)
+    return config
+
+
+def _within(diagonal: int, m: int, n: int) -> int:
+    """The diagonal, or the nearest that no longer meets the panel."""
+    return max(min(diagonal, n), -m)
+
+
+def stats_constants(
+    config: Config, kind: str, width: int, has_ids: bool, ignore_same_id: bool, with_cols: bool
+) -> dict[str, Any]:
+    """The compile-time arguments of the statistics kernel but for STATS. What is not wanted is not compiled in."""
+    return {**_tile_constants(config, kind, width, has_ids, ignore_same_id), "WITH_COLS": with_cols}
+
+
+def grad_constants(
+    config: Config, kind: str, width: int, has_ids: bool, ignore_same_id: bool, has_uniform: bool, with_grad: bool
+) -> dict[str, Any]:
+    """The compile-time arguments of the gradient kernel."""
+    shared = _tile_constants(config, kind, width, has_ids, ignore_same_id)
+    return {**shared, "HAS_UNIFORM": has_uniform, "WITH_GRAD": with_grad}
+
+
+def _tile_constants(config: Config, kind: str, width: int, has_ids: bool, ignore_same_id: bool) -> dict[str, Any]:
+    return {
+        "HAS_IDS": has_ids,
+        "IGNORE_SAME_ID": has_ids and ignore_same_id,
+        "EVEN_D": width % config.block_d == 0,
+        "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "GROUP_M": config.group_m,
+        "HALVES": config.halves,
+    }

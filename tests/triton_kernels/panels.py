@@ -1,0 +1,61 @@
+"""Inputs and oracles that the tests of the tile kernels share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_kernels.kernels.tiles import CONFIGS, Config
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IDS = ["none", "positive", "ignore"]
+# Relative rounding error of each dtype, in which gradient tiles are stored.
+UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# Half of the smallest spacing; fp32 below the normal range may be flushed to zero, and so may bf16.
+TINY = {torch.float32: 2**-125, torch.bfloat16: 2**-125, torch.float16: 2**-25}
+
+
+def features(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return F.normalize(torch.randn(rows, width), dim=1).to(dtype)
+
+
+def make_ids(kind: str, m: int, n: int, values: int = 5) -> tuple[Tensor, Tensor] | None:
+    if kind == "none":
+        return None
+    # Beyond 2^32, and equal in their low halves: a comparison in 32 bits would find them all the same.
+    return torch.randint(values, (m,)) * 2**33, torch.randint(values, (n,)) * 2**33
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    bits = x.numpy().view(np.uint32)
+    return torch.from_numpy(((bits + 0x1000) & 0xFFFFE000).view(np.float32))
+
+
+def pair_masks(
+    m: int, n: int, ids: tuple[Tensor, Tensor] | None, ignore_same_id: bool, positive: int, excluded: int
+) -> tuple[Tensor, Tensor]:
+    """Which pairs are positive, and which are kept."""
+    is_positive, kept = torch.zeros(m, n, dtype=torch.bool), torch.ones(m, n, dtype=torch.bool)
+    for i in range(m):
+        if 0 <= i + positive < n:
+            is_positive[i, i + positive] = True
+    if ids is not None:
+        same = ids[0][:, None] == ids[1][None, :]
+        if ignore_same_id:
+            kept = is_positive | ~same
+        else:
+            is_positive = is_positive | same
+    for i in range(m):
+        if 0 <= i + excluded < n:
+            kept[i, i + excluded] = False
+    return is_positive & kept, kept
+
+
+def shipped(kind: str) -> list[Config]:
+    """Every shape of tile. Warps and stages mean nothing to the interpreter."""
+    found = [c for (_, its_kind), pair in CONFIGS.items() if its_kind == kind for c in pair]
+    return list(dict.fromkeys(replace(c, num_warps=4, num_stages=2) for c in found))
