@@ -15,6 +15,7 @@ except ImportError as error:
     ) from error
 
 from ssl_kernels import functional
+from ssl_kernels.ema import ModelEma
 from ssl_kernels.losses import (
     ALBEFContrastiveLoss,
     ClipLoss,
@@ -37,6 +38,7 @@ __all__ = [
     "KeyQueue",
     "MoCoLoss",
     "MoCoV3Loss",
+    "ModelEma",
     "NTXentLoss",
     "SigLipLoss",
     "SupConLoss",

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 TRAINERS = {
     "clip": "image-text pretraining with the softmax loss; with a locked image tower LiT and dino.txt",
+    "moco": "images without labels, by momentum contrast: against a queue (v2) or within the batch (v3)",
     "siglip": "image-text pretraining with the sigmoid loss",
+    "simclr": "images without labels, by contrast within the batch",
 }
 
 _USAGE = """\

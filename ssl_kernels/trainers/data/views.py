@@ -1,0 +1,214 @@
+"""Images without captions, and the two random views of each that self-supervised learning contrasts.
+
+A batch is a pure function of (seed, epoch, number of the batch), as in `pairs`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from ssl_kernels.trainers.data import digits, openmoji
+from ssl_kernels.trainers.data.pairs import Batch, centre_crop, loader, open_image, resize
+from ssl_kernels.trainers.errors import UserError
+
+
+@dataclass
+class ImageConfig:
+    """Which images to learn from and to evaluate on."""
+
+    data: str = "mnist"
+    """`mnist` (5,000 digits), `openmoji` (3,798 emoji), or a folder of images. The names of its subfolders, if it has
+    any, are labels: they are never trained on, only evaluated with."""
+    image_size: int = 32
+    """Height and width of the images in pixels."""
+    held_out: float = 0.1
+    """Share of a folder's images that is held out; of each class, if it has subfolders."""
+    split_seed: int = 0
+    """Seed of the held-out split and of the evaluation's distortions; independent of --seed."""
+    evaluate_on: Literal["held-out", "validation"] = "held-out"
+    """`validation` holds a second split out of the training images and evaluates on that: use it to choose settings."""
+
+    def check_data(self) -> None:
+        """Refuse values that cannot work."""
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out: expected a number in [0, 1), got {self.held_out}")
+        for name, low in (("image_size", 8), ("split_seed", 0)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
+
+
+@dataclass
+class Images:
+    """Images in memory or on disk; `labels` [N] where they are known."""
+
+    images: Tensor | list[Path]  # uint8 [N, 3, H, W], or files
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, indices: Sequence[int] | Tensor) -> Images:
+        chosen = torch.as_tensor(indices, dtype=torch.long)
+        labels = None if self.labels is None else self.labels[chosen]
+        if isinstance(self.images, Tensor):
+            return Images(self.images[chosen], labels)
+        return Images([self.images[i] for i in chosen.tolist()], labels)
+
+    def load(self, indices: Sequence[int], size: int) -> Tensor:
+        """The images as evaluation sees them: uint8 [n, 3, size, size], resized and cropped around the centre."""
+        if isinstance(self.images, Tensor):
+            return resize(self.images[list(indices)], size)
+        return torch.stack([centre_crop(open_image(self.images[i]), size) for i in indices])
+
+
+class View(Protocol):
+    """Random views of the chosen images, uint8 [n, 3, size, size], drawn from `rng` alone."""
+
+    def __call__(self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class DrawingView:
+    """For digits and drawings in memory: rotate, scale, shear, shift and brighten each by its own amount.
+
+    What photographs need besides would take away what such images are about: a mirrored digit is none, a crop of one
+    may be another, and an emoji's colours are part of its meaning.
+    """
+
+    degrees: float  # of rotation, either way
+    scale: float  # largest factor, of growing as of shrinking
+    shift: float  # share of the width, either way
+    shear: float
+    brightness: float = 0.0
+    ground: float = 0.0  # the pixel value outside of the image
+
+    def __call__(self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator) -> Tensor:
+        assert isinstance(images.images, Tensor)
+        x = images.images[list(indices)].float() - self.ground  # zero padding is the ground then
+        n = len(x)
+        angle = np.deg2rad(rng.uniform(-self.degrees, self.degrees, n))
+        # The map goes from places in the view to places in the image; a logarithm makes growing as likely as shrinking.
+        zoom = np.exp(rng.uniform(-np.log(self.scale), np.log(self.scale), n))
+        shear, shift = rng.uniform(-self.shear, self.shear, n), rng.uniform(-2 * self.shift, 2 * self.shift, (n, 2))
+        cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
+        theta = np.stack([cos, shear * cos - sin, shift[:, 0], sin, shear * sin + cos, shift[:, 1]], 1)
+        grid = F.affine_grid(torch.from_numpy(theta).float().view(n, 2, 3), [n, 3, size, size], align_corners=False)
+        factor = torch.from_numpy(rng.uniform(1 - self.brightness, 1, n)).float().view(n, 1, 1, 1)
+        warped = F.grid_sample(x, grid, align_corners=False) * factor + self.ground
+        return warped.round().clamp(0, 255).to(torch.uint8)
+
+
+class PhotoView:
+    """MoCo v2's augmentation for photographs (Chen 2020, arXiv 2003.04297): crop, colour, grey, blur, mirror."""
+
+    def __call__(self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator) -> Tensor:
+        blur = v2.GaussianBlur(kernel_size=max(3, size // 20 * 2 + 1), sigma=(0.1, 2.0))
+        transform = v2.Compose([
+            v2.PILToTensor(), v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([blur], p=0.5), v2.RandomHorizontalFlip(),
+        ])  # fmt: skip
+        assert isinstance(images.images, list)
+        pictures = [open_image(images.images[i]) for i in indices]
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
+            torch.default_generator.manual_seed(int(rng.integers(2**62)))
+            return torch.stack([transform(picture) for picture in pictures])
+
+
+class ViewBatches(Dataset[Batch]):
+    """Batches of two views of each image; an item is the batch `number` of the epoch `epoch`."""
+
+    def __init__(self, images: Images, view: View, *, size: int, batch_size: int, seed: int, workers: int = 0) -> None:
+        self.images, self.view, self.size = images, view, size
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch that is being read
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    @property
+    def fingerprint(self) -> str:
+        """What a resumed run must find again: the pixels, or the files' names, in order."""
+        images = self.images.images
+        content = images.numpy().tobytes() if isinstance(images, Tensor) else "\0".join(map(str, images)).encode()
+        return hashlib.sha256(content).hexdigest()
+
+    def __getitem__(self, item: tuple[int, int]) -> Batch:
+        epoch, number = item
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.images)))
+        indices = self._order[1][number * self.batch_size : (number + 1) * self.batch_size].tolist()
+        rng = np.random.default_rng((self.seed, epoch, number + 1))
+        return {"views": tuple(self.view(self.images, indices, self.size, rng) for _ in range(2))}
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on; `workers` processes prepare them ahead."""
+        items = [(epoch, number) for number in range(start, len(self))]
+        return iter(loader(self, self.workers, sampler=items))
+
+
+@dataclass
+class ImageData:
+    """Batches to train on, the images they come from, the images held out, and how to distort one."""
+
+    batches: ViewBatches
+    train: Images
+    held_out: Images
+    view: View
+
+
+def load(config: ImageConfig, *, batch_size: int, seed: int, workers: int) -> ImageData:
+    """The images that a configuration names, split into what is trained on and what is held out."""
+    view: View = PhotoView()
+    if config.data == "mnist":
+        images = Images(*digits.load())
+        view = DrawingView(degrees=25, scale=1.25, shift=0.075, shear=0.2)
+        train, held_out = _split(images, 0.2, config.split_seed)
+    elif config.data == "openmoji":
+        # Half as large again as the model sees: rotating and scaling then costs no sharpness.
+        pairs = openmoji.load(config.image_size * 3 // 2, config.image_size)
+        view = DrawingView(degrees=15, scale=1.25, shift=0.07, shear=0.05, brightness=0.05, ground=255.0)
+        train, held_out = (Images(part.images) for part in openmoji.hold_out(pairs, config.split_seed))
+    else:
+        images = read_folder(Path(config.data))
+        train, held_out = _split(images, config.held_out, config.split_seed)
+    if config.evaluate_on == "validation":
+        train, held_out = _split(train, 0.2, config.split_seed + 1)
+    if len(train) < batch_size:
+        raise UserError(
+            f"--batch-size: {batch_size} is more than the {len(train)} training images of --data {config.data}"
+        )
+    batches = ViewBatches(train, view, size=config.image_size, batch_size=batch_size, seed=seed, workers=workers)
+    return ImageData(batches, train, held_out, view)
+
+
+def read_folder(folder: Path) -> Images:
+    """Every image below a folder, in the order of their paths, labelled by its first subfolder if all are in one."""
+    if not folder.is_dir():
+        raise UserError(f"--data: expected mnist, openmoji or a folder of images, got {str(folder)!r}")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    if not files:
+        raise UserError(f"--data: no images in {folder}; expected files such as {', '.join(IMG_EXTENSIONS[:3])}")
+    places = [path.relative_to(folder).parts for path in files]
+    classes = sorted({parts[0] for parts in places})
+    if len(classes) < 2 or any(len(parts) < 2 for parts in places):
+        return Images(files)
+    return Images(files, torch.tensor([classes.index(parts[0]) for parts in places]))
+
+
+def _split(images: Images, share: float, seed: int) -> tuple[Images, Images]:
+    labels = torch.zeros(len(images), dtype=torch.long) if images.labels is None else images.labels
+    kept, held_out = digits.split(labels, share, seed)
+    return images.select(kept), images.select(held_out)

@@ -1,0 +1,242 @@
+"""What features are worth without training them further: nearest neighbours, a linear probe, instance retrieval.
+
+Every figure stands beside what it takes no self-supervision to reach: the same net at its initialisation, raw pixels,
+and raw pixels with a gallery that holds distorted copies of its images as well. The last knows the same
+augmentation as the trained net, so what it reaches is owed to knowing the augmentation, not to learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ssl_kernels.trainers.data.pairs import resize
+from ssl_kernels.trainers.data.views import Images, View
+from ssl_kernels.trainers.loop import Result
+
+Encode = Callable[[Tensor], Tensor]  # uint8 images [n, 3, S, S] to features [n, D]
+
+LABELLED, DRAWS, COPIES = 10, 10, 10  # labels a class; random choices of them; distorted copies in a gallery
+_RAW_SIZE, _MOST_TRAIN, _MOST_HELD_OUT = 32, 5000, 1000  # pixels a side, and images, of the largest comparison
+_CAPTION = (
+    "initial: the same net before training; raw: centred pixels; raw + aug: with distorted copies in the gallery too;"
+    " chance: always the largest class, or any image"
+)
+
+
+def nearest_classes(
+    queries: Tensor, gallery: Tensor, labels: Tensor, k: int, temperature: float | None = None
+) -> Tensor:
+    """The class [n] that the k nearest of the gallery vote for; rows are compared by their cosine.
+
+    Without `temperature` each has one vote, and of classes with as many the one whose voters are nearer wins; with it
+    a neighbour of similarity s votes with exp(s / temperature), as in Wu 2018, arXiv 1805.01978.
+    """
+    similarity, index = (F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).topk(min(k, len(gallery)), dim=1)
+    # k cosines lie between -k and k: divided by 3 k they decide between equal votes, and never against one vote more.
+    weight = 1 + similarity / (3 * k) if temperature is None else ((similarity - 1) / temperature).exp()
+    votes = queries.new_zeros(len(queries), int(labels.max()) + 1)
+    return votes.scatter_add_(1, labels[index], weight.to(votes.dtype)).argmax(1)
+
+
+def linear_probe(
+    queries: Tensor, gallery: Tensor, labels: Tensor, weight_decay: float = 1e-4, iterations: int = 100
+) -> Tensor:
+    """The class [n] that multinomial logistic regression on the standardised features predicts."""
+    std, mean = torch.std_mean(gallery, 0)
+    queries, gallery = ((x - mean) / std.clamp(min=1e-3 * float(std.max()) + 1e-12) for x in (queries, gallery))
+    weight = gallery.new_zeros(int(labels.max()) + 1, gallery.shape[1], requires_grad=True)
+    bias = gallery.new_zeros(len(weight), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(gallery, weight, bias), labels) + weight_decay * weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return F.linear(queries, weight, bias).argmax(1).detach()
+
+
+def instance_recall(queries: Tensor, gallery: Tensor, copies: int = 1) -> float:
+    """How often the nearest of the gallery, by cosine, is the query's own image; row i of `copies` x [n, D] shows
+    image i modulo n. Ties are broken at random, and the expected value is returned."""
+    n = len(queries)
+    similarity = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T
+    best = similarity.view(n, copies, n).amax(1)  # of every image's copies
+    right = best.diagonal()[:, None]
+    ahead, tied = (best > right).any(1), (best == right).sum(1)
+    return float((~ahead / tied.clamp(min=1) * (tied > 0)).mean())  # NaN equals nothing, itself included
+
+
+@torch.no_grad()
+def spread(z: Tensor) -> dict[str, Tensor]:
+    """How far embeddings [B, D] are from having collapsed, as metrics to log.
+
+    `embedding_std`: the standard deviation of the normalised embeddings times sqrt(D); 1 where they fill the sphere
+    evenly, 0 where all are equal. `embedding_rank`: their effective rank, the exponential of the entropy of the centred
+    singular values (Roy & Vetterli 2007; as RankMe, Garrido 2022, arXiv 2210.02885); at most min(B - 1, D).
+    """
+    z = F.normalize(z.float(), dim=1)
+    centred = z - z.mean(0)
+    std = centred.square().mean().sqrt() * z.shape[1] ** 0.5
+    if not bool(torch.isfinite(std)):  # the loop reports it; an SVD would only raise
+        return {"embedding_std": std, "embedding_rank": std}
+    # A collapsed batch has rounding errors for singular values: they are no directions.
+    values = torch.linalg.svdvals(centred) if len(z) > 1 else z.new_zeros(1)
+    values = values * (values > 1e-5)
+    shares = values / values.sum().clamp(min=1e-12)
+    return {"embedding_std": std, "embedding_rank": torch.special.entr(shares).sum().exp() * (values.sum() > 0)}
+
+
+@dataclass
+class Figure:
+    """One line of the closing table; the baselines are those of the module's docstring."""
+
+    name: str
+    model: float
+    initial: float
+    raw: float
+    raw_augmented: float
+    chance: float
+    note: str = ""
+
+
+@dataclass
+class _Space:
+    """One way to turn images into features, and the features of what is compared."""
+
+    gallery: Tensor
+    clean: Tensor
+    distorted: Tensor
+    copies: int = 1  # of every image in the gallery, one set after the other
+
+
+def report_card(
+    model: Encode, initial: Encode, train: Images, held_out: Images, view: View, size: int, seed: int
+) -> list[Figure]:
+    """Classification of held-out images by training images, where there are labels; else instance retrieval.
+
+    What is random, the distortion of queries and gallery and the choice of the labelled, is drawn from `seed`. At most
+    5,000 training and 1,000 held-out images are used, and raw pixels are compared at 32 pixels a side or less.
+    """
+    if len(held_out) == 0:
+        return []
+    rng = np.random.default_rng((seed, 1))
+    train, held_out = (
+        part.select(np.sort(rng.permutation(len(part))[:most]).tolist())
+        for part, most in ((train, _MOST_TRAIN), (held_out, _MOST_HELD_OUT))
+    )
+    gallery = held_out if held_out.labels is None else train  # an image is retrieved among those held out
+    pixels = _pixels(min(size, _RAW_SIZE), grey=_is_grey(held_out.load(range(min(64, len(held_out))), size)))
+
+    every = (model, initial, pixels)
+    galleries = _encode(len(gallery), lambda part: gallery.load(part, size), *every)
+    clean = _encode(len(held_out), lambda part: held_out.load(part, size), *every)
+    distorted = _encode(len(held_out), lambda part: view(held_out, part, size, rng), *every)
+    copies = [_encode(len(gallery), lambda part: view(gallery, part, size, rng), pixels)[0] for _ in range(COPIES)]
+
+    spaces = [_Space(*features) for features in zip(galleries, clean, distorted, strict=True)]
+    raw = spaces[-1]
+    spaces.append(_Space(torch.cat([raw.gallery, *copies]), raw.clean, raw.distorted, 1 + COPIES))
+    for space in spaces[-2:]:  # most of what pixels share is the ground
+        mean = space.gallery.mean(0)
+        space.gallery, space.clean, space.distorted = (x - mean for x in (space.gallery, space.clean, space.distorted))
+    if gallery.labels is None or held_out.labels is None:
+        scores = (instance_recall(space.distorted, space.gallery, space.copies) for space in spaces)
+        note = f"a distorted view of each of {len(held_out)} held-out images finds it among them"
+        return [_figure("instance retrieval R@1", scores, 1 / len(held_out), note)]
+    return _classification(spaces, gallery.labels, held_out.labels, np.random.default_rng((seed, 2)))
+
+
+def _classification(spaces: list[_Space], labels: Tensor, truth: Tensor, rng: np.random.Generator) -> list[Figure]:
+    draws = []
+    for _ in range(DRAWS):  # one choice of the labelled images is worth several points more than another
+        shuffled = torch.from_numpy(rng.permutation(len(labels)))
+        draws.append(torch.cat([shuffled[labels[shuffled] == c][:LABELLED] for c in labels.unique()]))
+
+    def accuracy(guess: Tensor) -> float:
+        return float((guess == truth).float().mean())
+
+    def few(space: _Space) -> float:
+        return float(np.mean([neighbours(space, space.clean, 1, None, chosen) for chosen in draws]))
+
+    def neighbours(
+        space: _Space, queries: Tensor, k: int, temperature: float | None = None, chosen: Tensor | None = None
+    ) -> float:
+        chosen = torch.arange(len(labels)) if chosen is None else chosen
+        rows = torch.cat([chosen + copy * len(labels) for copy in range(space.copies)])
+        voters = labels[chosen].repeat(space.copies)
+        return accuracy(nearest_classes(queries, space.gallery[rows], voters, k, temperature))
+
+    def probe(space: _Space) -> float:
+        return accuracy(linear_probe(space.clean, space.gallery, labels.repeat(space.copies)))
+
+    majority = float((truth == labels.mode().values).float().mean())
+    rows: list[tuple[str, Callable[[_Space], float], str]] = [
+        (f"{LABELLED} labels a class, 1-NN", few, f"mean of {DRAWS} draws of the labelled images"),
+        ("distorted query, 5-NN", lambda s: neighbours(s, s.distorted, 5), "much of the gain is the augmentation's"),
+        ("clean query, 5-NN", lambda s: neighbours(s, s.clean, 5), f"{len(labels)} labelled, {len(truth)} held out"),
+        ("clean query, weighted 20-NN", lambda s: neighbours(s, s.clean, 20, 0.07), "temperature 0.07"),
+        ("clean query, linear probe", probe, "logistic regression"),
+    ]
+    return [_figure(name, map(score, spaces), majority, note) for name, score, note in rows]
+
+
+def _figure(name: str, scores: Iterable[float], chance: float, note: str) -> Figure:
+    model, initial, raw, raw_augmented = scores
+    return Figure(name, model, initial, raw, raw_augmented, chance, note)
+
+
+def _encode(n: int, load: Callable[[range], Tensor], *encoders: Encode, batch_size: int = 256) -> list[Tensor]:
+    """Features [n, D] of the same images by each of the encoders."""
+    parts = []
+    for start in range(0, n, batch_size):
+        images = load(range(start, min(start + batch_size, n)))
+        parts.append([encode(images) for encode in encoders])
+    return [torch.cat(features) for features in zip(*parts, strict=True)]
+
+
+def _is_grey(images: Tensor) -> bool:
+    return bool((images == images[:, :1]).all())
+
+
+def _pixels(size: int, *, grey: bool) -> Encode:
+    return lambda images: resize(images[:, :1] if grey else images, size).flatten(1).float() / 255
+
+
+def print_table(console: Console, title: str, result: Result, figures: Sequence[Figure], total_s: float) -> None:
+    """What the run reached, each figure beside its baselines."""
+    table = Table(title=title, title_justify="left", title_style="bold", caption=_CAPTION, caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("model", "initial", "raw", "raw + aug", "chance"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("remarks")
+    for figure in figures:
+        scores = (figure.model, figure.initial, figure.raw, figure.raw_augmented, figure.chance)
+        table.add_row(figure.name, *(f"{score:.3f}" for score in scores), figure.note)
+    if figures:
+        table.add_section()
+    nothing = [""] * 4
+    if result.records:
+        first, last = result.records[0], result.records[-1]
+        table.add_row("training loss", f"{last['loss']:.3f}", f"{first['loss']:.3f}", *nothing[1:], "last, first step")
+        for name, note in (
+            ("embedding_std", "1: spread evenly, 0: collapsed"),
+            ("embedding_rank", "directions in use"),
+        ):
+            row = (f"{last[name]:.3g}", f"{first[name]:.3g}")
+            table.add_row(name.replace("_", " "), *row, *nothing[1:], note)
+    table.add_row(
+        "seconds", f"{result.elapsed_s:.0f} / {total_s:.0f}", *nothing, f"training ({result.steps} steps) / all"
+    )
+    table.add_row("peak memory, MB", f"{result.peak_mb:.0f}", *nothing, "CPU: whole process with its libraries")
+    console.print(table)

@@ -1,0 +1,170 @@
+"""The momentum teacher against its recurrence in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ssl_kernels.ema import ModelEma
+
+
+class Net(nn.Module):
+    """Every kind of state: weights, a tied weight, statistics, a counter, and a mask that no checkpoint holds."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.out = nn.Embedding(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 5)
+        self.out.weight = self.embed.weight
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]), persistent=False)
+
+
+def perturb(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor))
+            else:
+                tensor.add_(seed + 1)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("student_dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
+@given(momenta=st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_updates_follow_the_recurrence(student_dtype: torch.dtype, tolerance: float, momenta: list[float]) -> None:
+    student = Net().to(student_dtype)
+    teacher = ModelEma(student, dtype=torch.float32)
+    expected = {name: value.double() for name, value in teacher.module.state_dict().items()}
+    for step, m in enumerate(momenta):
+        perturb(student, step)
+        teacher.update(student, m)
+        for name, value in student.state_dict().items():
+            kept = expected[name]
+            expected[name] = m * kept + (1 - m) * value.double() if value.is_floating_point() else value.double()
+    for name, value in teacher.module.state_dict().items():
+        scale = 1 + expected[name].abs().max()
+        assert (value.double() - expected[name]).abs().max() <= tolerance * len(momenta) * scale, name
+        assert value.dtype == (torch.float32 if value.is_floating_point() else torch.int64)
+
+
+@pytest.mark.parametrize("m", [0.0, 1.0])
+def test_momentum_one_keeps_every_bit_and_zero_takes_every_bit(m: float) -> None:
+    student = Net()
+    teacher = ModelEma(student, m)
+    before = state(teacher.module)
+    perturb(student, 3)
+    teacher.update(student)
+    for name, value in teacher.module.state_dict().items():
+        wanted = student.state_dict()[name] if m == 0 or not value.is_floating_point() else before[name]
+        assert torch.equal(value, wanted), name
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_what_happens_to_buffers(buffers: str) -> None:
+    student = Net()
+    teacher = ModelEma(student, 0.75, buffers=buffers)  # type: ignore[arg-type]
+    with torch.no_grad():
+        student.norm.running_mean.fill_(4.0)  # type: ignore[union-attr]
+        student.norm.num_batches_tracked.fill_(7)  # type: ignore[union-attr]
+    teacher.update(student)
+    averaged = teacher.module.norm
+    assert averaged.running_mean.tolist() == [1.0 if buffers == "average" else 4.0] * 3
+    assert averaged.num_batches_tracked.item() == 7
+    assert teacher.module.mask.tolist() == [0.0, -torch.inf]
+
+
+def test_a_tied_parameter_is_averaged_once_and_stays_tied() -> None:
+    student = Net()
+    teacher = ModelEma(student, 0.5)
+    with torch.no_grad():
+        teacher.module.embed.weight.zero_()
+        student.embed.weight.fill_(8.0)
+    teacher.update(student)
+    assert teacher.module.embed.weight.unique().tolist() == [4.0]
+    assert teacher.module.out.weight is teacher.module.embed.weight
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_of_a_schedule_does_as_a_number(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    student = Net()
+    by_number = ModelEma(student)
+    by_tensor = copy.deepcopy(by_number)
+    perturb(student, 1)
+    by_number.update(student, 0.625)
+    by_tensor.update(student, torch.full(shape, 0.625, dtype=dtype))
+    for name, value in by_number.module.state_dict().items():
+        assert torch.allclose(by_tensor.module.state_dict()[name], value, rtol=1e-6, atol=1e-7), name
+
+
+def test_the_copy_is_apart_from_the_model_and_never_trained() -> None:
+    student = Net().train()
+    student.out.bias.requires_grad_(True)
+    teacher = ModelEma(student)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+    assert not {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in student.parameters()}
+    before = state(teacher)
+    perturb(student, 0)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert teacher.module.training
+
+
+def test_checkpoints_hold_it() -> None:
+    student = Net()
+    teacher = ModelEma(student, 0.9)
+    perturb(student, 2)
+    teacher.update(student)
+    saved = state(teacher)
+    assert saved.keys() == {f"module.{name}" for name in student.state_dict()}
+    restored = ModelEma(Net(), 0.9)
+    restored.load_state_dict(saved)
+    for model in (teacher, restored):
+        model.update(student)
+    assert all(torch.equal(restored.state_dict()[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.Linear(3, 4), r"model: expected weight \[2, 3\] as the average has, got weight \[4, 3\]"),
+        (nn.Linear(3, 2, bias=False), r"model: expected bias \[2\] as the average has, got nothing"),
+        (
+            nn.Sequential(nn.Linear(3, 2)),
+            r"expected weight \[2, 3\] as the average has, got 0.weight .* not what wraps",
+        ),
+        (nn.BatchNorm1d(2), r"expected weight \[2, 3\] as the average has, got weight \[2\]"),
+    ],
+)
+def test_another_structure_is_refused_and_nothing_moves(other: nn.Module, message: str) -> None:
+    teacher = ModelEma(nn.Linear(3, 2), 0.5)
+    before = state(teacher)
+    with pytest.raises(ValueError, match=message):
+        teacher.update(other)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("m", [-0.1, 1.1, float("nan"), torch.tensor([0.5, 0.5]), torch.tensor(1)])
+def test_a_bad_momentum_is_refused(m: float | Tensor) -> None:
+    student = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"momentum: expected a .*got "):
+        ModelEma(student).update(student, m)
+
+
+def test_other_bad_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="buffers: expected 'average' or 'copy', got 'keep'"):
+        ModelEma(nn.Linear(2, 2), buffers="keep")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype: expected a floating dtype, got torch.int64"):
+        ModelEma(nn.Linear(2, 2), dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"momentum: expected a number in \[0, 1\], got 2"):
+        ModelEma(nn.Linear(2, 2), 2)
