@@ -75,6 +75,24 @@ def test_a_workspace_must_be_positive(bad: float) -> None:
         pass
 
 
+@pytest.mark.parametrize("bad", [-1, math.nan, math.inf])
+def test_a_tile_budget_must_not_be_negative(bad: float) -> None:
+    message = "use_tile_budget: expected a number of megabytes, at least 0, got"
+    with pytest.raises(ValueError, match=message), ssl_kernels.use_tile_budget(bad):
+        pass
+
+
+def test_use_tile_budget_nests_and_restores_after_an_error() -> None:
+    before = settings.tile_budget_bytes()
+    with ssl_kernels.use_tile_budget(0):
+        with ssl_kernels.use_tile_budget(1.5):
+            assert settings.tile_budget_bytes() == 3 * 2**19
+        with pytest.raises(ZeroDivisionError), ssl_kernels.use_tile_budget(2):
+            raise ZeroDivisionError
+        assert settings.tile_budget_bytes() == 0
+    assert settings.tile_budget_bytes() == before
+
+
 @pytest.mark.parametrize("mb", [64, 1, 0.01, 1e-7])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 100_000), (100_000, 1), (4096, 4096), (1025, 70_001)])
@@ -104,9 +122,11 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_environment_sets_the_defaults() -> None:
-    code = "from ssl_kernels import settings; print(settings.default_backend(), settings.workspace_bytes())"
-    result = _python(code, SSL_KERNELS_BACKEND="eager", SSL_KERNELS_WORKSPACE_MB="2")
-    assert result.stdout.split() == ["eager", str(2 * 2**20)], result.stderr
+    printed = "s.default_backend(), s.workspace_bytes(), s.tile_budget_bytes()"
+    code = f"from ssl_kernels import settings as s; print({printed})"
+    environment = {"SSL_KERNELS_WORKSPACE_MB": "2", "SSL_KERNELS_TILE_BUDGET_MB": "0"}
+    result = _python(code, SSL_KERNELS_BACKEND="eager", **environment)
+    assert result.stdout.split() == ["eager", str(2 * 2**20), "0"], result.stderr
 
 
 @pytest.mark.parametrize(
@@ -115,6 +135,8 @@ def test_the_environment_sets_the_defaults() -> None:
         ("SSL_KERNELS_BACKEND", "fast", "SSL_KERNELS_BACKEND: expected one of auto, reference, .* got 'fast'"),
         ("SSL_KERNELS_WORKSPACE_MB", "big", "SSL_KERNELS_WORKSPACE_MB: expected a positive number .* got 'big'"),
         ("SSL_KERNELS_WORKSPACE_MB", "-3", "SSL_KERNELS_WORKSPACE_MB: expected a positive number .* got '-3'"),
+        ("SSL_KERNELS_TILE_BUDGET_MB", "-1", "SSL_KERNELS_TILE_BUDGET_MB: expected a number .* at least 0, got '-1'"),
+        ("SSL_KERNELS_TILE_BUDGET_MB", "all", "SSL_KERNELS_TILE_BUDGET_MB: expected a number .* at least 0, got 'all'"),
     ],
 )
 def test_a_bad_environment_is_reported_on_import(name: str, value: str, message: str) -> None:

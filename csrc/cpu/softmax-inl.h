@@ -130,7 +130,8 @@ SSLK_INLINE void stats_row(SoftmaxStats& s, int64_t row, float top, float chunk_
       [&](int64_t col, int count) SSLK_LAMBDA {
         const Vec r = load_first<Vec>(raw + col, count), zero = {}, one = broadcast(1);
         const Pairs pairs = pairs_at<kIds>(t, row, col, count);
-        add(pairs.ignored ? zero : exp_nonpositive((r - reference) * scale), col, count);
+        const Vec z = pairs.ignored ? zero : (r - reference) * scale;  // may be positive where ignored
+        add(pairs.ignored ? zero : exp_nonpositive(z), col, count);
         const Vec positive = pairs.positive ? r : zero, is_positive = pairs.positive ? one : zero;
         const Vec kept = pairs.ignored ? zero : r, is_kept = pairs.ignored ? zero : one;
         positives += positive;
@@ -211,7 +212,9 @@ SSLK_INLINE void columns_again(const SoftmaxTile& t, int64_t col, int count, Vec
   const Vec reference = top == kNothing ? broadcast(0) : top;
   for (int64_t row = 0; row < t.rows; ++row) {
     Vec r = load_first<Vec>(t.raw + row * t.row_stride + col, count);
-    exps += ignored(row) ? broadcast(0) : exp_nonpositive((r - reference) * t.scale);
+    const Mask skip = ignored(row);
+    const Vec z = skip ? broadcast(0) : (r - reference) * t.scale;
+    exps += skip ? broadcast(0) : exp_nonpositive(z);
   }
 }
 
@@ -259,18 +262,19 @@ static void grad_rows(const SoftmaxGrad& g, int64_t begin, int64_t end) {
     const Vec uniform = broadcast(kUniform ? g.row.uniform[row] : 0);
     Vec moment = {};
 
-    auto grad = [&](Vec r, int64_t col, int count) SSLK_LAMBDA {
+    auto grad = [&](Vec r, Mask ignored, int64_t col, int count) SSLK_LAMBDA {
       const Vec col_raw = load_first<Vec>(g.col_lse_raw.data() + col, count);
       const Vec col_rest = load_first<Vec>(g.col_lse_rest.data() + col, count);
-      Vec G = weight * probability((r - lse_raw) * scale - lse_rest);
-      G += load_first<Vec>(g.col.weight + col, count) * probability((r - col_raw) * scale - col_rest);
+      const Vec row_z = (r - lse_raw) * scale - lse_rest, col_z = (r - col_raw) * scale - col_rest, zero = {};
+      Vec G = weight * probability(ignored ? zero : row_z);  // may be positive where ignored
+      G += load_first<Vec>(g.col.weight + col, count) * probability(ignored ? zero : col_z);
       if (kUniform) G -= uniform + load_first<Vec>(g.col.uniform + col, count);
       return G;
     };
     for_each_vector<kIds>(
         t, row,
         [&](int64_t col) SSLK_LAMBDA {
-          const Vec r = load<Vec>(raw + col), G = grad(r, col, LANES);
+          const Vec r = load<Vec>(raw + col), G = grad(r, Mask{}, col, LANES);
           moment += G * r;
           if (g.write) store(raw + col, G);
         },
@@ -279,7 +283,7 @@ static void grad_rows(const SoftmaxGrad& g, int64_t begin, int64_t end) {
           const Vec zero = {}, target = g.row.target[row] + load_first<Vec>(g.col.target + col, count);
           Vec r = load_first<Vec>(raw + col, count);
           r = pairs.ignored ? zero : r;
-          Vec G = grad(r, col, count);
+          Vec G = grad(r, pairs.ignored, col, count);
           G = pairs.positive ? G - target : G;
           G = pairs.ignored ? zero : G;
           moment += G * r;

@@ -14,6 +14,7 @@ costs half.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -264,8 +265,9 @@ class _Passes:
         def panel(x_i: Tensor, y_j: Tensor, _: Tensor, i: int, j: int) -> None:
             rows, cols = slice(i, i + len(x_i)), slice(j, j + len(y_j))
             col_stats = None if self.symmetric and i == j else sides[-1][cols]  # on the diagonal columns are rows
-            if self.keep_bytes and _warm:
-                _warm.pop()
+            if self.keep_bytes:
+                with contextlib.suppress(IndexError):  # none left, perhaps taken by another thread
+                    _warm.pop()
             raw = self.stats_panel(x_i, y_j, sides[0][rows], col_stats, self.scale, self.pairs(rows, cols))
             if raw is not None and raw.nbytes <= self.keep_bytes:
                 self.keep_bytes -= raw.nbytes
@@ -367,6 +369,8 @@ def _softmax_contrastive(
         empty = [loss.new_empty(0, dtype=dtype) for _ in range(4)]
         dx, dy, dscale, unit = empty[0].view(0, x.shape[1]), empty[1].view(x.shape[1], 0).t(), empty[2], empty[3]
         if any(needs_grad):
+            if keep_bytes == 0:
+                _warm.clear()
             if row_weight is None:
                 weights = [(share / n.to(loss)).expand(len(stats)) for stats, n in zip(sides, divisors, strict=True)]
             else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -79,3 +81,61 @@ def test_no_grad_writes_no_tile() -> None:
         loss = K.sigmoid_contrastive_loss(x, x, 10.0, -5.0)
     with ssl_kernels.use_backend("reference"):
         torch.testing.assert_close(loss, K.sigmoid_contrastive_loss(x.detach(), x.detach(), 10.0, -5.0))
+
+
+def softmax_losses(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
+    """Every loss of the family over leaves that get gradients, the scale or temperature last."""
+    torch.manual_seed(0)
+    x, y = (F.normalize(torch.randn(rows, 24), dim=1).to(dtype) for rows in (70, 45))
+    queue = F.normalize(torch.randn(90, 24), dim=1).to(dtype)
+    x_ids, y_ids = torch.randint(9, (70,)), torch.randint(9, (45,))
+    for same_id, smoothing in (("positive", 0.1), ("ignore", 0.0)):
+        masks: dict[str, Any] = {"x_ids": x_ids, "y_ids": y_ids, "same_id": same_id, "offset": 3}
+        clip = functools.partial(K.clip_loss, **masks, label_smoothing=smoothing)
+        yield f"clip {same_id}", clip, [x, y, torch.tensor(10.0)]
+    yield "clip rows", functools.partial(K.clip_loss, reduction="none"), [x[:45], y, torch.tensor(10.0)]
+    yield "nt_xent", K.nt_xent_loss, [x[:45], y, torch.tensor(0.2)]
+    yield "sup_con", lambda z, tau: cast(Tensor, K.sup_con_loss(z, x_ids, tau)), [x, torch.tensor(0.2)]
+
+    def info_nce(query: Tensor, positive: Tensor, scale: Tensor) -> Tensor:
+        return K.info_nce_loss(query, positive, queue.to(query.dtype), scale)
+
+    def albef(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        keys = queue.to(image.dtype)
+        return K.albef_contrastive_loss(
+            image, text, text.detach().flip(1), image.detach().flip(1), keys, keys.flip(0), scale
+        )
+
+    yield "info_nce", info_nce, [x[:45], y, torch.tensor(10.0)]
+    yield "albef", albef, [x[:45], y, torch.tensor(10.0)]
+
+
+@pytest.mark.parametrize("dtype", list(UNIT))
+def test_softmax_losses(dtype: torch.dtype) -> None:
+    for name, loss, arguments in softmax_losses(dtype):
+        results = []
+        for backend, kind in (("reference", torch.float64), ("triton", None)):
+            leaves = [t.detach().to(kind or t.dtype).requires_grad_() for t in arguments]
+            with ssl_kernels.use_backend(backend), ssl_kernels.use_workspace(0.005):  # tiles of about 50 x 50
+                value = loss(*leaves)
+            weight = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).reshape(value.shape)
+            results.append([value.detach(), *torch.autograd.grad(value, leaves, weight)])
+        exact, ours = results
+        units = [UNIT[dtype]] * len(ours)
+        if name.startswith(("clip", "sup_con")):
+            units[0] = units[-1] = 1e-5  # in fp32 throughout; the others round normalised rows, or weights of keys
+        for a, o, unit in zip(ours, exact, units, strict=True):
+            spread = max(o.norm().item(), 1.0 if o.dim() == 0 else 0.0)
+            assert (a.double() - o).norm() <= 2 * unit * spread, name
+
+
+def test_the_queue() -> None:
+    torch.manual_seed(0)
+    queues = [torch.zeros(50, 24) for _ in range(2)]
+    pointers = [torch.tensor([40]) for _ in range(2)]
+    keys = torch.randn(30, 24)
+    for backend, queue, pointer in zip(("reference", "triton"), queues, pointers, strict=True):
+        with ssl_kernels.use_backend(backend):
+            K.enqueue_(queue, pointer, keys, normalize=True)
+    torch.testing.assert_close(queues[1], queues[0])
+    assert pointers[0].item() == pointers[1].item() == 20

@@ -1,0 +1,111 @@
+"""The CLIP loss beside the peers' own code: the same values and gradients, and none of their known faults."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contrastive import features
+from memory import saved_bytes
+from torch import Tensor
+
+import ssl_kernels.functional as K
+from ssl_kernels import ClipLoss
+
+
+def inputs(batch: int = 96, width: int = 32, scale: float = 14.3) -> list[Tensor]:
+    return [t.requires_grad_() for t in (*features(batch, batch, width), torch.tensor(scale))]
+
+
+def value_and_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("output_dict", [False, True])
+def test_open_clip(output_dict: bool, scale: float) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    leaves = inputs(scale=scale)
+    arguments: dict[str, Any] = {"local_loss": False, "cache_labels": True, "rank": 0, "world_size": 1}
+    a, b = (module(**arguments)(*leaves, output_dict=output_dict) for module in (ClipLoss, open_clip.loss.ClipLoss))
+    if output_dict:
+        assert a.keys() == b.keys()
+        a, b = a["contrastive_loss"], b["contrastive_loss"]
+    assert_same(value_and_gradients(a, leaves), value_and_gradients(b, leaves))
+
+
+def test_open_clip_with_a_logit_bias() -> None:
+    """It has no effect, and its gradient is 0 but for rounding."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    leaves = [*inputs(), torch.tensor(-10.0, requires_grad=True)]
+    ours, theirs = (value_and_gradients(m()(*leaves), leaves) for m in (ClipLoss, open_clip.loss.ClipLoss))
+    assert_same(ours[:-1], theirs[:-1])
+    assert ours[-1] == 0
+    assert theirs[-1].abs() < 1e-6
+
+
+def test_open_clip_has_the_same_signature() -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    for name in ("__init__", "forward"):
+        theirs = [(p.name, p.default) for p in parameters(getattr(open_clip.loss.ClipLoss, name))]
+        assert [(p.name, p.default) for p in parameters(getattr(ClipLoss, name))][: len(theirs)] == theirs
+
+
+def parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
+
+
+def test_transformers() -> None:
+    """CLIPModel's own loss, through the whole model."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=tower | {"vocab_size": 32, "max_position_embeddings": 8},
+        vision_config=tower | {"image_size": 8, "patch_size": 4},
+        projection_dim=16,
+    )
+    model = transformers.CLIPModel(config)
+    tokens, pixels = torch.randint(32, (6, 8)), torch.randn(6, 3, 8, 8)
+    output = model(input_ids=tokens, pixel_values=pixels, return_loss=True)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    ours = K.clip_loss(output.text_embeds, output.image_embeds, model.logit_scale.exp())
+    theirs = torch.autograd.grad(output.loss, leaves, retain_graph=True, allow_unused=True)
+    mine = torch.autograd.grad(ours, leaves, allow_unused=True)
+    torch.testing.assert_close(ours, output.loss, rtol=1e-5, atol=1e-6)
+    assert sum(g is not None for g in mine) == sum(g is not None for g in theirs) > 10
+    for a, b in zip(mine, theirs, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
+
+
+def test_several_captions_to_an_image() -> None:
+    """5 captions each: a caption's only positive is its image, and an image's target is spread over its captions."""
+    x, y = features(12, 60, 16)
+    image_of = torch.arange(60) // 5
+    leaves = [x.requires_grad_(), y.requires_grad_()]
+    ours = K.clip_loss(*leaves, 14.3, x_ids=torch.arange(12), y_ids=image_of, offset=60)
+    z = 14.3 * x @ y.t()
+    spread = (image_of == torch.arange(12)[:, None]) / 5
+    plain = (F.cross_entropy(z, spread) + F.cross_entropy(z.t(), image_of)) / 2
+    assert_same(value_and_gradients(ours, leaves), value_and_gradients(plain, leaves))
+
+
+def test_memory_of_a_peer_grows_with_the_square_of_the_batch_and_ours_does_not() -> None:
+    """open_clip keeps the logits of both directions for backward."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    leaves = inputs(batch=1024)
+    with saved_bytes() as theirs:
+        open_clip.loss.ClipLoss()(*leaves)
+    with saved_bytes() as ours:
+        ClipLoss()(*leaves)
+    assert sum(theirs) > 2 * 1024 * 1024 * 4
+    assert sum(ours) < 3 * 1024 * 32 * 4

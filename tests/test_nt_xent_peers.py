@@ -1,0 +1,121 @@
+"""The NT-Xent and SupCon losses beside the peers' own code: the same values and gradients."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory import saved_bytes
+from torch import Tensor
+
+import ssl_kernels.functional as K
+from ssl_kernels import NTXentLoss, SupConLoss
+
+
+def views(batch: int = 48, width: int = 16) -> list[Tensor]:
+    return [torch.randn(batch, width, requires_grad=True) for _ in range(2)]
+
+
+def value_and_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.07, 0.01])
+def test_lightly(temperature: float) -> None:
+    lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    leaves = views()
+    ours, theirs = (m(temperature=temperature)(*leaves) for m in (NTXentLoss, lightly.NTXentLoss))
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("batch", [16, 12])
+def test_lightly_with_a_memory_bank(batch: int) -> None:
+    """The same losses over several steps from the same bank, which is written only while training, after the loss.
+
+    When a batch reaches the end of the bank, lightly drops what lies beyond it: the runs stop there.
+    """
+    lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    ours, theirs = (m(temperature=0.2, memory_bank_size=(64, 16)) for m in (NTXentLoss, lightly.NTXentLoss))
+    assert ours.memory_bank is not None
+    ours.memory_bank.keys.copy_(theirs.memory_bank.bank)
+    for step in range(1, 64 // batch + 1):
+        leaves = views(batch)
+        for _ in range(2):  # evaluation leaves the bank alone
+            with torch.no_grad():
+                torch.testing.assert_close(ours(*leaves), theirs(*leaves), rtol=1e-5, atol=1e-6)
+        assert_same(value_and_gradients(ours(*leaves), leaves), value_and_gradients(theirs(*leaves), leaves))
+        torch.testing.assert_close(ours.memory_bank.keys, theirs.memory_bank.bank, rtol=1e-6, atol=1e-7)
+        assert ours.memory_bank.pointer == step * batch % 64
+
+
+def test_lightly_has_the_same_signature() -> None:
+    lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    for name in ("__init__", "forward"):
+        theirs, ours = (
+            [(p.name, p.default) for p in inspect.signature(getattr(m, name)).parameters.values()]
+            for m in (lightly.NTXentLoss, NTXentLoss)
+        )
+        assert ours[: len(theirs)] == theirs
+
+
+def info_nce_of_indexes(z: Tensor, indexes: Tensor, temperature: float) -> Tensor:
+    """solo-learn's SimCLR loss from its equation: rows of one index attract each other, a row is not its own."""
+    similarity = torch.exp(z @ z.t() / temperature)
+    other = ~torch.eye(len(z), dtype=torch.bool)
+    positive = (indexes[:, None] == indexes) & other
+    log_ratio = torch.log(similarity / (similarity * other).sum(1, keepdim=True))
+    return -((log_ratio * positive).sum(1) / positive.sum(1)).mean()
+
+
+@pytest.mark.parametrize("crops", [2, 4])
+def test_solo_learn(crops: int) -> None:
+    z = torch.randn(20 * crops, 16, requires_grad=True)
+    indexes = torch.arange(20).repeat(crops)
+    rows = F.normalize(z, dim=-1)
+    ours, theirs = K.sup_con_loss(rows, indexes, 0.1), info_nce_of_indexes(rows, indexes, 0.1)
+    assert isinstance(ours, Tensor)
+    torch.testing.assert_close(ours, theirs)
+    gradients = (torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_pytorch_metric_learning_sup_con() -> None:
+    """With rows that have no positive: both leave them out of the mean."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
+    z = torch.randn(60, 16, requires_grad=True)
+    labels = torch.cat([torch.arange(50) % 9, torch.arange(100, 110)])
+    ours = SupConLoss(temperature=0.1)(F.normalize(z, dim=-1), labels)
+    theirs = losses.SupConLoss(temperature=0.1)(z, labels)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    gradients = (torch.autograd.grad(loss, z)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_pytorch_metric_learning_nt_xent() -> None:
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
+    leaves = views()
+    ours = K.nt_xent_loss(*leaves, 0.1)
+    theirs = losses.NTXentLoss(temperature=0.1)(torch.cat(leaves), torch.arange(48).repeat(2))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_of_a_peer_grows_with_the_square_of_the_batch_and_ours_does_not() -> None:
+    lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    leaves = views(batch=512)
+    with saved_bytes() as theirs:
+        lightly.NTXentLoss()(*leaves)
+    with saved_bytes() as ours:
+        NTXentLoss()(*leaves)
+    assert sum(theirs) > 1024 * 1024 * 4
+    assert sum(ours) < 6 * 1024 * 16 * 4
