@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.ops._checks import FEATURE_DTYPES
 
 
 class KeyQueue(nn.Module):
@@ -28,6 +29,8 @@ class KeyQueue(nn.Module):
         gather: enqueue the keys of all ``torch.distributed`` processes, in the order of their ranks, on each of them.
             Processes may bring different numbers of keys. For equal queues start from equal keys: wrap the module in
             ``DistributedDataParallel``, which broadcasts buffers, or give each process a generator of the same seed.
+            Without ``gather`` each process has a queue of its own only under ``broadcast_buffers=False``; else
+            ``DistributedDataParallel`` overwrites it with that of rank 0 in every forward pass.
         generator: of the random keys to start from.
 
     Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722.
@@ -59,6 +62,8 @@ class KeyQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if dtype not in FEATURE_DTYPES:
+            raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
         self.normalize = normalize
         self.gather = gather
         self.register_buffer("keys", random_keys(size, dim, generator).to(dtype))

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive import lay_out
-from features import layouts
+from contrastive import lay_out, layouts
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -283,6 +282,7 @@ loss = MoCoV3Loss(0.2, gather=True)(*part, k1[own], k2[own])
 loss.backward()
 for a, b in zip(part, whole):
     torch.testing.assert_close(a.grad / world, b.grad[own])
+dist.barrier()  # neither tears down what the other still uses
 dist.destroy_process_group()
 print("equal")
 """
@@ -362,3 +362,32 @@ def test_every_pair_of_dtypes() -> None:
         K.enqueue_(queue, torch.tensor(0), torch.ones(2, 2, dtype=key_dtype))
         expected = torch.tensor([[1.0, 1], [1, 1], [0, 0]], dtype=queue_dtype)
         assert torch.equal(queue, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pointer", [2, 6])
+def test_rows_of_the_queue_itself_are_read_before_they_are_written_over(backend: str, pointer: int) -> None:
+    queue = torch.arange(8.0).reshape(8, 1)
+    expected = queue.clone()
+    expected[(pointer + torch.arange(4)) % 8] = queue[:4].clone()
+    with ssl_kernels.use_backend(backend):
+        K.enqueue_(queue, torch.tensor(pointer), queue[:4])
+    assert torch.equal(queue, expected)
+
+
+def test_keys_are_kept_as_floating_numbers() -> None:
+    with pytest.raises(TypeError, match=r"dtype: expected float32, bfloat16, float16 or float64, got torch\.int64"):
+        KeyQueue(size=4, dim=2, dtype=torch.int64)
+
+
+def test_a_moco_checkpoint_may_be_assigned() -> None:
+    """Then ``queue`` is the checkpoint's own tensor, in which a key is a column."""
+    checkpoint = {"queue": torch.randn(3, 8), "queue_ptr": torch.tensor([6])}
+    assigned, copied = (MoCoQueue(dim=3, K=8) for _ in range(2))
+    copied.load_state_dict(checkpoint)
+    assigned.load_state_dict(checkpoint, assign=True)
+    keys = torch.randn(5, 3)
+    for queue in (assigned, copied):
+        queue.enqueue(keys)
+    assert torch.equal(assigned.queue, copied.queue)
+    assert torch.equal(assigned.keys[[6, 7, 0, 1, 2]], keys)

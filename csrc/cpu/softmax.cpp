@@ -11,7 +11,8 @@ struct SplitLse {
 };
 
 static inline SplitLse split_lse(double lse, float scale) {
-  const float raw = scale > 0 && std::isfinite(lse) ? static_cast<float>(lse / scale) : 0.f;
+  const float quotient = static_cast<float>(lse / scale);
+  const float raw = std::isfinite(quotient) ? quotient : 0.f;  // infinite at a scale of 0, or next to it
   return {raw, static_cast<float>(lse - static_cast<double>(scale) * raw)};
 }
 

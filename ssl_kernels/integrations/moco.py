@@ -48,4 +48,6 @@ class MoCoQueue(nn.Module):
 
     def enqueue(self, keys: Tensor) -> None:
         """Write ``keys`` [B, dim], any B, over the oldest ones; strictly after the loss."""
+        if self.queue.stride(0) != 1:  # the memory of a checkpoint, after load_state_dict(assign=True)
+            self.queue = self.queue.t().contiguous().t()
         enqueue_(self.keys, self.queue_ptr, gather_rows(keys) if self.gather else keys, normalize=self.normalize)

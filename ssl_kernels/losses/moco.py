@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels.losses.infonce import positive_temperature
+from ssl_kernels.ops._checks import autocast_features
 from ssl_kernels.queue import KeyQueue, gather_rows
 
 
@@ -77,6 +78,7 @@ class MoCoV3Loss(nn.Module):
         if key.shape != query.shape:
             raise ValueError(f"key: expected the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}")
         query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        query, key = autocast_features(query, key)  # the positive must be rounded as it is among the keys
         keys = gather_rows(key) if self.gather else key
         lse, _ = K.key_softmax(query, keys, 1 / self.temperature, want_mean=False)
         similarity = (query.to(lse.dtype) * key.to(lse.dtype)).sum(1)

@@ -39,6 +39,9 @@ class SupConLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """The loss of [N, D] normalised features with integer labels [N]; several views are rows of one label."""
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels: expected a tensor of integers, got {got}")
         loss, unpaired = K.sup_con_loss(features, labels.long(), self.temperature, return_unpaired=True)
         self.unpaired = unpaired
         return loss

@@ -97,9 +97,16 @@ def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
 
+def as_softmax_scale(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """As :func:`as_scalar`, and a float must not be negative; a tensor is not read: that would wait for the device."""
+    if isinstance(value, int | float | Real) and value < 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    return as_scalar(name, value, like)
+
+
 def as_temperature(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """As :func:`as_scalar`, and a float must be positive; a tensor is not read, for that would wait for the device."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+    if isinstance(value, int | float | Real) and not isinstance(value, bool) and not value > 0:
         raise ValueError(f"{name}: expected a positive number, got {value}")
     return as_scalar(name, value, like)
 

@@ -34,7 +34,7 @@ def clip_loss(
             "reduction: 'none' pairs every row with its own column: expected as many rows in x as in y and offset 0, "
             f"got {x.shape[0]}, {y.shape[0]} and {offset}"
         )
-    scale = _checks.as_scalar("scale", scale, x)
+    scale = _checks.as_softmax_scale("scale", scale, x)
     ignore_same_id = same_id == "ignore"
     backend = choose_backend(x.device.type, x.dtype)
     if backend == "reference":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.gradients import no_double_backward
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
@@ -106,14 +107,6 @@ _PANELS = {"eager": _panel_eager, "cpu": _panel_cpu}
 _TILES = {"eager": 3, "cpu": 1}  # tiles that each holds at a time
 
 
-def _triton_kernels() -> Any:
-    try:
-        from ssl_kernels.kernels import key_softmax
-    except ImportError as error:
-        raise ImportError("backend 'triton': Triton is not installed; install it or use_backend('eager')") from error
-    return key_softmax
-
-
 @torch.library.custom_op(
     "ssl_kernels::key_softmax",
     mutates_args=(),
@@ -132,7 +125,7 @@ def _key_softmax(
         return query.new_full((rows,), math.log(keys.shape[0]) if keys.shape[0] else -math.inf), mean
     with _checks.without_autocast(query):
         if backend == "triton":
-            lse, weighted = _triton_kernels().key_softmax(query.to(dtype), keys, scale, want_mean)
+            lse, weighted = triton_kernels("key_softmax").key_softmax(query.to(dtype), keys, scale, want_mean)
             return lse, mean if weighted is None else weighted
         panel_function = _PANELS[backend]
 
@@ -177,7 +170,8 @@ def key_softmax_gradients(upstream: Tensor, query: Tensor, mean: Tensor, scale: 
 
     An op of its own, so that differentiating a gradient again meets an error instead of a wrong result.
     """
-    rows = torch.linalg.vecdot(query, mean)
+    with _checks.without_autocast(query):  # a backward pass inside autocast would round both factors
+        rows = torch.linalg.vecdot(query, mean)
     return mean * (upstream * scale)[:, None], (rows * upstream).sum()
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.settings import choose_backend
 
 
@@ -54,7 +55,7 @@ def reference(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> 
         keys = F.normalize(keys.to(_checks.accumulation_dtype(keys.dtype)), dim=1, eps=1e-12)
     size, batch = queue.shape[0], keys.shape[0]
     rows = torch.arange(max(0, batch - size), batch, device=queue.device)
-    queue.index_copy_(0, (pointer.reshape(()) + rows) % size, keys[max(0, batch - size) :].to(queue.dtype))
+    queue.index_copy_(0, (pointer.reshape(()) + rows) % size, keys[max(0, batch - size) :].to(queue.dtype, copy=True))
     pointer.copy_((pointer + batch) % size)
 
 
@@ -64,11 +65,7 @@ def _enqueue_cpu(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) 
 
 
 def _enqueue_triton(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
-    try:
-        from ssl_kernels.kernels import queue as kernels
-    except ImportError as error:
-        raise ImportError("backend 'triton': Triton is not installed; install it or use_backend('eager')") from error
-    kernels.enqueue(queue, pointer, keys, normalize)
+    triton_kernels("queue").enqueue(queue, pointer, keys, normalize)
 
 
 _BACKENDS: dict[str, Any] = {"eager": reference, "cpu": _enqueue_cpu, "triton": _enqueue_triton}
@@ -80,6 +77,8 @@ _BACKENDS: dict[str, Any] = {"eager": reference, "cpu": _enqueue_cpu, "triton": 
     schema="(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys, bool normalize, str backend) -> ()",
 )
 def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool, backend: str) -> None:
+    if keys.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
+        keys = keys.clone()  # rows of the queue itself are all read before the first is written over
     _BACKENDS[backend](queue, pointer, keys, normalize)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.gradients import finish_gradients
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
@@ -171,16 +172,8 @@ def _panel_triton(
 ) -> Tensor | None:
     m, n = x.shape[0], y.shape[0]
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write_grad else None  # aligned rows, for wide stores
-    _triton_kernels().sigmoid_panel(x, y, grad, stats, scale, bias, x_ids, y_ids, ignore_same_id, diagonal)
+    triton_kernels("sigmoid").sigmoid_panel(x, y, grad, stats, scale, bias, x_ids, y_ids, ignore_same_id, diagonal)
     return grad
-
-
-def _triton_kernels() -> Any:
-    try:
-        from ssl_kernels.kernels import sigmoid
-    except ImportError as error:
-        raise ImportError("backend 'triton': Triton is not installed; install it or use_backend('eager')") from error
-    return sigmoid
 
 
 _PANELS = {"eager": _panel_eager, "cpu": _panel_cpu, "triton": _panel_triton}
@@ -233,7 +226,7 @@ def _sigmoid_contrastive(
             y,
             compute_dtype=x.dtype if backend == "triton" else dtype,
             tiles=_TILES[backend] + (0 if row_weight is None else 2),  # weighted products hold the tile in fp32
-            tile_scale=_triton_kernels().gradient_scale(x.dtype) if backend == "triton" else 1.0,
+            tile_scale=triton_kernels("sigmoid").gradient_scale(x.dtype) if backend == "triton" else 1.0,
             stats_width=3 if any(needs_grad) else 1,
             want_dx=want_dx,
             want_dy=want_dy,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.gradients import finish_gradients
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
@@ -187,7 +188,7 @@ def _grad_cpu(
 
 
 def _stats_triton(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale: Tensor, pairs: Pairs) -> None:
-    _triton_kernels().softmax_stats(x, y, rows, cols, scale, *pairs)
+    triton_kernels("softmax").softmax_stats(x, y, rows, cols, scale, *pairs)
 
 
 def _grad_triton(
@@ -198,16 +199,8 @@ def _grad_triton(
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
     row, col = (side._replace(lse=side.lse.float()) for side in (row, col))
     interleaved = (part for both in zip(row, col, strict=True) for part in both)
-    _triton_kernels().softmax_grad(x, y, grad, stats, scale, *pairs, *interleaved)
+    triton_kernels("softmax").softmax_grad(x, y, grad, stats, scale, *pairs, *interleaved)
     return grad
-
-
-def _triton_kernels() -> Any:
-    try:
-        from ssl_kernels.kernels import softmax
-    except ImportError as error:
-        raise ImportError("backend 'triton': Triton is not installed; install it or use_backend('eager')") from error
-    return softmax
 
 
 _PANELS: dict[str, tuple[Any, Any]] = {
@@ -237,7 +230,7 @@ class _Passes:
         self.stats_panel, self.grad_panel = _PANELS[backend]
         self.keep_bytes = keep_bytes
         self.kept: dict[tuple[int, int], Tensor] = {}  # raw tiles, by their corners
-        self.tile_scale = _triton_kernels().gradient_scale(x.dtype) if backend == "triton" else 1.0
+        self.tile_scale = triton_kernels("softmax").gradient_scale(x.dtype) if backend == "triton" else 1.0
         self.run = functools.partial(
             run_panels,
             x=x,

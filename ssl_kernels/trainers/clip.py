@@ -45,6 +45,8 @@ class ClipConfig(TwoTowerConfig):
 
     def check(self) -> None:
         super().check()
+        if self.batch_size < 2:
+            raise UserError(f"--batch-size: expected at least 2 pairs to tell apart, got {self.batch_size}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"--label-smoothing: expected a number in [0, 1), got {self.label_smoothing}")
 

@@ -151,6 +151,16 @@ def parameter_groups(module: nn.Module, lr: float, weight_decay: float) -> list[
     return [group for group in groups if group["params"]]
 
 
+def steps_per_epoch(data: EpochBatches, config: LoopConfig) -> int:
+    """Optimizer steps in an epoch, at least one; batches that do not fill a step are left out."""
+    if len(data) < config.accumulate:
+        raise UserError(
+            f"--batch-size {config.batch_size} x --accumulate {config.accumulate}: more than one epoch holds"
+            f" ({len(data)} batches of {config.batch_size})"
+        )
+    return len(data) // config.accumulate
+
+
 def cosine(step: int, total: int, warmup: int) -> float:
     """The factor on the peak learning rate at a step: up in a line, down along half a cosine."""
     if step < warmup:
@@ -296,12 +306,7 @@ def fit(
     """
     step = step or model
     console = console or Console()
-    per_epoch = len(data) // config.accumulate
-    if per_epoch == 0:
-        raise UserError(
-            f"--batch-size {config.batch_size} x --accumulate {config.accumulate}: more than one epoch holds"
-            f" ({len(data)} batches of {config.batch_size})"
-        )
+    per_epoch = steps_per_epoch(data, config)
     total = per_epoch * config.epochs
     warmup = round(config.warmup * total)
     folder = config.output_dir

@@ -57,13 +57,14 @@ class MoCoConfig(SelfSupervisedConfig):
     version: Literal[2, 3] = 2
     """2: against a queue of keys; 3: within the batch, both ways, through a prediction head."""
     momentum: float = 0.98
-    """Momentum of the teacher at the first step; it rises to 1 along a cosine. Long runs on large data want 0.999
-    (version 2) or 0.99 (version 3)."""
+    """Momentum that the teacher starts from; it rises along a cosine to 1 at the last step. Long runs on large data
+    want 0.999 (version 2) or 0.99 (version 3)."""
     queue_size: int = 2048
     """Keys in the queue (version 2); 65,536 on ImageNet. No more than the training images: each would then be among
     its own negatives."""
     groups: int = 4
-    """Parts of a batch that are normalised apart, with the keys shuffled among them (version 2); see above."""
+    """Parts of a batch that BatchNorm normalises apart, with the keys shuffled among them, so that no query finds its
+    key by the statistics of its batch (version 2)."""
 
     def check(self) -> None:
         super().check()
@@ -79,7 +80,7 @@ class MoCoConfig(SelfSupervisedConfig):
 
 
 class MomentumMethod(Method):
-    """An encoder with a momentum teacher, whose momentum rises from `momentum` to 1 over `steps` optimizer steps."""
+    """An encoder with a momentum teacher, whose momentum rises from `momentum` to 1 at the last of `steps` steps."""
 
     def __init__(self, encoder: Encoder, momentum: float, steps: int) -> None:
         super().__init__()

@@ -106,7 +106,7 @@ class ImageTower(nn.Module):
         self.trunk.eval()
         try:
             with torch.no_grad():
-                features = self.features(torch.zeros(1, 3, size, size))
+                features = self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         except Exception as error:  # a model's own check of its input size may be an assert or any error of torch
             raise UserError(f"--image-size: {name} does not take {size} x {size} images ({_first(error)})") from None
         width = features.shape[-1]
@@ -121,14 +121,14 @@ class ImageTower(nn.Module):
             self.trunk.eval()
         return self
 
-    def features(self, x: Tensor) -> Tensor:
-        """What the head reads of normalised images: all tokens [B, N, W] of the trunk, or pooled features [B, W]."""
+    def features(self, images: Tensor) -> Tensor:
+        """What the head reads of uint8 images: all tokens [B, N, W] of the trunk, or pooled features [B, W]."""
+        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         return cast(Tensor, cast(Any, self.trunk).forward_features(x) if self.reads_tokens else self.trunk(x))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked):  # a locked trunk keeps no activations
-            features = self.features(x)
+            features = self.features(images)
         return cast(Tensor, self.head(features))
 
 

@@ -52,7 +52,7 @@ def closing_table(console: Console, title: str, result: Result, figures: Sequenc
 def loss_difference(result: Result) -> float | None:
     """The largest relative difference between the loss and the reference's; None if they were not compared."""
     compared = [r for r in result.records if "loss_reference" in r]
-    differences = [abs(r["loss_check"] - r["loss_reference"]) / abs(r["loss_reference"]) for r in compared]
+    differences = [abs(r["loss_check"] - r["loss_reference"]) / max(abs(r["loss_reference"]), 1e-12) for r in compared]
     return max(differences, default=None)
 
 

@@ -45,6 +45,8 @@ class SelfSupervisedConfig(ImageConfig, loop.LoopConfig):
     def check(self) -> None:
         super().check()
         self.check_data()
+        if self.batch_size < 2:
+            raise UserError(f"--batch-size: expected at least 2 images to tell apart, got {self.batch_size}")
         for name in ("hidden", "dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}: expected at least 1, got {getattr(self, name)}")
@@ -64,10 +66,6 @@ class Encoder(ImageTower):
             self.std.fill_(1)
         assert isinstance(self.head, nn.Linear)
         self.head = mlp(self.head.in_features, config.hidden, config.dim, norm=norm)  # type: ignore[assignment]
-
-    def represent(self, images: Tensor) -> Tensor:
-        """The backbone's features, without the head."""
-        return self.features((images.to(self.mean.dtype) / 255 - self.mean) / self.std)
 
 
 def mlp(*widths: int, norm: bool = False) -> nn.Sequential:
@@ -99,7 +97,7 @@ def train(
     begun = time.perf_counter()
     fabric = loop.make_fabric(config)
     data = load(config, batch_size=config.batch_size, seed=config.seed, workers=config.workers)
-    method = make_method(data, len(data.batches) // config.accumulate * config.epochs)
+    method = make_method(data, loop.steps_per_epoch(data.batches, config) * config.epochs)
     initial = copy.deepcopy(method.encoder)
     optimizer = torch.optim.AdamW(loop.parameter_groups(method, config.lr, config.weight_decay), betas=config.betas)
     wrapped, wrapped_optimizer = fabric.setup(method, optimizer)
@@ -118,6 +116,8 @@ def train(
     report.write_summary(folder / "summary.json", result, figures, total_s)
     title = f"{name} on {config.data}, seed {config.seed}, {config.evaluate_on} images"
     probes.print_table(console, title, result, figures, total_s)
+    if not figures:
+        console.print("not evaluated: no image is held out; --held-out is a share of each class, rounded")
     if config.data == "openmoji":
         console.print(openmoji.CREDIT)
     files = (loop.CHECKPOINT, loop.METRICS, "config.json", "tensorboard", "curves.png", "summary.json")
@@ -133,7 +133,7 @@ def evaluate(
         @torch.no_grad()
         def encode(images: Tensor) -> Tensor:
             with fabric.autocast():
-                return encoder.represent(fabric.to_device(images)).float().cpu()
+                return encoder.features(fabric.to_device(images)).float().cpu()
 
         return encode
 

@@ -134,6 +134,8 @@ def train(
     tokenize = tokenizer(config)
     data = load(config, tokenize, batch_size=config.batch_size, seed=config.seed, workers=config.workers)
 
+    if config.image_locked and not config.pretrained:
+        console.print("note: the image tower is locked at random weights; --pretrained loads learned ones")
     result = loop.fit(
         fabric, wrapped, wrapped_optimizer, data.batches, config, after_step=model.after_step, console=console
     )

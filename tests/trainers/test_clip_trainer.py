@@ -227,6 +227,12 @@ def test_an_impossible_smoothing_is_refused(value: float) -> None:
         ClipConfig(label_smoothing=value).check()
 
 
+def test_a_batch_of_one_pair_is_refused() -> None:
+    """Its loss is zero whatever the towers do."""
+    with pytest.raises(UserError, match="--batch-size: expected at least 2 pairs to tell apart, got 1"):
+        ClipConfig(batch_size=1).check()
+
+
 def test_several_processes_are_refused(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,6 +310,8 @@ def test_timm_backbones_and_other_precisions_train(small: list[str], folder: Pat
         (["--queue-size", "49"], "--queue-size: expected at least the 8 keys of a step and at most the 48 images"),
         (["--queue-size", "12", "--accumulate", "2"], "--queue-size: expected at least the 16 keys of a step"),
         (["--queue-size", "0"], "--queue-size: expected at least 1, got 0"),
+        (["--accumulate", "7"], "--batch-size 8 x --accumulate 7: more than one epoch holds (6 batches of 8)"),
+        (["--batch-size", "1", "--version", "3"], "--batch-size: expected at least 2 images to tell apart, got 1"),
         (["--groups", "3"], "--groups: expected a divisor of --batch-size 8, got 3"),
         (["--groups", "8"], "--groups: 8 leaves one image of 8 to a group"),
         (["--momentum", "1.5"], "--momentum: expected a number in [0, 1], got 1.5"),

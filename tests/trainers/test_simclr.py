@@ -70,6 +70,15 @@ def test_a_run_learns_and_reports(small: list[str], tmp_path: Path, capsys: pyte
     assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 5
 
 
+def test_a_run_that_nothing_was_held_out_of_says_so(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two in a hundred of a class of twenty images round to none."""
+    assert simclr.main([*small, "--held-out", "0.02", "--epochs", "1", "--output-dir", str(tmp_path)]) == 0
+    assert "not evaluated: no image is held out; --held-out is" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["figures"] == []
+
+
 def test_a_stopped_run_resumes_bit_exactly(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by an error between two checkpoints, in the middle of an epoch."""
     settings = [*small, "--held-out", "0", "--accumulate", "2", "--checkpoint-every", "4"]
@@ -104,6 +113,7 @@ def test_the_head_may_go_without_batch_norm(small: list[str], tmp_path: Path) ->
     ("arguments", "message"),
     [
         (["--temperature", "inf"], "--temperature: expected a finite number > 0, got inf"),
+        (["--batch-size", "1"], "--batch-size: expected at least 2 images to tell apart, got 1"),
         (["--hidden", "0"], "--hidden: expected at least 1, got 0"),
         (["--image-size", "12"], "--image-size: tiny-resnet needs a multiple of 8, got 12"),
         (["--held-out", "1"], "--held-out: expected a number in [0, 1), got 1.0"),

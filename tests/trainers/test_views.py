@@ -85,6 +85,25 @@ def test_a_folder_is_labelled_by_its_subfolders(folder: Path) -> None:
     assert len(flat) == 12
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
+    names = ("a/1.png", "a/2.png", "b/1.png", ".checkpoints/1.png", "a/._1.png", "b/.thumbnails/1.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        drawing("red", "dot", 0).save(tmp_path / name)
+    images = views.read_folder(tmp_path)
+    assert images.images == [tmp_path / name for name in names[:3]]
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, 0, 1]
+
+
+def test_folders_of_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
+    for name in ("train/red/1.png", "val/red/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        drawing("red", "dot", 0).save(tmp_path / name)
+    with pytest.raises(UserError, match=r"--data: the folders of .* are splits, not classes \(train, val\)"):
+        views.read_folder(tmp_path)
+
+
 def test_bad_data_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--data: expected mnist, openmoji or a folder of images, got 'cifar'"):
         views.load(ImageConfig(data="cifar"), batch_size=4, seed=0, workers=0)

@@ -195,16 +195,28 @@ def load(config: ImageConfig, *, batch_size: int, seed: int, workers: int) -> Im
 
 
 def read_folder(folder: Path) -> Images:
-    """Every image below a folder, in the order of their paths, labelled by its first subfolder if all are in one."""
+    """Every image below a folder, in the order of their paths, labelled by its first subfolder if all are in one.
+
+    What is hidden is left out: an editor's or a desktop's copies are neither more images nor a class of their own.
+    """
     if not folder.is_dir():
         raise UserError(f"--data: expected mnist, openmoji or a folder of images, got {str(folder)!r}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    files, places = [], []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if not hidden and path.suffix.lower() in IMG_EXTENSIONS and path.is_file():
+            files.append(path)
+            places.append(parts)
     if not files:
         raise UserError(f"--data: no images in {folder}; expected files such as {', '.join(IMG_EXTENSIONS[:3])}")
-    places = [path.relative_to(folder).parts for path in files]
     classes = sorted({parts[0] for parts in places})
     if len(classes) < 2 or any(len(parts) < 2 for parts in places):
         return Images(files)
+    if {"train", "val", "validation", "test"} & set(classes):
+        raise UserError(
+            f"--data: the folders of {folder} are splits, not classes ({', '.join(classes)}); name one of them"
+        )
     return Images(files, torch.tensor([classes.index(parts[0]) for parts in places]))
 
 
