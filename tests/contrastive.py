@@ -1,4 +1,4 @@
-"""What the tests of the softmax losses share: inputs, losses by name, and the comparison with float64."""
+"""What the tests of the contrastive losses share: inputs, losses by name, and the comparison with float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor
 
 import ssl_kernels
@@ -20,16 +21,22 @@ BACKENDS = ("reference", *FUSED)
 LOSSES = ("clip", "nt_xent", "sup_con")
 HALF_EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+layouts = st.sampled_from(["contiguous", "transposed", "stepped", "expanded"])
+workspaces_mb = st.sampled_from([64, 0.02, 0.0005])
+
 
 class Result(NamedTuple):
     loss: Tensor
     gradients: tuple[Tensor, ...]  # by the features, and last by the scale or the temperature
 
 
+def unit_rows(rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.normalize(torch.randn(rows, width), dim=-1).to(dtype)
+
+
 def features(rows: int, cols: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    x = F.normalize(torch.randn(rows, width), dim=-1).to(dtype)
-    y = F.normalize(torch.randn(cols, width), dim=-1).to(dtype)
-    return x, y
+    return unit_rows(rows, width, dtype), unit_rows(cols, width, dtype)
 
 
 def case(name: str, rows: int, width: int = 8, **options: Any) -> tuple[Loss, list[Tensor]]:
@@ -106,9 +113,9 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
 
 
 def losses_of_a_run(
-    backend: str, criterion: Callable[[Tensor, Tensor, Tensor], Tensor], model: torch.nn.Module, steps: int = 30
+    backend: str, criterion: Callable[..., Tensor], model: torch.nn.Module, steps: int = 30
 ) -> list[float]:
-    """The loss of each step of training ``model`` on random pairs; the criterion gets both features and log t."""
+    """The loss of each step of training ``model`` on random pairs; the criterion gets what the model gives."""
     generator = torch.Generator().manual_seed(1)
     truth = torch.randn(24, 12, generator=generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -131,6 +138,6 @@ class Towers(torch.nn.Module):
         self.text = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.GELU(), torch.nn.Linear(32, 16))
         self.log_scale = torch.nn.Parameter(torch.tensor(1 / 0.07).log())
 
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         x, y = F.normalize(self.image(image), dim=-1), F.normalize(self.text(text), dim=-1)
         return x, y, self.log_scale

@@ -10,7 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive import BACKENDS, FUSED, Result, assert_close, distance, evaluate, features, lay_out, oracle, plain
+from contrastive import (
+    BACKENDS,
+    FUSED,
+    Result,
+    assert_close,
+    distance,
+    dtypes,
+    evaluate,
+    features,
+    lay_out,
+    layouts,
+    oracle,
+    plain,
+)
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -42,8 +55,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "rows": rows,
         "cols": rows if reduction == "none" else draw(size),
         "width": draw(st.integers(1, 40)),
-        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        "layout": draw(st.sampled_from(["contiguous", "transposed", "stepped", "expanded"])),
+        "dtype": draw(dtypes),
+        "layout": draw(layouts),
         "ids": draw(st.sampled_from([None, 1, 3, 40])),
         "same_id": draw(st.sampled_from(["positive", "ignore"])),
         "offset": 0 if reduction == "none" else draw(st.integers(-75, 75)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from contrastive import features
 from memory import saved_bytes
+from peers import assert_same, assert_same_signature, assert_same_through_a_model, value_and_gradients
 from torch import Tensor
 
 import ssl_kernels.functional as K
@@ -19,15 +18,6 @@ from ssl_kernels import ClipLoss
 
 def inputs(batch: int = 96, width: int = 32, scale: float = 14.3) -> list[Tensor]:
     return [t.requires_grad_() for t in (*features(batch, batch, width), torch.tensor(scale))]
-
-
-def value_and_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
@@ -55,13 +45,7 @@ def test_open_clip_with_a_logit_bias() -> None:
 
 def test_open_clip_has_the_same_signature() -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
-    for name in ("__init__", "forward"):
-        theirs = [(p.name, p.default) for p in parameters(getattr(open_clip.loss.ClipLoss, name))]
-        assert [(p.name, p.default) for p in parameters(getattr(ClipLoss, name))][: len(theirs)] == theirs
-
-
-def parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
-    return list(inspect.signature(function).parameters.values())
+    assert_same_signature(ClipLoss, open_clip.loss.ClipLoss)
 
 
 def test_transformers() -> None:
@@ -76,15 +60,8 @@ def test_transformers() -> None:
     model = transformers.CLIPModel(config)
     tokens, pixels = torch.randint(32, (6, 8)), torch.randn(6, 3, 8, 8)
     output = model(input_ids=tokens, pixel_values=pixels, return_loss=True)
-    leaves = [p for p in model.parameters() if p.requires_grad]
     ours = K.clip_loss(output.text_embeds, output.image_embeds, model.logit_scale.exp())
-    theirs = torch.autograd.grad(output.loss, leaves, retain_graph=True, allow_unused=True)
-    mine = torch.autograd.grad(ours, leaves, allow_unused=True)
-    torch.testing.assert_close(ours, output.loss, rtol=1e-5, atol=1e-6)
-    assert sum(g is not None for g in mine) == sum(g is not None for g in theirs) > 10
-    for a, b in zip(mine, theirs, strict=True):
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
+    assert_same_through_a_model(ours, output.loss, model)
 
 
 def test_several_captions_to_an_image() -> None:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive import BACKENDS, FUSED, HALF_EPS, distance, lay_out
-from features import dtypes, layouts, unit_rows, workspaces_mb
+from contrastive import BACKENDS, FUSED, HALF_EPS, distance, dtypes, lay_out, layouts, unit_rows, workspaces_mb
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._dynamo.testing
-from contrastive import BACKENDS, FUSED, HALF_EPS, distance, lay_out
-from features import dtypes, layouts, unit_rows, workspaces_mb
+from contrastive import BACKENDS, FUSED, HALF_EPS, distance, dtypes, lay_out, layouts, unit_rows, workspaces_mb
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -569,3 +568,14 @@ def test_strided_keys_reach_the_matrix_product_without_gaps(monkeypatch: pytest.
         torch.testing.assert_close(run("cpu", query, lay_out(keys, layout), 10.0).mean, expected.mean)
     assert len(seen) >= 6
     assert all(seen)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_backward_pass_inside_autocast_is_as_exact_as_outside(backend: str) -> None:
+    query, keys, scale = unit_rows(64, 32), unit_rows(200, 32), torch.tensor(20.0, requires_grad=True)
+    with ssl_kernels.use_backend(backend):
+        lse, _ = K.key_softmax(query, keys, scale)
+    (outside,) = torch.autograd.grad(lse.sum(), scale, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = torch.autograd.grad(lse.sum(), scale)
+    assert torch.equal(inside, outside)

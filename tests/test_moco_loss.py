@@ -151,3 +151,24 @@ def test_thirty_steps_follow_the_reference(version: int, backend: str) -> None:
     losses = losses_of_a_run(encoder, version, backend)
     assert losses[-1] < 0.8 * losses[0]
     assert losses == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+def test_moco_v3_under_autocast_rounds_a_positive_as_it_does_the_keys(temperature: float) -> None:
+    """A cross-entropy is not negative, and of a single key it is 0."""
+    for rows in (1, 6):
+        features = torch.randn(rows, 32)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = MoCoV3Loss(temperature)(features, features, features, features)
+        assert loss > -1e-5
+        if rows == 1:
+            assert abs(loss) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.1])
+def test_solo_learn_s_functions_want_a_positive_temperature(temperature: float) -> None:
+    features = torch.eye(4)
+    with pytest.raises(ValueError, match="temperature: expected a positive number"):
+        mocov2plus_loss_func(features, features, features, temperature=temperature)
+    with pytest.raises(ValueError, match="temperature: expected a positive number"):
+        mocov3_loss_func(features, features, temperature=temperature)

@@ -16,9 +16,11 @@ from contrastive import (
     Result,
     assert_close,
     distance,
+    dtypes,
     evaluate,
     features,
     lay_out,
+    layouts,
     oracle,
     plain,
 )
@@ -51,8 +53,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "rows": draw(st.integers(1, 60)),
         "width": draw(st.integers(1, 40)),
-        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        "layout": draw(st.sampled_from(["contiguous", "transposed", "stepped", "expanded"])),
+        "dtype": draw(dtypes),
+        "layout": draw(layouts),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
         "temperature": draw(st.sampled_from([0.01, 0.07, 0.5, 10.0])),
         "workspace_mb": draw(st.sampled_from([64, 0.02, 0.002])),

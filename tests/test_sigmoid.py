@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from contrastive import FUSED, HALF_EPS, distance, dtypes, features, lay_out, layouts
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -21,9 +22,6 @@ import ssl_kernels.functional as K
 from ssl_kernels.ops.gradients import finish_gradients
 from ssl_kernels.ops.sigmoid import _sigmoid_contrastive
 
-FUSED = ("cpu", "eager")
-HALF_EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-10}
-
 
 class Result(NamedTuple):
     loss: Tensor
@@ -31,12 +29,6 @@ class Result(NamedTuple):
     dy: Tensor
     dscale: Tensor
     dbias: Tensor
-
-
-def features(rows: int, cols: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    x = F.normalize(torch.randn(rows, width), dim=-1).to(dtype)
-    y = F.normalize(torch.randn(cols, width), dim=-1).to(dtype)
-    return x, y
 
 
 def run(
@@ -57,10 +49,6 @@ def run(
 def oracle(x: Tensor, y: Tensor, scale: float, bias: float, weight: Tensor | None = None, **options: Any) -> Result:
     weight = None if weight is None else weight.double()
     return run("reference", x.double(), y.double(), scale, bias, weight, **options)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).norm().item()
 
 
 def assert_close(ours: Result, eager: Result, exact: Result, dtype: torch.dtype) -> None:
@@ -87,8 +75,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "rows": draw(size),
         "cols": draw(size),
         "width": draw(st.integers(1, 40)),
-        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        "layout": draw(st.sampled_from(["contiguous", "transposed", "stepped", "expanded"])),
+        "dtype": draw(dtypes),
+        "layout": draw(layouts),
         "ids": draw(st.sampled_from([None, 1, 3, 40])),
         "same_id": draw(st.sampled_from(["positive", "ignore"])),
         "offset": draw(st.integers(-75, 75)),
@@ -98,17 +86,6 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "workspace_mb": draw(st.sampled_from([64, 0.02, 0.0005])),
         "seed": draw(st.integers(0, 2**16)),
     }
-
-
-def lay_out(t: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout (but for "expanded": every row the same, stride 0)."""
-    if layout == "transposed":
-        return t.t().contiguous().t()
-    if layout == "stepped":
-        return t.repeat_interleave(2, dim=1)[:, ::2]
-    if layout == "expanded":
-        return t[:1].expand_as(t)
-    return t
 
 
 @pytest.mark.parametrize("backend", FUSED)

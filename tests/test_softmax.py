@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -220,7 +222,7 @@ def test_a_non_finite_scale_shows_in_the_loss(name: str, backend: str, bad: floa
 def test_a_negative_scale_is_refused_by_the_kernel() -> None:
     x, y = features(4, 4, 4)
     with pytest.raises(RuntimeError, match="scale: expected a number >= 0, got -2"):
-        K.clip_loss(x, y, -2.0)
+        K.clip_loss(x, y, torch.tensor(-2.0))
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
@@ -568,3 +570,27 @@ def test_scale_gradients_are_those_of_finite_differences() -> None:
     gradient = evaluate("cpu", K.clip_loss, [x.float(), y.float(), torch.tensor(10.0)]).gradients[-1]
     difference = (loss(10.0 + 1e-4) - loss(10.0 - 1e-4)) / 2e-4
     torch.testing.assert_close(gradient.double(), difference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("number", [float, np.float32])
+def test_numbers_of_the_wrong_sign_are_refused_by_name(backend: str, number: Callable[[float], Any]) -> None:
+    x, y = features(4, 4, 4)
+    with ssl_kernels.use_backend(backend):
+        with pytest.raises(ValueError, match="scale: expected a number >= 0, got -2"):
+            K.clip_loss(x, y, number(-2))
+        with pytest.raises(ValueError, match="temperature: expected a positive number, got -2"):
+            K.nt_xent_loss(x, y, number(-2))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("scale", [1e-30, 1e-39, 1e-42])
+def test_gradients_at_a_scale_next_to_zero(backend: str, scale: float) -> None:
+    """lse / scale overflows there."""
+    x, y = features(6, 5, 4)
+    arguments = [x, y, torch.tensor(scale)]
+    ours, exact = evaluate(backend, K.clip_loss, arguments), oracle(K.clip_loss, arguments)
+    torch.testing.assert_close(ours.loss.double(), exact.loss)
+    torch.testing.assert_close(ours.gradients[-1].double(), exact.gradients[-1], rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours.gradients[:-1], exact.gradients[:-1], strict=True):  # of the size of the scale
+        torch.testing.assert_close(a.double() / scale, b / scale, rtol=1e-3, atol=1e-2)

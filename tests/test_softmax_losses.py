@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +153,10 @@ def test_the_modules_compile() -> None:
         torch._dynamo.reset()
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*arguments), module(*arguments))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0.1, 0.9, 1.2]), [0, 0, 1]])
+def test_sup_con_wants_integer_labels(labels: Any) -> None:
+    """As integers 0.1 and 0.9 would be one class."""
+    with pytest.raises(TypeError, match=r"labels: expected a tensor of integers, got (torch.float32|list)"):
+        SupConLoss()(torch.eye(3), labels)

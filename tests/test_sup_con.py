@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive import BACKENDS, FUSED, Loss, Result, assert_close, evaluate, features, lay_out, oracle, plain
+from contrastive import (
+    BACKENDS,
+    FUSED,
+    Loss,
+    Result,
+    assert_close,
+    dtypes,
+    evaluate,
+    features,
+    lay_out,
+    layouts,
+    oracle,
+    plain,
+)
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -35,8 +48,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "rows": draw(st.integers(1, 90)),
         "width": draw(st.integers(1, 40)),
-        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        "layout": draw(st.sampled_from(["contiguous", "transposed", "stepped", "expanded"])),
+        "dtype": draw(dtypes),
+        "layout": draw(layouts),
         "ids": draw(st.sampled_from([1, 3, 40, 10_000])),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
         "temperature": draw(st.sampled_from([0.01, 0.07, 0.5, 10.0])),

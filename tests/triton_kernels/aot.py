@@ -1,21 +1,25 @@
-"""Compile a Triton kernel for a chip that is not there, and read what it will cost from the binary.
+"""Compile a Triton kernel for a chip that is not there, read what it will cost from the binary, and judge that.
 
 `build` runs Triton's own pipeline down to the machine code (ptxas for NVIDIA, LLVM for AMD) and reads registers,
 spills, shared memory and the instruction mix from that code. Compilation alone proves little: a kernel that asks for
-more shared memory than the chip has, or that spills, compiles without a word.
+more shared memory than the chip has, or that spills, compiles without a word. `Case.check_resources` looks for that
+in a kernel of tiles, and `Budget` keeps its code from growing unseen.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import json
 import pathlib
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from typing import Any
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -25,19 +29,22 @@ _NVIDIA_TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "
 
 @dataclass(frozen=True)
 class Chip:
-    """What the assertions need to know of a chip: the most shared memory of one block, and its matrix instructions."""
+    """What the assertions need to know of a chip."""
 
+    family: str  # whose configurations it runs
     target: GPUTarget
-    shared_bytes: int
+    shared_bytes: int  # at most, of one block
     matrix: str  # regular expression for the opcode of a matrix product
 
 
 CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, r"[HIQ]MMA"),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, r"[HIQ]?G?MMA"),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, r"UT\w*MMA|[HIQ]MMA"),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, r"v_mfma_\w+"),
+    # An A100 has 163 KiB, but the consumer chips that run the same configurations have less.
+    "sm_80": Chip("sm_80", GPUTarget("cuda", 80, 32), 99 * 1024, r"[HIQ]MMA"),
+    "sm_90": Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, r"[HIQ]?G?MMA"),
+    "sm_100": Chip("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024, r"UT\w*MMA|[HIQ]MMA"),
+    "gfx942": Chip("gfx9", GPUTarget("hip", "gfx942", 64), 64 * 1024, r"v_mfma_\w+"),
 }
+KINDS = ("half", "tf32", "ieee")  # of matrix product
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def build(
     chip: Chip,
     types: dict[str, str],
     constants: dict[str, Any],
-    divisible: tuple[str, ...] = (),
+    divisible: Iterable[str] = (),
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Resources:
@@ -73,19 +80,20 @@ def build(
     Args:
         kernel: a function decorated by ``triton.jit`` (TRITON_INTERPRET must be unset).
         chip: one of CHIPS.
-        types: argument name to Triton type ("*bf16", "i32"), for arguments known at run time only.
+        types: argument name to Triton type ("*bf16", "i32"), for arguments that are known at run time.
         constants: argument name to value: ``tl.constexpr`` parameters, and arguments that the launcher makes constant
-            (None, or a stride of 1).
-        divisible: names among ``types`` whose value or address is a multiple of 16, as the launcher would find.
+            (None, or a stride of 1), whatever ``types`` has for them.
+        divisible: names of arguments whose value or address is a multiple of 16, as the launcher would find.
         num_warps: of a block.
         num_stages: of the software pipeline.
     """
     names = kernel.arg_names
+    types = {name: kind for name, kind in types.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in names}
     missing = [name for name in names if name not in types and name not in constants]
     if missing:
         raise ValueError(f"neither a type nor a value for {missing}")
-    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    hints = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name in types and name in divisible}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     compiled = triton.compile(source, target=chip.target, options={"num_warps": num_warps, "num_stages": num_stages})
     read = _read_amd if chip.target.backend == "hip" else _read_nvidia
@@ -93,12 +101,11 @@ def build(
 
 
 def _read_nvidia(compiled: Any) -> Resources:
-    cubin = compiled.asm["cubin"]
-    usage, text = _cuobjdump(cubin, "-res-usage"), _cuobjdump(cubin, "-sass")
+    text = _disassemble(compiled.asm["cubin"])
 
     def figure(name: str) -> int:
-        match = re.search(rf"\b{name}:(\d+)", usage)
-        assert match is not None, usage
+        match = re.search(rf"\b{name}:(\d+)", text)
+        assert match is not None, f"no {name} in what cuobjdump prints"
         return int(match[1])
 
     # "        /*0120*/              @!P0 LDGSTS.E.BYPASS.128 [R3], ... ;"
@@ -119,11 +126,12 @@ def _strip_padding(opcodes: list[str]) -> collections.Counter[str]:
     return collections.Counter(opcodes)
 
 
-def _cuobjdump(cubin: bytes, option: str) -> str:
+def _disassemble(cubin: bytes) -> str:
+    """The use of resources, and the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_NVIDIA_TOOLS / "cuobjdump"), option, file.name]
+        command = [str(_NVIDIA_TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -152,3 +160,83 @@ def compiler_version() -> str:
     ptxas = subprocess.run([str(_NVIDIA_TOOLS / "ptxas"), "--version"], check=True, capture_output=True, text=True)
     match = re.search(r"\bV([\d.]+)", ptxas.stdout)
     return f"triton {triton.__version__}, ptxas {match[1] if match else 'unknown'}"
+
+
+def assert_sound(made: Resources) -> None:
+    """Nothing spills, and no result depends on the order in which programs run."""
+    assert made.spills == 0
+    assert made.count(r"REDG|RED\.|ATOMG|ATOM\.|global_atomic") == 0
+
+
+def assert_sizes_do_not_recompile(kernel: Any, names: Iterable[str]) -> None:
+    parameters = {p.name: p for p in kernel.params}
+    for name in names:
+        assert parameters[name].do_not_specialize
+        assert parameters[name].annotation_type == "i64"  # whatever the value, which otherwise picks the type
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel of tiles as the launcher would specialise it. Its fields are its name, and its key in the budget."""
+
+    chip: str
+    kind: str  # one of KINDS
+
+    def __str__(self) -> str:
+        return "-".join(astuple(self))
+
+    @property
+    def config(self) -> Any:
+        """The shipped configuration that the launcher would choose."""
+        raise NotImplementedError
+
+    def build(self) -> Resources:
+        raise NotImplementedError
+
+    @property
+    def elements_per_thread(self) -> float:
+        threads = self.config.num_warps * CHIPS[self.chip].target.warp_size
+        return self.config.block_m * self.config.block_n / threads
+
+    @property
+    def instructions_per_element(self) -> float:
+        """Static: loops count once, and rare tiles count as much as the usual ones."""
+        return compiled(self).instructions / self.elements_per_thread
+
+    def check_resources(self) -> Resources:
+        """What every such kernel must fulfil. Returns the resources, for what is asked of some of them only."""
+        chip, made = CHIPS[self.chip], compiled(self)
+        assert_sound(made)
+        assert made.shared_bytes <= chip.shared_bytes
+        products = made.count(chip.matrix)
+        if self.chip == "gfx942":  # its matrix unit also multiplies fp32 exactly
+            assert products > 0
+            assert (made.count(r"v_mfma_f32_\w*_xf32") > 0) == (self.kind == "tf32")
+        else:
+            assert (products > 0) == (self.kind != "ieee")
+        assert made.count(r"MUFU\.LG2|v_log_f32") == 0
+        return made
+
+
+@functools.cache
+def compiled(case: Case) -> Resources:
+    return case.build()
+
+
+class Budget:
+    """The size of the code of each case, as recorded with one compiler in <op>_budget.json."""
+
+    def __init__(self, op: str) -> None:
+        self.path = pathlib.Path(__file__).with_name(f"{op}_budget.json")
+
+    def check(self, case: Case) -> None:
+        recorded = json.loads(self.path.read_text())
+        if recorded["compiler"] != compiler_version():
+            pytest.skip(f"recorded with {recorded['compiler']}, this is {compiler_version()}")
+        figure = recorded["instructions_per_element"][str(case)]
+        assert case.instructions_per_element == pytest.approx(figure, rel=0.05)
+
+    def write(self, cases: Iterable[Case]) -> None:
+        figures = {str(case): round(case.instructions_per_element, 1) for case in cases}
+        record = {"compiler": compiler_version(), "instructions_per_element": figures}
+        self.path.write_text(json.dumps(record, indent=2) + "\n")

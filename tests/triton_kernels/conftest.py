@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 TIMEOUT_S = 900
@@ -62,3 +63,19 @@ class _InterpretedRun(pytest.Item):
 
 class _InnerFailureError(Exception):
     """What pytest printed in the other process."""
+
+
+@pytest.fixture
+def strict(poisoned_memory: None) -> Iterator[None]:
+    """The strict interpreter; what torch.empty returns is NaN."""
+    from strict_interpreter import strict_interpreter  # here: the module needs Triton
+
+    with strict_interpreter():
+        yield
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_kernels.kernels.tiles import CONFIGS, Config
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = ["none", "positive", "ignore"]
+NOWHERE = 2**40  # a diagonal that meets no panel
 # Relative rounding error of each dtype, in which gradient tiles are stored.
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # Half of the smallest spacing; fp32 below the normal range may be flushed to zero, and so may bf16.
@@ -21,6 +23,16 @@ TINY = {torch.float32: 2**-125, torch.bfloat16: 2**-125, torch.float16: 2**-25}
 
 def features(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return F.normalize(torch.randn(rows, width), dim=1).to(dtype)
+
+
+def rows_far_apart(rows: int, width: int) -> Tensor:
+    """Zeros in bf16, each row 2^30 elements from the last: its number times the stride overflows 32 bits."""
+    stride = 2**30
+    size = 2 * ((rows - 1) * stride + width)
+    with tempfile.TemporaryFile() as sparse:  # takes no more room than what is written
+        sparse.truncate(size)
+        flat = torch.frombuffer(mmap.mmap(sparse.fileno(), size), dtype=torch.bfloat16)
+    return flat.as_strided((rows, width), (stride, 1))
 
 
 def make_ids(kind: str, m: int, n: int, values: int = 5) -> tuple[Tensor, Tensor] | None:
@@ -55,7 +67,7 @@ def pair_masks(
     return is_positive & kept, kept
 
 
-def shipped(kind: str) -> list[Config]:
-    """Every shape of tile. Warps and stages mean nothing to the interpreter."""
-    found = [c for (_, its_kind), pair in CONFIGS.items() if its_kind == kind for c in pair]
+def shipped(configs: dict[tuple[str, str], Any], kind: str) -> list[Any]:
+    """Every shape of tile for a kind of product. Warps and stages mean nothing to the interpreter."""
+    found = [c for (_, its_kind), choices in configs.items() if its_kind == kind for c in choices]
     return list(dict.fromkeys(replace(c, num_warps=4, num_stages=2) for c in found))

@@ -8,39 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
-import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from panels import DTYPES, UNIT, features, round_to_tf32
-from strict_interpreter import strict_interpreter
+from panels import DTYPES, UNIT, features, round_to_tf32, rows_far_apart, shipped
 from torch import Tensor
 
 from ssl_kernels.kernels.key_softmax import CONFIGS, Config, key_softmax
 
+pytestmark = pytest.mark.usefixtures("strict")
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def _strict() -> Iterator[None]:
-    """Strict interpreter; what torch.empty returns is NaN."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    with strict_interpreter():
-        yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 def dense(query: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -82,32 +61,26 @@ def check(
     return lse, mean
 
 
-def shipped(kind: str) -> list[Config]:
-    """Every shape of tile. Warps and stages mean nothing to the interpreter."""
-    found = [c for (_, its_kind), configs in CONFIGS.items() if its_kind == kind for c in configs]
-    return list(dict.fromkeys(replace(c, num_warps=4, num_stages=2) for c in found))
-
-
 def width_for(config: Config) -> int:
     """A ragged width of two chunks of the mean, or of one tile."""
     return 41 if config.block_d is None else config.block_e + 9
 
 
-@pytest.mark.parametrize("config", shipped("half"), ids=str)
+@pytest.mark.parametrize("config", shipped(CONFIGS, "half"), ids=str)
 def test_every_config_in_16_bits(config):
     dtype = torch.float16 if config.block_d == 32 else torch.bfloat16
     m, k, d = config.block_m + 3, 2 * config.block_n + 5, width_for(config)
     check(features(m, d, dtype), features(k, d, dtype), config=config, splits=2)
 
 
-@pytest.mark.parametrize("config", shipped("ieee"), ids=str)
+@pytest.mark.parametrize("config", shipped(CONFIGS, "ieee"), ids=str)
 def test_every_config_in_ieee_fp32(config):
     m, k, d = config.block_m + 3, 2 * config.block_n + 5, width_for(config)
     check(features(m, d, torch.float32), features(k, d, torch.float32), config=config, splits=2)
 
 
 @pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("config", shipped("tf32"), ids=str)
+@pytest.mark.parametrize("config", shipped(CONFIGS, "tf32"), ids=str)
 def test_every_config_in_tf32(config):
     m, k, d = config.block_m + 3, 2 * config.block_n + 5, width_for(config)
     check(features(m, d, torch.float32), features(k, d, torch.float32), config=config, splits=2, is_tf32=True)
@@ -162,25 +135,18 @@ def test_all_keys_are_far_below_zero():
     torch.testing.assert_close(mean, -torch.ones(3, 4))
 
 
-@pytest.mark.parametrize("d", [24, 70])
-def test_strides(d):
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 24), (torch.bfloat16, 70)], ids=str)
+def test_strides(dtype, d):
     m, k = 37, 71
-    for dtype in DTYPES:
-        columns = features(d, k, dtype).t()  # a queue [D, K], as MoCo keeps it
-        check(features(d, m, dtype).t(), columns)
-        check(features(2 * m, 2 * d, dtype)[::2, 1::2], torch.randn(3 * k, d).to(dtype)[::3] * 0.1)
-        check(features(1, d, dtype).expand(m, d), columns)
+    columns = features(d, k, dtype).t()  # a queue [D, K], as MoCo keeps it
+    check(features(d, m, dtype).t(), columns)
+    check(features(2 * m, 2 * d, dtype)[::2, 1::2], torch.randn(3 * k, d).to(dtype)[::3] * 0.1)
+    check(features(1, d, dtype).expand(m, d), columns)
 
 
 def test_offsets_beyond_32_bits():
-    """Rows 2^30 elements apart: a row index times the stride overflows 32 bits from the second row on."""
-    stride, k, d = 2**30, 4, 5
-    size = 3 * stride + d
-    with tempfile.TemporaryFile() as sparse:  # takes no more room than what is written
-        sparse.truncate(2 * size)
-        flat = torch.frombuffer(mmap.mmap(sparse.fileno(), 2 * size), dtype=torch.bfloat16)
-    far = flat.as_strided((k, d), (stride, 1))
-    far.copy_(features(k, d, torch.bfloat16))
+    k, d = 4, 5
+    far = rows_far_apart(k, d).copy_(features(k, d, torch.bfloat16))
     check(features(3, d, torch.bfloat16), far)
     check(far, features(3, d, torch.bfloat16))
 

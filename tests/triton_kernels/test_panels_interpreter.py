@@ -10,21 +10,13 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from strict_interpreter import strict_interpreter
 from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
 
+pytestmark = pytest.mark.usefixtures("strict")
 UNIT = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-
-
-@pytest.fixture(autouse=True)
-def _strict() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    with strict_interpreter():
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 def run(backend: str, x: Tensor, y: Tensor, bias: float, weight: Tensor, **options: object) -> list[Tensor]:
@@ -38,7 +30,6 @@ def run(backend: str, x: Tensor, y: Tensor, bias: float, weight: Tensor, **optio
 @pytest.mark.parametrize("dtype", list(UNIT))
 @pytest.mark.parametrize(("reduction", "same_id"), itertools.product(["mean", "none"], [None, "positive", "ignore"]))
 def test_values_and_gradients(dtype: torch.dtype, reduction: str, same_id: str | None) -> None:
-    torch.manual_seed(0)
     x, y = F.normalize(torch.randn(70, 24), dim=1).to(dtype), F.normalize(torch.randn(45, 24), dim=1).to(dtype)
     options: dict[str, object] = {"reduction": reduction, "offset": 3}
     if same_id:
@@ -54,7 +45,6 @@ def test_values_and_gradients(dtype: torch.dtype, reduction: str, same_id: str |
 
 def test_fp16_keeps_the_gradient_of_confident_negatives() -> None:
     """Sigmoids of 1e-7 are nothing in fp16; here they are all there is."""
-    torch.manual_seed(0)
     x, y = (F.normalize(torch.rand(40, 16) + 0.1, dim=1).half() for _ in range(2))
     weight = torch.tensor(2.0**20)
     exact = run("reference", x.double(), y.double(), -25.0, weight, offset=1000, reduction="sum")
@@ -65,7 +55,6 @@ def test_fp16_keeps_the_gradient_of_confident_negatives() -> None:
 
 def test_a_large_row_weight_costs_the_others_no_precision() -> None:
     """The row with the large weight is zero, as a padded one is."""
-    torch.manual_seed(0)
     x, y = (F.normalize(torch.randn(64, 32), dim=1).half() for _ in range(2))
     x[0] = 0
     weight = torch.ones(64)
@@ -85,7 +74,6 @@ def test_no_grad_writes_no_tile() -> None:
 
 def softmax_losses(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
     """Every loss of the family over leaves that get gradients, the scale or temperature last."""
-    torch.manual_seed(0)
     x, y = (F.normalize(torch.randn(rows, 24), dim=1).to(dtype) for rows in (70, 45))
     queue = F.normalize(torch.randn(90, 24), dim=1).to(dtype)
     x_ids, y_ids = torch.randint(9, (70,)), torch.randint(9, (45,))
@@ -130,7 +118,6 @@ def test_softmax_losses(dtype: torch.dtype) -> None:
 
 
 def test_the_queue() -> None:
-    torch.manual_seed(0)
     queues = [torch.zeros(50, 24) for _ in range(2)]
     pointers = [torch.tensor([40]) for _ in range(2)]
     keys = torch.randn(30, 24)

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import mmap
-import tempfile
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from panels import DTYPES
-from strict_interpreter import strict_interpreter
+from panels import DTYPES, rows_far_apart
 from torch import Tensor
 
 from ssl_kernels.kernels.queue import enqueue
 
+pytestmark = pytest.mark.usefixtures("strict")
 UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-
-@pytest.fixture(autouse=True)
-def _strict() -> Iterator[None]:
-    torch.manual_seed(0)
-    with strict_interpreter():
-        yield
 
 
 def check(queue: Tensor, start: int, keys: Tensor, normalize: bool = False, *, shape: tuple[int, ...] = (1,)) -> None:
@@ -107,12 +97,8 @@ def test_norms_as_normalize_has_them():
 
 
 def test_offsets_beyond_32_bits():
-    stride, rows, width = 2**30, 4, 5
-    size = 3 * stride + width
-    with tempfile.TemporaryFile() as sparse:  # takes no more room than what is written
-        sparse.truncate(2 * size)
-        flat = torch.frombuffer(mmap.mmap(sparse.fileno(), 2 * size), dtype=torch.bfloat16)
-    far = flat.as_strided((rows, width), (stride, 1))
+    rows, width = 4, 5
+    far = rows_far_apart(rows, width)
     keys, near = torch.randn(rows, width).bfloat16(), torch.zeros(rows, width).bfloat16()
     enqueue(far, torch.tensor(2), keys, False)
     enqueue(near, torch.tensor(2), far, False)

@@ -9,79 +9,39 @@ tolerance.
 from __future__ import annotations
 
 import itertools
-import mmap
-import tempfile
-from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strict_interpreter import strict_interpreter
+from panels import (
+    DTYPES,
+    IDS,
+    NOWHERE,
+    TINY,
+    UNIT,
+    features,
+    make_ids,
+    pair_masks,
+    round_to_tf32,
+    rows_far_apart,
+    shipped,
+)
 from torch import Tensor
 
 from ssl_kernels.kernels.sigmoid import CONFIGS, Config, gradient_scale, sigmoid_panel
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-IDS = ["none", "positive", "ignore"]
-# Relative rounding error of each dtype, in which G is stored.
-UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-# Half of the smallest spacing; fp32 below the normal range may be flushed to zero, and so may bf16.
-TINY = {torch.float32: 2**-125, torch.bfloat16: 2**-125, torch.float16: 2**-25}
-
-
-@pytest.fixture(autouse=True)
-def _strict() -> Iterator[None]:
-    """Strict interpreter; what torch.empty returns is NaN."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    with strict_interpreter():
-        yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision("highest")
-
-
-def features(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    return F.normalize(torch.randn(rows, width), dim=1).to(dtype)
-
-
-def round_to_tf32(x: Tensor) -> Tensor:
-    bits = x.numpy().view(np.uint32)
-    return torch.from_numpy(((bits + 0x1000) & 0xFFFFE000).view(np.float32))
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def dense(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    ignore_same_id: bool,
-    diagonal: int,
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, ids: tuple[Tensor, Tensor] | None, ignored: bool, diagonal: int
 ) -> tuple[Tensor, Tensor]:
     """G and the row sums of loss, G raw and G, in the dtype of the arguments."""
     raw = x @ y.t()
     z = scale.to(x.dtype) * raw + bias.to(x.dtype)
-    positive = torch.zeros(z.shape, dtype=torch.bool)
-    for i in range(z.shape[0]):
-        if 0 <= i + diagonal < z.shape[1]:
-            positive[i, i + diagonal] = True
-    counted = torch.ones_like(positive)
-    if x_ids is not None and y_ids is not None:
-        same = x_ids[:, None] == y_ids[None, :]
-        if ignore_same_id:
-            counted = positive | ~same
-        else:
-            positive = positive | same
+    positive, counted = pair_masks(*z.shape, ids, ignored, diagonal, NOWHERE)
     s = torch.where(positive, -z, z)
     loss = torch.where(counted, s.clamp(min=0) + torch.log1p(torch.exp(-s.abs())), 0)
     g = torch.where(positive, -torch.sigmoid(s), torch.sigmoid(s))
@@ -111,11 +71,10 @@ def check(
     before = torch.rand(m, 1 if loss_only else 3, dtype=torch.float64)
     stats = before.clone()
     t, b = torch.tensor(scale), torch.tensor(bias)
-    x_ids, y_ids = ids or (None, None)
-    options = (x_ids, y_ids, ignore_same_id, diagonal)
-    sigmoid_panel(x, y, grad, stats, t, b, *options, config=config)
+    sigmoid_panel(x, y, grad, stats, t, b, *(ids or (None, None)), ignore_same_id, diagonal, config=config)
 
     exact_x, exact_y = (round_to_tf32(x), round_to_tf32(y)) if is_tf32 else (x, y)
+    options = (ids, ignore_same_id, diagonal)
     want_g, want = dense(exact_x.double(), exact_y.double(), t.double(), b.double(), *options)
     eager_g, eager = dense(x, y, t, b, *options)
     got = stats - before
@@ -137,19 +96,8 @@ def check(
     return grad, got
 
 
-def make_ids(kind: str, m: int, n: int, values: int = 5) -> tuple[Tensor, Tensor] | None:
-    if kind == "none":
-        return None
-    # Beyond 2^32, and equal in their low halves: a comparison in 32 bits would find them all the same.
-    return torch.randint(values, (m,)) * 2**33, torch.randint(values, (n,)) * 2**33
-
-
-def shipped(kinds: tuple[str, ...]) -> list[Config]:
-    return list(dict.fromkeys(c for (_, kind), pair in CONFIGS.items() if kind in kinds for c in pair))
-
-
 @pytest.mark.parametrize("ids", IDS)
-@pytest.mark.parametrize("config", shipped(("half",)), ids=str)
+@pytest.mark.parametrize("config", shipped(CONFIGS, "half"), ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_config_in_16_bits(dtype, config, ids):
     m, n, d = config.block_m + 3, 2 * config.block_n + 5, config.block_d + 9
@@ -160,7 +108,7 @@ def test_every_config_in_16_bits(dtype, config, ids):
 
 
 @pytest.mark.parametrize("ids", IDS)
-@pytest.mark.parametrize("config", shipped(("ieee",)), ids=str)
+@pytest.mark.parametrize("config", shipped(CONFIGS, "ieee"), ids=str)
 def test_every_config_in_ieee_fp32(config, ids):
     m, n, d = config.block_m + 3, 2 * config.block_n + 5, config.block_d + 9
     check(
@@ -171,7 +119,7 @@ def test_every_config_in_ieee_fp32(config, ids):
 
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("ids", IDS)
-@pytest.mark.parametrize("config", shipped(("tf32",)), ids=str)
+@pytest.mark.parametrize("config", shipped(CONFIGS, "tf32"), ids=str)
 def test_every_config_in_tf32(config, ids):
     m, n, d = config.block_m + 3, 2 * config.block_n + 5, config.block_d + 9
     check(
@@ -348,18 +296,11 @@ def test_confident_pairs_keep_their_relative_precision(z, positive):
 
 
 def test_offsets_beyond_32_bits():
-    """Rows 2^30 elements apart: a row index times the stride overflows 32 bits from the second row on."""
-    stride, m, n, d = 2**30, 4, 3, 5
-    size = 3 * stride + d
-    with tempfile.TemporaryFile() as sparse:  # takes no more room than what is written
-        sparse.truncate(2 * size)
-        flat = torch.frombuffer(mmap.mmap(sparse.fileno(), 2 * size), dtype=torch.bfloat16)
-    x = flat.as_strided((m, d), (stride, 1))
-    x.copy_(features(m, d, torch.bfloat16))
+    m, n, d = 4, 3, 5
+    x = rows_far_apart(m, d).copy_(features(m, d, torch.bfloat16))
     check(x, features(n, d, torch.bfloat16))
     check(features(n, d, torch.bfloat16), x, with_grad=False)
-    grad = flat.as_strided((m, n), (stride, 1), storage_offset=0)
-    check(features(m, d, torch.bfloat16), features(n, d, torch.bfloat16), grad=grad)
+    check(features(m, d, torch.bfloat16), features(n, d, torch.bfloat16), grad=rows_far_apart(m, n))
 
 
 def test_results_are_reproducible_bit_by_bit_and_independent_of_panels():
