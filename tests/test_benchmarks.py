@@ -30,4 +30,4 @@ def test_benchmarks_and_their_report(tmp_path: Path) -> None:
         assert len(providers) >= 3
         assert f"## {op}\n" in tables
         assert (tmp_path / f"{op}.png").stat().st_size > 5_000
-    assert tables.count("| forward+backward | B=64 D=16 | ours |") == 2  # SigLIP and CLIP
+    assert tables.count("| forward+backward | B=64 D=16 | ours |") == 4  # SigLIP and CLIP, and each as "large" batch
