@@ -308,6 +308,14 @@ def test_a_perfect_match_scores_the_rest_to_fp32(backend: str, scale: float) -> 
     assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_saturated_pairs_leave_no_noise_in_the_gradient(backend: str) -> None:
+    """Every pair has a probability of 1 but for e^-30, at similarities that differ: rows and columns must cancel."""
+    x, noise = features(150, 150, 512)
+    y = F.normalize(x + 0.3 * noise, dim=-1)
+    assert all(g.abs().max() < 1e-9 for g in run(backend, x, y, 100.0).gradients)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_perfect_match_of_unit_vectors_is_not_off_by_the_rounding_of_large_logits(backend: str) -> None:
     """At t = 100 one rounding of a logit is 4e-6; the loss of each row is below e^-50."""

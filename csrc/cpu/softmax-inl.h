@@ -3,13 +3,14 @@
 // Statistics. Rows and columns each need the maximum and the sum of exp(z - maximum), and one exponential serves both:
 //   e_ij = exp(t (r_ij - a_i)), a_i the largest r of row i in the tile:     row i adds e_ij
 //   column j adds e_ij w_i,  w_i = exp(t (a_i - c)), c the largest r of a chunk of rows
-// A row's sum is at least 1. A column's may vanish next to c, and then says nothing; such columns, and their neighbours
-// in the vector, are summed again from their own maximum. Taking the difference before multiplying by t is exact where
+// A row's sum is at least 1. A column's may be small next to c, and then has lost digits; such columns, and their
+// neighbours in the vector, are summed again from their own maximum. Taking the difference before multiplying by t is exact where
 // it matters, close to the maximum.
 //
 // Gradient. P = exp(t (r - lse_raw) - lse_rest), see split_lse, once for the row and once for the column.
 
-constexpr float kLeastColumnSum = 1e-26f;  // e^-60: above it nothing was lost to underflow that fp32 could hold
+// Below it a column is far from c: the rounding of t (a_i - c) would be in its sum, and in the end its terms underflow.
+constexpr float kLeastColumnSum = 0.5f;
 
 struct Pairs {
   Mask positive, ignored;
