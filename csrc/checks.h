@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "cpu/half.h"
+
 namespace sslk {
 
 inline void check_tensor(const torch::stable::Tensor& t, const char* name, torch::headeronly::ScalarType dtype,
@@ -29,6 +31,49 @@ inline void check_tile(const torch::stable::Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected unit stride along columns, got ", t.stride(1));
   STD_TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), name, ": expected rows that do not overlap, got stride ",
                   t.stride(0), " for ", t.size(1), " columns");
+}
+
+inline FeatureType feature_type(const torch::stable::Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return FeatureType::kFloat32;
+    case torch::headeronly::ScalarType::BFloat16:
+      return FeatureType::kBFloat16;
+    case torch::headeronly::ScalarType::Half:
+      return FeatureType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype Float, BFloat16 or Half, got ",
+                      torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+// A tensor of floats, bfloat16 or half whose last dimension is contiguous.
+inline FeatureType check_features(const torch::stable::Tensor& t, const char* name, int64_t dim) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == dim, name, ": expected ", dim, " dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.numel() == 0 || t.size(dim - 1) == 1 || t.stride(dim - 1) == 1, name,
+                  ": expected unit stride along columns, got ", t.stride(dim - 1));
+  return feature_type(t, name);
+}
+
+// A contiguous vector of floats of that size.
+inline void check_vector(const torch::stable::Tensor& t, const char* name, int64_t size) {
+  check_tensor(t, name, torch::headeronly::ScalarType::Float, 1);
+  check_size(t, name, 0, size);
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+// Its data, or null when it is absent.
+inline const float* vector_data(const std::optional<torch::stable::Tensor>& t, const char* name, int64_t size) {
+  if (!t) return nullptr;
+  check_vector(*t, name, size);
+  return t->const_data_ptr<float>();
+}
+
+// Its data, to be written.
+inline float* output_data(const torch::stable::Tensor& t, const char* name, int64_t size) {
+  check_vector(t, name, size);
+  return t.mutable_data_ptr<float>();
 }
 
 // Null when absent; otherwise the data of a contiguous int64 vector of `size` ids.

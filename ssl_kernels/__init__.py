@@ -15,16 +15,24 @@ except ImportError as error:
     ) from error
 
 from ssl_kernels import functional
+from ssl_kernels.collapse import CollapseMonitor
 from ssl_kernels.ema import ModelEma
+from ssl_kernels.heads import DINOHead
 from ssl_kernels.losses import (
     ALBEFContrastiveLoss,
+    BarlowTwinsLoss,
     ClipLoss,
+    DINOLoss,
+    IBOTPatchLoss,
     InfoNCELoss,
+    KoLeoLoss,
     MoCoLoss,
     MoCoV3Loss,
     NTXentLoss,
     SigLipLoss,
+    SinkhornKnopp,
     SupConLoss,
+    VICRegLoss,
 )
 from ssl_kernels.queue import KeyQueue
 from ssl_kernels.settings import use_backend, use_tile_budget, use_workspace
@@ -33,15 +41,23 @@ _C.active_isa()  # an unknown SSL_KERNELS_ISA is reported here, not in the first
 
 __all__ = [
     "ALBEFContrastiveLoss",
+    "BarlowTwinsLoss",
     "ClipLoss",
+    "CollapseMonitor",
+    "DINOHead",
+    "DINOLoss",
+    "IBOTPatchLoss",
     "InfoNCELoss",
     "KeyQueue",
+    "KoLeoLoss",
     "MoCoLoss",
     "MoCoV3Loss",
     "ModelEma",
     "NTXentLoss",
     "SigLipLoss",
+    "SinkhornKnopp",
     "SupConLoss",
+    "VICRegLoss",
     "__version__",
     "functional",
     "use_backend",

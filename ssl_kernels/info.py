@@ -19,7 +19,16 @@ OPS = (
     "info_nce_loss",
     "albef_contrastive_loss",
     "key_softmax",
+    "dino_loss",
+    "ibot_patch_loss",
+    "sinkhorn_center",
+    "sinkhorn_knopp",
+    "centered_softmax",
+    "koleo_loss",
+    "vicreg_loss",
+    "barlow_twins_loss",
     "enqueue_",
+    "ema_update_",
 )
 
 

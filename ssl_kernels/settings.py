@@ -92,8 +92,8 @@ def use_tile_budget(mb: float) -> Iterator[None]:
     What is kept need not be computed again: 3 units instead of 4 for CLIP. The default is 64, all of a batch of 4,096
     in fp32, or what the environment variable ``SSL_KERNELS_TILE_BUDGET_MB`` says; 0 turns it off. On the CPU the
     process holds on to this memory for its next step, since fresh pages cost as much time as the products that they
-    save; the first loss with a budget of 0 lets it go. The Triton kernels keep nothing: on a GPU a product is faster
-    than the memory.
+    save; the first loss with a budget of 0 lets it go. So it does with the memory of gradients as large as the logits
+    (DINO, iBOT). The Triton kernels keep nothing: on a GPU a product is faster than the memory.
     """
     global _tile_budget_mb
     previous, _tile_budget_mb = _tile_budget_mb, _check_budget(mb, "use_tile_budget")

@@ -23,6 +23,7 @@
 #define LANES 4
 namespace sslk::baseline {
 #include "vec-inl.h"
+#include "half-inl.h"
 #include SSLK_KERNEL
 }  // namespace sslk::baseline
 #undef LANES
@@ -33,6 +34,7 @@ SSLK_BEGIN_TARGET("avx2,fma")
 #define LANES 8
 namespace sslk::avx2 {
 #include "vec-inl.h"
+#include "half-inl.h"
 #include SSLK_KERNEL
 }  // namespace sslk::avx2
 #undef LANES
@@ -42,6 +44,7 @@ SSLK_BEGIN_TARGET("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
 #define LANES 16
 namespace sslk::avx512 {
 #include "vec-inl.h"
+#include "half-inl.h"
 #include SSLK_KERNEL
 }  // namespace sslk::avx512
 #undef LANES

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "half.h"
 #include "isa.h"
 
 namespace sslk {
-
-enum class FeatureType { kFloat32, kBFloat16, kFloat16 };
 
 struct Enqueue {
   void* queue;            // [size, width]

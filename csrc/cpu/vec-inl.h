@@ -16,6 +16,28 @@ SSLK_INLINE V load(const T* p) {
 
 SSLK_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+// Stores past the caches to an address that is a multiple of the vector's size: memory that will not be read soon need
+// not be fetched before it is written. fence() comes before another thread may read it.
+SSLK_INLINE void stream(float* p, Vec v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<Vec*>(p));
+#elif SSLK_X86 && LANES == 16
+  __builtin_ia32_movntps512(p, v);
+#elif SSLK_X86 && LANES == 8
+  __builtin_ia32_movntps256(p, v);
+#elif SSLK_X86
+  __builtin_ia32_movntps(p, v);
+#else
+  store(p, v);
+#endif
+}
+
+SSLK_INLINE void fence() {
+#if SSLK_X86
+  __builtin_ia32_sfence();
+#endif
+}
+
 SSLK_INLINE Vec broadcast(float x) { return Vec{} + x; }
 
 SSLK_INLINE Mask lane_index() {
@@ -33,11 +55,10 @@ SSLK_INLINE double sum(Vec v) {
   return s;
 }
 
-// exp(x) for x <= 0, to 1.5 units in the last place; exp(-87.3) = 1.2e-38 below that; NaN for NaN.
+// exp(x) for -87.3 <= x <= 0, to 1.5 units in the last place; NaN for NaN.
 // x = n ln 2 + r with |r| <= ln(2)/2, then 2^n times a polynomial in r.
-SSLK_INLINE Vec exp_nonpositive(Vec x) {
+SSLK_INLINE Vec exp_unclamped(Vec x) {
   const float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
-  x = max_nan(x, -87.3f);
   Vec shifted = x * 1.44269504f + round;
   Vec n = shifted - round;
   Vec r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact when multiplied by n
@@ -51,6 +72,9 @@ SSLK_INLINE Vec exp_nonpositive(Vec x) {
   Mask power = ((Mask)shifted << 23) + 0x3f800000;  // the bits of 2^n
   return p * (Vec)power;                            // a product, so that a NaN in p stays one
 }
+
+// exp(x) for x <= 0; exp(-87.3) = 1.2e-38 below that; NaN for NaN.
+SSLK_INLINE Vec exp_nonpositive(Vec x) { return exp_unclamped(max_nan(x, -87.3f)); }
 
 // log(1 + e) for 0 <= e <= 1 to 2e-7 relative, tiny e included: e times the minimax polynomial of log1p(e)/e.
 SSLK_INLINE Vec log1p_unit(Vec e) {

@@ -3,9 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
+#include "../cpu/dino.h"
+#include "../cpu/ema.h"
 #include "../cpu/key_softmax.h"
+#include "../cpu/koleo.h"
 #include "../cpu/queue.h"
 #include "../cpu/sigmoid.h"
+#include "../cpu/sinkhorn.h"
 #include "../cpu/softmax.h"
 
 namespace py = pybind11;
@@ -191,6 +197,31 @@ void key_softmax_panel(Array<float> tile, Array<double> stats, std::optional<Arr
   sslk::key_softmax_panel(panel, 0, panel.rows, chosen);
 }
 
+void koleo_panel(Array<float> tile, Array<float> best, Array<int64_t> neighbor, int64_t first_row, int64_t first_col,
+                 std::optional<std::string> isa) {
+  check_matrix(tile, "tile");
+  const int64_t size = best.size(), rows = tile.shape(0), cols = tile.shape(1);
+  vector_data(best, "best", size);
+  vector_data(neighbor, "neighbor", size);
+  if (rows > INT32_MAX || cols > INT32_MAX) {
+    throw py::value_error("tile: expected at most 2**31 - 1 rows and columns, got shape " + shape_of(tile));
+  }
+  for (const auto& [name, first, count] : {std::tuple{"first_row", first_row, rows}, {"first_col", first_col, cols}}) {
+    if (first < 0 || first > size - count) {
+      throw py::value_error(std::string(name) + ": expected 0 to " + std::to_string(size - count) + ", got " +
+                            std::to_string(first));
+    }
+  }
+  const auto side = [&](int64_t first) {
+    return sslk::KoleoSide{best.mutable_data() + first, neighbor.mutable_data() + first, first};
+  };
+  const sslk::KoleoPanel panel{tile.data(), rows, cols, row_stride(tile), side(first_row), side(first_col)};
+  const sslk::Isa chosen = choose_isa(isa);
+  py::gil_scoped_release release;
+  sslk::koleo_rows(panel, 0, rows, chosen);
+  if (first_row != first_col) sslk::koleo_columns(panel, 0, cols, chosen);
+}
+
 sslk::FeatureType feature_type(const py::array& a, const char* name) {
   const std::string dtype = py::str(a.dtype());
   if (dtype == "float32") return sslk::FeatureType::kFloat32;
@@ -224,6 +255,144 @@ int64_t enqueue(py::array queue, int64_t pointer, py::array keys, bool normalize
   py::gil_scoped_release release;
   sslk::enqueue_rows(job, batch > job.size ? batch - job.size : 0, batch, chosen);
   return (job.start + batch) % job.size;
+}
+
+void check_size(const py::array& a, const char* name, int64_t size) {
+  if (a.size() != size || !(a.flags() & py::array::c_style)) {
+    throw py::value_error(std::string(name) + ": expected a contiguous array of " + std::to_string(size) +
+                          " elements, got shape " + shape_of(a));
+  }
+}
+
+void ema_update(std::vector<py::array> targets, std::vector<py::array> sources, double momentum,
+                std::optional<std::vector<std::optional<py::array>>> copies, int64_t parts,
+                std::optional<std::string> isa) {
+  if (sources.size() != targets.size() || (copies && copies->size() != targets.size())) {
+    throw py::value_error("sources, copies: expected " + std::to_string(targets.size()) + " arrays as targets has");
+  }
+  if (!(momentum >= 0 && momentum <= 1)) {
+    throw py::value_error("momentum: expected a number in [0, 1], got " + std::to_string(momentum));
+  }
+  if (parts < 1) throw py::value_error("parts: expected at least 1, got " + std::to_string(parts));
+  std::vector<sslk::EmaTensor> tensors;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    sslk::EmaTensor t{};
+    t.size = targets[i].size();
+    check_size(targets[i], "targets", t.size);
+    t.target_type = feature_type(targets[i], "targets");
+    t.target = targets[i].mutable_data();
+    check_size(sources[i], "sources", t.size);
+    t.source_type = feature_type(sources[i], "sources");
+    t.source = sources[i].data();
+    if (copies && (*copies)[i]) {
+      py::array& copy = *(*copies)[i];
+      check_size(copy, "copies", t.size);
+      t.copy_type = feature_type(copy, "copies");
+      t.copy = copy.mutable_data();
+    }
+    tensors.push_back(t);
+  }
+  const sslk::Isa chosen = choose_isa(isa);
+  py::gil_scoped_release release;
+  const sslk::Ema ema(std::move(tensors), momentum);
+  for (int64_t part = 0; part < parts; ++part) {
+    ema.update(ema.blocks() * part / parts, ema.blocks() * (part + 1) / parts, chosen);
+  }
+}
+
+// Crops of a contiguous array [crops, samples, width].
+std::vector<sslk::Crop> crops_of(const py::array& a, const char* name) {
+  if (a.ndim() != 3 || !(a.flags() & py::array::c_style)) {
+    throw py::value_error(std::string(name) + ": expected a contiguous [crops, samples, width] array, got shape " +
+                          shape_of(a));
+  }
+  std::vector<sslk::Crop> crops;
+  for (int64_t i = 0; i < a.shape(0); ++i) crops.push_back({a.size() ? a.data(i) : nullptr, a.shape(2)});
+  return crops;
+}
+
+const float* optional_data(const std::optional<Array<float>>& a, const char* name, int64_t size) {
+  return a ? vector_data(*a, name, size) : nullptr;
+}
+
+py::tuple dino(py::array students, py::array teachers, std::optional<Array<float>> center,
+               std::optional<Array<float>> weights, float student_temp, float teacher_temp, bool distinct,
+               bool teacher_probs, bool stream_gradient, std::optional<std::string> isa) {
+  const std::vector<sslk::Crop> ours = crops_of(students, "students"), theirs = crops_of(teachers, "teachers");
+  const int64_t samples = students.shape(1), width = students.shape(2);
+  if (teachers.shape(0) == 0 || teachers.shape(1) != samples || teachers.shape(2) != width) {
+    throw py::value_error("teachers: expected the samples and width of students, got shape " + shape_of(teachers));
+  }
+  Array<float> losses(samples), teacher_sum(width);
+  std::fill_n(teacher_sum.mutable_data(), width, 0.f);
+  py::array gradient(students.dtype(), std::vector<py::ssize_t>(students.shape(), students.shape() + 3));
+  sslk::Dino job{};
+  job.students = ours.data();
+  job.n_students = ours.size();
+  job.student_type = feature_type(students, "students");
+  job.teachers = theirs.data();
+  job.n_teachers = theirs.size();
+  job.teacher_type = feature_type(teachers, "teachers");
+  job.width = width;
+  job.center = optional_data(center, "center", width);
+  job.weights = optional_data(weights, "weights", samples);
+  job.student_scale = 1 / student_temp;
+  job.teacher_scale = 1 / teacher_temp;
+  job.distinct = distinct;
+  job.teacher_probs = teacher_probs;
+  job.losses = losses.mutable_data();
+  job.gradient = gradient.mutable_data();
+  job.stream_gradient = stream_gradient;
+  job.samples = samples;
+  job.gradient_scale = 1;
+  float* sum = teacher_sum.mutable_data();
+  const sslk::Isa chosen = choose_isa(isa);
+  {
+    py::gil_scoped_release release;
+    std::vector<float> scratch(sslk::dino_scratch(job));
+    sslk::dino_rows(job, 0, samples, scratch.data(), sum, chosen);
+  }
+  return py::make_tuple(losses, gradient, teacher_sum);
+}
+
+sslk::Sinkhorn sinkhorn_job(const py::array& rows, const std::optional<Array<float>>& center, float temp) {
+  check_matrix(rows, "rows");
+  sslk::Sinkhorn job{};
+  job.type = feature_type(rows, "rows");
+  job.logits = rows.data();
+  job.rows = rows.shape(0);
+  job.width = rows.shape(1);
+  job.stride = row_stride(rows);
+  job.center = optional_data(center, "center", job.width);
+  job.scale = 1 / temp;
+  return job;
+}
+
+py::tuple sinkhorn_column_lse(py::array rows, float temp, std::optional<std::string> isa) {
+  const sslk::Sinkhorn job = sinkhorn_job(rows, std::nullopt, temp);
+  if (job.rows == 0) throw py::value_error("rows: expected at least 1 row, got 0");
+  Array<float> maxima(job.width), totals(job.width);
+  sslk::sinkhorn_column_lse(job, 0, job.width, maxima.mutable_data(), totals.mutable_data(), choose_isa(isa));
+  return py::make_tuple(maxima, totals);
+}
+
+Array<float> sinkhorn_column_sums(py::array rows, std::optional<Array<float>> center, float temp,
+                                  std::optional<std::string> isa) {
+  const sslk::Sinkhorn job = sinkhorn_job(rows, center, temp);
+  Array<float> sums(job.width);
+  std::fill_n(sums.mutable_data(), job.width, 0.f);
+  std::vector<float> scratch(sslk::sinkhorn_scratch(job));
+  sslk::sinkhorn_column_sums(job, 0, job.rows, scratch.data(), sums.mutable_data(), choose_isa(isa));
+  return sums;
+}
+
+Array<float> centered_softmax(py::array rows, std::optional<Array<float>> center, float temp,
+                              std::optional<std::string> isa) {
+  const sslk::Sinkhorn job = sinkhorn_job(rows, center, temp);
+  Array<float> out({job.rows, job.width});
+  std::vector<float> scratch(sslk::sinkhorn_scratch(job));
+  sslk::centered_softmax(job, 0, job.rows, scratch.data(), out.mutable_data(), choose_isa(isa));
+  return out;
 }
 
 py::dict build_info() {
@@ -295,9 +464,41 @@ stats [m] float64: the row sums of G * tile are added. Log-sum-exps are float64,
 tile [m, n] float32: on return exp(scale q_i . k_j - maximum), or unchanged if mean is None.
 stats [m, 2] float64: the running maximum and the sum of exp(scale q_i . k_j - maximum); start from -inf and 0.
 mean [m, d] float32 or None: what the exponentials of earlier tiles have weighed, rescaled to the new maximum.)");
+  m.def("koleo_panel", &koleo_panel, py::arg("tile").noconvert(), py::arg("best").noconvert(),
+        py::arg("neighbor").noconvert(), py::arg("first_row"), py::arg("first_col"), py::arg("isa") = py::none(),
+        R"(Largest similarities of one tile u_i . u_j, and whose they are.
+
+tile [m, n] float32: rows first_row .. and columns first_col .. of the matrix of all similarities. Where first_row is
+    first_col, it is one on the diagonal and is searched along its rows only; a row's own place is to hold -inf.
+best [b] float32, neighbor [b] int64: the largest so far of each row and its place, written where the tile has a larger
+    one, the first of equals; start from -inf.)");
   m.def("enqueue", &enqueue, py::arg("queue").noconvert(), py::arg("pointer"), py::arg("keys").noconvert(),
         py::arg("normalize") = false, py::arg("isa") = py::none(),
         R"(Writes keys [b, d] over rows (pointer + r) mod K of queue [K, d], in place, and returns the moved pointer.
 
 Both are float32, float16, or uint16 that holds the bits of bfloat16. normalize: divide each key by its norm first.)");
+  m.def("ema_update", &ema_update, py::arg("targets"), py::arg("sources"), py::arg("momentum"),
+        py::arg("copies") = py::none(), py::arg("parts") = 1, py::arg("isa") = py::none(),
+        R"(Exponential moving averages of lists of arrays, in place: target = momentum target + (1 - momentum) source.
+
+targets, sources: contiguous arrays of float32, float16, or uint16 that holds the bits of bfloat16.
+copies: as many arrays, or None for those without, that receive the new targets in their own type.
+parts: in how many steps to go through all elements; the result is the same.)");
+  m.def("dino", &dino, py::arg("students").noconvert(), py::arg("teachers").noconvert(),
+        py::arg("center").noconvert() = py::none(), py::arg("weights").noconvert() = py::none(),
+        py::arg("student_temp") = 0.1f, py::arg("teacher_temp") = 0.04f, py::arg("distinct") = true,
+        py::arg("teacher_probs") = false, py::arg("stream_gradient") = false, py::arg("isa") = py::none(),
+        R"(Cross-entropy of the student's crops under the teacher's, summed over pairs of crops.
+
+students [v, b, k], teachers [t, b, k]: contiguous logits, float32, float16, or uint16 that holds the bits of bfloat16.
+center [k], weights [b]: float32 or None. distinct: without pairs of the same crop.
+teacher_probs: the teacher's rows are probabilities. stream_gradient: write float32 gradients past the caches.
+Returns the losses [b], their gradient by the students [v, b, k] and the sum of the teacher's logits [k].)");
+  m.def("sinkhorn_column_lse", &sinkhorn_column_lse, py::arg("rows").noconvert(), py::arg("temp"),
+        py::arg("isa") = py::none(),
+        "The maximum m of each column of rows [n, k], and the sum of exp((rows - m) / temp).");
+  m.def("sinkhorn_column_sums", &sinkhorn_column_sums, py::arg("rows").noconvert(), py::arg("center").noconvert(),
+        py::arg("temp"), py::arg("isa") = py::none(), "The sum over rows of softmax((rows - center) / temp).");
+  m.def("centered_softmax", &centered_softmax, py::arg("rows").noconvert(), py::arg("center").noconvert(),
+        py::arg("temp"), py::arg("isa") = py::none(), "softmax((rows - center) / temp) over the columns of each row.");
 }

@@ -11,28 +11,10 @@ using torch::stable::Tensor;
 
 namespace {
 
-sslk::FeatureType check_features(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1, name,
-                  ": expected unit stride along columns, got ", t.stride(1));
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return sslk::FeatureType::kFloat32;
-    case ScalarType::BFloat16:
-      return sslk::FeatureType::kBFloat16;
-    case ScalarType::Half:
-      return sslk::FeatureType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected dtype Float, BFloat16 or Half, got ",
-                      torch::headeronly::toString(t.scalar_type()));
-  }
-}
-
 void enqueue_rows_cpu(Tensor queue, Tensor pointer, Tensor keys, bool normalize) {
   sslk::Enqueue job{};
-  job.queue_type = check_features(queue, "queue");
-  job.keys_type = check_features(keys, "keys");
+  job.queue_type = sslk::check_features(queue, "queue", 2);
+  job.keys_type = sslk::check_features(keys, "keys", 2);
   sslk::check_size(keys, "keys", 1, queue.size(1));
   STD_TORCH_CHECK(queue.size(0) > 0, "queue: expected at least 1 row, got 0");
   STD_TORCH_CHECK(queue.size(0) == 1 || queue.stride(0) >= queue.size(1),

@@ -59,3 +59,20 @@ class MemoryBankModule(nn.Module):
             rows = gather_rows(output) if self.gather_distributed else output
             K.enqueue_(self.bank, self.bank_ptr, rows)
         return output, bank.t() if self.feature_dim_first else bank
+
+
+def update_momentum(model: nn.Module, model_ema: nn.Module, m: float | Tensor) -> None:
+    """Replaces ``lightly.models.utils.update_momentum``: parameters of ``model_ema`` move towards those of ``model``.
+
+    Pairs are by order, as lightly's, but models that differ are refused. Buffers, such as the statistics of BatchNorm,
+    stay as they are: :class:`ssl_kernels.ModelEma` takes care of them, too.
+
+    >>> import torch
+    >>> from ssl_kernels.integrations.lightly import update_momentum
+    >>> model, model_ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.zeros_(model_ema.weight), torch.nn.init.ones_(model.weight)
+    >>> update_momentum(model, model_ema, m=0.75)
+    >>> model_ema.weight.item()
+    0.25
+    """
+    K.ema_update_(model_ema.parameters(), model.parameters(), m)

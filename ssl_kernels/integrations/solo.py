@@ -1,14 +1,17 @@
-"""Loss functions of solo-learn, call for call."""
+"""Loss functions and the momentum updater of solo-learn, call for call."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.losses.barlow_twins import BarlowTwinsLoss
 from ssl_kernels.losses.infonce import positive_temperature
 from ssl_kernels.losses.moco import MoCoV3Loss
 from ssl_kernels.losses.supcon import SupConLoss
+from ssl_kernels.ops._checks import check_fraction
+from ssl_kernels.schedules import cosine_momentum
 
 
 def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
@@ -39,6 +42,37 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     return SupConLoss(temperature)(F.normalize(z, dim=-1), indexes)
 
 
+def vicreg_loss_func(
+    z1: Tensor,
+    z2: Tensor,
+    sim_loss_weight: float = 25.0,
+    var_loss_weight: float = 25.0,
+    cov_loss_weight: float = 1.0,
+) -> Tensor:
+    """VICReg loss of two views [N, D], whose variance term is the sum over both.
+
+    >>> import torch
+    >>> from ssl_kernels.integrations.solo import vicreg_loss_func
+    >>> round(vicreg_loss_func(torch.eye(4), torch.eye(4)).item(), 4)
+    25.0367
+    """
+    return K.vicreg_loss(
+        z1, z2, invariance_weight=sim_loss_weight, variance_weight=2 * var_loss_weight,
+        covariance_weight=cov_loss_weight,
+    )  # fmt: skip
+
+
+def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
+    """Barlow Twins loss of two views [N, D], times ``scale_loss``; in several processes it is not implemented.
+
+    >>> import torch
+    >>> from ssl_kernels.integrations.solo import barlow_loss_func
+    >>> round(barlow_loss_func(torch.eye(4), torch.eye(4), scale_loss=1.0).item(), 4)
+    0.0067
+    """
+    return scale_loss * BarlowTwinsLoss(lamb, gather_distributed=True)(z1, z2)
+
+
 def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
     """MoCo v3 loss in one direction, for ``query`` and frozen ``key`` [B, D], normalised here; keys of all processes.
 
@@ -48,3 +82,40 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Te
     0.008
     """
     return MoCoV3Loss(temperature, gather=True).one_direction(query, key)
+
+
+class MomentumUpdater:
+    """Replaces ``solo.utils.momentum.MomentumUpdater``: an average whose momentum rises from base to final by a cosine.
+
+    Parameters are paired by order, as solo-learn's, but networks that differ are refused. Buffers stay as they are:
+    :class:`ssl_kernels.ModelEma` takes care of them, too.
+
+    Args:
+        base_tau: momentum in [0, 1] until :meth:`update_tau` is called, and at step 0.
+        final_tau: momentum at the last step, at least ``base_tau``.
+
+    >>> import torch
+    >>> from ssl_kernels.integrations.solo import MomentumUpdater
+    >>> online, momentum = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.zeros_(momentum.weight), torch.nn.init.ones_(online.weight)
+    >>> updater = MomentumUpdater(base_tau=0.5, final_tau=1.0)
+    >>> updater.update_tau(cur_step=50, max_steps=100)
+    >>> updater.update(online, momentum)
+    >>> updater.cur_tau, momentum.weight.item()
+    (0.75, 0.25)
+    """
+
+    def __init__(self, base_tau: float = 0.996, final_tau: float = 1.0) -> None:
+        check_fraction("base_tau", base_tau)
+        check_fraction("final_tau", final_tau)
+        if base_tau > final_tau:
+            raise ValueError(f"final_tau: expected at least base_tau ({base_tau}), got {final_tau}")
+        self.base_tau = base_tau
+        self.cur_tau = base_tau
+        self.final_tau = final_tau
+
+    def update(self, online_net: nn.Module, momentum_net: nn.Module) -> None:
+        K.ema_update_(momentum_net.parameters(), online_net.parameters(), self.cur_tau)
+
+    def update_tau(self, cur_step: int, max_steps: int) -> None:
+        self.cur_tau = cosine_momentum(cur_step, max_steps, self.base_tau, self.final_tau)

@@ -1,0 +1,71 @@
+// Vectors of features that memory holds as float, bfloat16 or half, and registers as float.
+// Included by foreach_isa.h only, inside a namespace per instruction set.
+//
+// Conversions are exact upwards, and round to the nearest, ties to even, downwards. They are written in integer
+// arithmetic, for not every instruction set here converts 16-bit numbers.
+
+typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t Short __attribute__((vector_size(LANES * sizeof(uint16_t))));
+
+struct Float32 {
+  typedef float Element;
+  typedef Vec Packed;
+  SSLK_INLINE Vec widen(Vec v) { return v; }
+  SSLK_INLINE Vec narrow(Vec v) { return v; }
+};
+
+// The upper half of a float.
+struct BFloat16 {
+  typedef uint16_t Element;
+  typedef Short Packed;
+  SSLK_INLINE Vec widen(Short s) { return (Vec)(__builtin_convertvector(s, Bits) << 16); }
+  SSLK_INLINE Short narrow(Vec v) {
+    Bits bits = (Bits)v;
+    bits = v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : Bits{} + 0x7fc0;
+    return __builtin_convertvector(bits, Short);
+  }
+};
+
+// 5 bits of exponent with bias 15, 10 of mantissa.
+struct Float16 {
+  typedef uint16_t Element;
+  typedef Short Packed;
+  SSLK_INLINE Vec widen(Short s) {
+    const Bits half = __builtin_convertvector(s, Bits), magnitude = half & 0x7fff;
+    // As the bits of a float its exponent is 112 too low, for subnormal numbers too.
+    const Bits finite = (Bits)((Vec)(magnitude << 13) * 0x1p112f), special = (magnitude << 13) | 0x7f800000;
+    return (Vec)((magnitude >= 0x7c00 ? special : finite) | (half & 0x8000) << 16);
+  }
+  SSLK_INLINE Short narrow(Vec v) {
+    const Bits sign = (Bits)v & 0x80000000, bits = (Bits)v ^ sign;
+    const Vec magnitude = (Vec)bits;
+    // Normal numbers: the exponent lowered by 112, the mantissa rounded; a carry moves on to the exponent.
+    Bits half = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+    // Below 2^-14: 0.5 has the spacing of subnormal halves, 2^-24, and adding it rounds to that.
+    half = magnitude < 0x1p-14f ? (Bits)(magnitude + 0.5f) - 0x3f000000 : half;
+    half = magnitude >= 65520.f ? Bits{} + 0x7c00 : half;
+    half = magnitude == magnitude ? half : Bits{} + 0x7e00;
+    return __builtin_convertvector(half | sign >> 16, Short);
+  }
+};
+
+template <typename Type>
+SSLK_INLINE Vec load_features(const typename Type::Element* p, int count) {
+  typename Type::Packed packed = {};
+  std::memcpy(&packed, p, count * sizeof *p);
+  return Type::widen(packed);
+}
+
+template <typename Type>
+SSLK_INLINE void store_features(typename Type::Element* p, Vec v, int count) {
+  typename Type::Packed packed = Type::narrow(v);
+  std::memcpy(p, &packed, count * sizeof *p);
+}
+
+// Calls body(col, LANES) for whole vectors, and once with what is left.
+template <typename Body>
+SSLK_INLINE void for_each_vector(int64_t width, Body body) {
+  int64_t col = 0;
+  for (; col + LANES <= width; col += LANES) body(col, LANES);
+  if (col < width) body(col, int(width - col));
+}

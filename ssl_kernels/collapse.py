@@ -1,0 +1,105 @@
+"""Says when self-distillation collapses: its loss alone does not."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+import ssl_kernels.functional as K
+
+
+class CollapseWarning(UserWarning):
+    """The teacher's output no longer depends on the sample."""
+
+
+class CollapseMonitor:
+    r"""Watches a teacher's probabilities p = softmax((T - c) / tau), and warns when they collapse.
+
+    There are two ways to: every p uniform, which shows as a loss that stays at ln K, and every p the same single
+    prototype, whose loss is about 0. A loss may reach either value on its own account, but the entropies may not.
+
+    Args:
+        out_dim: number of prototypes K.
+        max_rows: rows that a call looks at, spread evenly over those it is given: a softmax of 64 x 65,536 is little
+            beside a training step. More make the marginal entropy finer, which is at most that of as many rows.
+        tolerance: of an entropy, as a share of ln K: within this of ln K is uniform, within this of 0 is one prototype.
+        patience: calls in a row that must look collapsed; the first steps of a run may.
+
+    Raises:
+        ValueError: naming the argument, what came and what is expected.
+
+    >>> import torch
+    >>> from ssl_kernels.collapse import CollapseMonitor
+    >>> monitor = CollapseMonitor(out_dim=4)
+    >>> numbers = monitor(10 * torch.eye(4), loss=0.5, teacher_temp=1.0)
+    >>> {name: round(value, 2) for name, value in numbers.items()}
+    {'teacher_entropy': 0.0, 'marginal_entropy': 1.39, 'center_norm': 0.0, 'kl': 0.5}
+    """
+
+    def __init__(self, out_dim: int, max_rows: int = 64, tolerance: float = 0.01, patience: int = 5) -> None:
+        for name, value, least in (("out_dim", out_dim, 2), ("max_rows", max_rows, 2), ("patience", patience, 1)):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if not 0 < tolerance < 0.5:
+            raise ValueError(f"tolerance: expected a number in (0, 0.5), got {tolerance}")
+        self.out_dim = out_dim
+        self.max_rows = max_rows
+        self.tolerance = tolerance
+        self.patience = patience
+        self._collapsed = {"uniform": 0, "constant": 0}  # calls in a row
+
+    def __call__(
+        self,
+        teacher_logits: Tensor,
+        loss: Tensor | float,
+        teacher_temp: Tensor | float,
+        center: Tensor | None = None,
+    ) -> dict[str, float]:
+        """The numbers of a step; the host waits for them, so call it in steps that are logged.
+
+        Args:
+            teacher_logits: [..., K], two rows at least.
+            loss: the mean cross-entropy of these and the student's probabilities.
+            teacher_temp, center: as the loss had them.
+
+        Returns:
+            ``teacher_entropy``, the mean entropy of p; ``marginal_entropy``, the entropy of the mean p;
+            ``center_norm``; and ``kl``, the loss less the mean entropy: what the student can still learn. They are NaN
+            where an input is, and then there is no warning.
+        """
+        if teacher_logits.dim() < 2 or teacher_logits.shape[-1] != self.out_dim:
+            raise ValueError(f"teacher_logits: expected shape [..., {self.out_dim}], got {tuple(teacher_logits.shape)}")
+        rows = teacher_logits.detach().flatten(0, -2)
+        if rows.shape[0] < 2:
+            raise ValueError(f"teacher_logits: expected at least 2 rows, got {rows.shape[0]}")
+        with torch.no_grad():
+            p = K.centered_softmax(rows[:: math.ceil(rows.shape[0] / self.max_rows)], teacher_temp, center)
+            entropies = torch.stack([torch.special.entr(p).sum(1).mean(), torch.special.entr(p.mean(0)).sum()])
+            norm = torch.zeros(()) if center is None else center.detach().float().norm()
+        within, marginal = entropies.tolist()
+        numbers = {
+            "teacher_entropy": within,
+            "marginal_entropy": marginal,
+            "center_norm": norm.item(),
+            "kl": float(loss) - within,
+        }
+        most = math.log(self.out_dim)
+        self._count("uniform", within > (1 - self.tolerance) * most, numbers, "every sample's is uniform")
+        self._count("constant", marginal < self.tolerance * most, numbers, "every sample's is the same prototype")
+        return numbers
+
+    def _count(self, kind: str, collapsed: bool, numbers: dict[str, float], what: str) -> None:
+        """Warn when the patience is at its end, and not again before the output has recovered."""
+        self._collapsed[kind] = self._collapsed[kind] + 1 if collapsed else 0
+        if self._collapsed[kind] == self.patience:
+            found = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            warnings.warn(
+                f"the teacher's output has collapsed: {what} ({found}; ln K = {math.log(self.out_dim):.4g}). "
+                "Raise the teacher's momentum or its warm-up, or lower its temperature if uniform; "
+                "check that the centre moves if constant",
+                CollapseWarning,
+                stacklevel=3,
+            )

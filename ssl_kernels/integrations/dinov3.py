@@ -1,0 +1,63 @@
+"""The losses of DINOv3's own code, argument for argument: those of DINOv2 but for what is here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import ssl_kernels.functional as K
+from ssl_kernels.integrations import dinov2
+from ssl_kernels.integrations.dinov2 import KoLeoLoss, iBOTPatchLoss
+
+__all__ = ["DINOLoss", "KoLeoLoss", "SinkhornKnoppTeacher", "iBOTPatchLoss"]
+
+
+class DINOLoss(dinov2.DINOLoss):
+    """Replaces ``dinov3.loss.DINOLoss``; checkpoints load both ways.
+
+    Args:
+        out_dim: number of prototypes K.
+        student_temp, center_momentum: of the student's softmax, and of the centre.
+
+    >>> import torch
+    >>> from ssl_kernels.integrations.dinov3 import DINOLoss
+    >>> criterion, logits = DINOLoss(out_dim=16), torch.randn(2, 4, 16)
+    >>> probabilities = criterion.sinkhorn_knopp_teacher(logits.flatten(0, 1), teacher_temp=0.07).view(2, 4, 16)
+    >>> loss = criterion(logits, probabilities, ignore_diagonal=True)
+    """
+
+    def forward(self, student_logits: Tensor, teacher_probs: Tensor, ignore_diagonal: bool = False) -> Tensor:  # type: ignore[override]
+        """The mean over pairs of crops and over samples, of logits [V, B, K] and probabilities [T, B, K].
+
+        ``ignore_diagonal`` leaves out the pairs of the same crop.
+        """
+        loss = K.dino_loss(
+            student_logits,
+            teacher_probs,
+            student_temp=self.student_temp,
+            pairs="distinct" if ignore_diagonal else "all",
+            teacher_probs=True,
+        )
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+class SinkhornKnoppTeacher(nn.Module):
+    """Replaces ``dinov3.loss.ibot_patch_loss.SinkhornKnoppTeacher``.
+
+    >>> import torch
+    >>> from ssl_kernels.integrations.dinov3 import SinkhornKnoppTeacher
+    >>> SinkhornKnoppTeacher()(torch.randn(8, 16), teacher_temp=0.07, n_masked_patches_tensor=torch.tensor(8)).shape
+    torch.Size([8, 16])
+    """
+
+    @torch.no_grad()
+    def forward(
+        self,
+        teacher_output: Tensor,
+        teacher_temp: Tensor | float,
+        n_masked_patches_tensor: Tensor | None = None,
+        n_iterations: int = 3,
+    ) -> Tensor:
+        """Assignment of the rows [N, K] of all processes. Their number cancels, so it is neither needed nor written."""
+        return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations)

@@ -1,0 +1,129 @@
+"""DINO loss module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import ssl_kernels.functional as K
+from ssl_kernels.losses.center import as_total, checked_momentum, step_, total_of
+
+
+class DINOLoss(nn.Module):
+    r"""Self-distillation of DINO with a moving centre; replaces ``lightly.loss.DINOLoss``.
+
+    :math:`L = \frac{1}{P B} \sum_{t \ne v, b} -\sum_k p_{tbk} \log \operatorname{softmax}_k(S_{vb} / \tau_s)` with
+    :math:`p_{tb} = \operatorname{softmax}((T_{tb} - c) / \tau_t)` over the P pairs of crops, and then
+    :math:`c \leftarrow m c + (1 - m) \operatorname{mean}_{tb} T_{tb}`. See :func:`ssl_kernels.functional.dino_loss`.
+
+    The latter mean is over the samples of all ``torch.distributed`` processes, whose numbers may differ. The centre,
+    (1, 1, K), is part of ``state_dict`` and, unlike lightly's, stands still in evaluation mode.
+
+    Args:
+        output_dim: number of prototypes K.
+        warmup_teacher_temp, teacher_temp: the teacher's temperature goes from one to the other, linearly in the first
+            ``warmup_teacher_temp_epochs`` epochs, in calls that say the epoch; in others it is ``teacher_temp``.
+        student_temp: :math:`\tau_s`.
+        center_momentum: m.
+        center_mode: "mean".
+
+    Raises:
+        ValueError: if a temperature is not positive, m not in [0, 1] or the mode not "mean".
+
+    Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021, arXiv:2104.14294.
+
+    >>> import torch
+    >>> from ssl_kernels import DINOLoss
+    >>> criterion = DINOLoss(output_dim=4)
+    >>> teacher = list(torch.eye(3, 4).repeat(2, 1, 1))  # two global crops
+    >>> student = teacher + list(torch.eye(3, 4).repeat(6, 1, 1))  # and six local ones
+    >>> round(criterion(teacher, student).item(), 6)
+    0.000136
+    >>> criterion.center.flatten()
+    tensor([0.0333, 0.0333, 0.0333, 0.0000])
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        output_dim: int = 65536,
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 30,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        center_mode: str = "mean",
+    ) -> None:
+        super().__init__()
+        check_temperatures(
+            warmup_teacher_temp=warmup_teacher_temp, teacher_temp=teacher_temp, student_temp=student_temp
+        )
+        self.teacher_temp = teacher_temp
+        self.student_temp = student_temp
+        self.center_momentum = checked_momentum(center_mode, center_momentum)
+        self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
+        self.teacher_temp_schedule = linear_schedule(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        self.register_buffer("center", torch.zeros(1, 1, output_dim))
+        self._waiting: Tensor | None = None  # of the micro-batches of an unfinished step
+
+    def forward(
+        self,
+        teacher_out: Tensor | Sequence[Tensor],
+        student_out: Tensor | Sequence[Tensor],
+        teacher_temp: Tensor | float | None = None,
+        epoch: int | None = None,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """The loss of a batch; then the centre moves, for the next one.
+
+        Args:
+            teacher_out: T crops [B, K], or one tensor [T, B, K], of logits without gradient.
+            student_out: V crops likewise, those of the teacher first and in its order.
+            teacher_temp: instead of that of the schedule.
+            epoch: counted from 0, for the schedule.
+            accumulate: more micro-batches follow before the optimizer steps. The centre waits for the last of them,
+                which is called without, and moves once, towards the mean over all of them.
+        """
+        if teacher_temp is None:
+            warm = epoch is None or epoch >= self.warmup_teacher_temp_epochs
+            teacher_temp = self.teacher_temp if warm else self.teacher_temp_schedule[epoch or 0]
+        loss, teacher_sum = K.dino_loss(
+            student_out,
+            teacher_out,
+            student_temp=self.student_temp,
+            teacher_temp=teacher_temp,
+            center=self.center,
+            want_teacher_sum=True,
+        )
+        if self.training:
+            rows = sum(crop.numel() // crop.shape[-1] for crop in teacher_out)
+            self._move(as_total(teacher_sum, rows), accumulate)
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher_out: Tensor) -> None:
+        """Move the centre towards the mean of logits [T, B, K]; a call of the module has done so."""
+        self._move(total_of(teacher_out))
+
+    @torch.no_grad()
+    def _move(self, total: Tensor, more: bool = False) -> None:
+        self._waiting = step_(self.center, self._waiting, total, self.center_momentum, more)
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_dim={self.center.numel()}, teacher_temp={self.teacher_temp}, student_temp={self.student_temp}, "
+            f"center_momentum={self.center_momentum}"
+        )
+
+
+def check_temperatures(**temperatures: float) -> None:
+    for name, value in temperatures.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def linear_schedule(start: float, end: float, steps: int) -> list[float]:
+    return [start + (end - start) * step / max(1, steps - 1) for step in range(steps)]

@@ -1,0 +1,40 @@
+"""KoLeo loss module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import ssl_kernels.functional as K
+
+
+class KoLeoLoss(nn.Module):
+    r"""KoLeo regulariser of DINOv2; replaces ``lightly.loss.KoLeoLoss``.
+
+    :math:`L = -\frac{1}{B} \sum_i \log(\lVert u_i - u_{n(i)} + \epsilon \rVert + \epsilon)`, where :math:`u_{n(i)}` is
+    the nearest of the other normalised rows; see :func:`ssl_kernels.functional.koleo_loss`.
+
+    Args:
+        p: norm of the distance; only 2 is implemented.
+        eps: :math:`\epsilon`.
+
+    Source: Sablayrolles et al. 2018, arXiv:1806.03198; Oquab et al. 2023, arXiv:2304.07193.
+
+    >>> import torch
+    >>> from ssl_kernels import KoLeoLoss
+    >>> round(KoLeoLoss()(torch.eye(4)).item(), 4)
+    -0.3466
+    """
+
+    def __init__(self, p: float = 2, eps: float = 1e-8) -> None:
+        super().__init__()
+        if p != 2:
+            raise ValueError(f"p: expected 2, the only norm that is implemented, got {p!r}")
+        self.p = p
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The loss of features [B, D], normalised here."""
+        return K.koleo_loss(x, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, eps={self.eps}"

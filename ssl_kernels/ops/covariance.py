@@ -1,0 +1,140 @@
+r"""Squares off the diagonal of a covariance matrix, summed, and the gradient: what VICReg and Barlow Twins share.
+
+For a, b [n, D] and C = a^T b,
+
+    S = sum_{j != k} C_jk^2,    (1/2) d S / d a_k = sum_{j != k} C_kj b_j,    (1/2) d S / d b_k = sum_{j != k} C_jk a_j
+
+(a_k is a column). Where D is large C is the lesser way to them: since |a^T b|^2 = <a a^T, b b^T>,
+
+    S = <a a^T, b b^T> - sum_j C_jj^2,    (1/2) d S / d a = b b^T a - b diag(C_jj)
+
+takes products of 2 n^2 D FLOP in place of 2 n D^2. It is used where 2 n <= D. What it takes back is then small: C has a
+rank of n at most, so that |C|^2 >= (sum_j C_jj)^2 / n, at least twice what is taken back if the C_jj are equal. At
+worst, where few features hold all variance, the error is that of rounding the squares of these variances. Otherwise the
+diagonal is left out of the sum.
+
+Either matrix exists in panels of rows only, that fit the workspace. A product with a panel is large enough to run at
+the full rate of the machine; symmetry, which would spare a quarter of the FLOP where b is a, costs as much in small
+tiles.
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_kernels.ops._checks import check_features
+from ssl_kernels.ops.gradients import finish_gradients
+from ssl_kernels.ops.key_softmax import widen
+from ssl_kernels.ops.matmul import add_matmul, matmul
+from ssl_kernels.settings import workspace_bytes
+
+
+def off_diagonal_squares(
+    a: Tensor, b: Tensor, diagonal: Tensor, want_a: bool, want_b: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """S in double precision, and half of its gradient by a and by b where wanted. ``diagonal`` [D] holds C_jj.
+
+    Where ``b`` is ``a``, so is its gradient, and what is returned for a is a quarter of that of S.
+    """
+    rows, width = a.shape
+    if 2 * rows > width:
+        return _by_features(a, b, want_a, want_b)
+    total, da, db = _by_rows(a, b, want_a, want_b)
+    for gradient, other in ((da, b), (db, a)):
+        if gradient is not None:
+            gradient.addcmul_(other, diagonal, value=-1)
+    return total - wide(diagonal).square().sum(), da, db
+
+
+def _by_rows(a: Tensor, b: Tensor, want_a: bool, want_b: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    total = wide(a.new_zeros(()))
+    da, db = (torch.empty_like(a) if want else None for want in (want_a, want_b))
+    for panel in _panels(a.shape[0], a.shape[0], a):
+        gram = matmul(a[panel], a.t())
+        other = gram if b is a else matmul(b[panel], b.t())
+        total += wide(torch.linalg.vecdot(gram, other)).sum()
+        if da is not None:
+            add_matmul(da[panel], other, a, first=True)
+        if db is not None:
+            add_matmul(db[panel], gram, b, first=True)
+    return total, da, db
+
+
+def _by_features(a: Tensor, b: Tensor, want_a: bool, want_b: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    width = a.shape[1]
+    total = wide(a.new_zeros(()))
+    da, db = (torch.empty_like(a) if want else None for want in (want_a, want_b))
+    for panel in _panels(width, width, a):
+        some = a[:, panel].t()
+        covariance = matmul(some, b)
+        covariance[:, panel].fill_diagonal_(0)
+        total += wide(torch.linalg.vecdot(covariance, covariance)).sum()
+        if da is not None:
+            add_matmul(da[:, panel], b, covariance.t(), first=True)
+        if db is not None:
+            add_matmul(db, some.t(), covariance, first=panel.start == 0)
+    return total, da, db
+
+
+def _panels(rows: int, cols: int, like: Tensor) -> list[slice]:
+    """Cuts [rows, cols] so that two panels, and a product with one, fit the workspace."""
+    step = max(1, workspace_bytes() // (2 * like.element_size() * max(1, cols, like.shape[1])))
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
+def centered(z: Tensor) -> Tensor:
+    """z without the mean of its columns, in the accumulation dtype.
+
+    What rounding leaves of a mean that is large beside the deviations from it goes in a second step: all of a constant
+    column, whose deviation Barlow Twins would otherwise blow up.
+    """
+    z = widen(z)
+    z = z - z.mean(0)
+    return z.sub_(z.mean(0))
+
+
+def wide(t: Tensor) -> Tensor:
+    return t if t.device.type == "mps" else t.double()  # MPS has no float64
+
+
+def check_views(za: Tensor, zb: Tensor) -> None:
+    """Two [n, D] matrices of one dtype and device, n at least 2: there is no variance of one row."""
+    check_features(za=za, zb=zb)
+    if za.shape != zb.shape:
+        raise ValueError(f"zb: expected {za.shape[0]} rows as za has, got {zb.shape[0]}")
+    if za.shape[0] < 2:
+        raise ValueError(f"za: expected at least 2 rows, which a variance needs, got {za.shape[0]}")
+    if za.shape[1] < 1:
+        raise ValueError("za: expected at least 1 feature, got 0")
+
+
+def check_numbers(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | Real):
+            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Of an op from two views and options to its loss and the two gradients."""
+    za, _, *options = inputs
+    _, da, db = output
+    ctx.dtype, ctx.others = za.dtype, [None] * len(options)
+    ctx.mark_non_differentiable(da, db)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(da, db)
+
+
+def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None, None, *ctx.others)
+    da, db = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the views are not kept: without this their gradients would pass for constants
+        da, db = da.detach().requires_grad_(), db.detach().requires_grad_()
+    nothing = upstream.new_empty(0)
+    ga, gb, *_ = finish_gradients(upstream, torch.ones_like(upstream), da, db, nothing, nothing, ctx.dtype)
+    needs_a, needs_b, *_ = ctx.needs_input_grad
+    return (ga if needs_a else None, gb if needs_b else None, *ctx.others)

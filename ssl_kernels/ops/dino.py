@@ -1,0 +1,448 @@
+r"""Self-distillation cross-entropy of DINO: schema, reference, backends, fake and autograd.
+
+For a sample b, student crops S_v and teacher crops T_t with frozen probabilities p_t = softmax((T_t - c) / tau_t),
+
+    loss_b = sum over pairs (t, v) of -sum_k p_tk log softmax(S_v / tau_s)_k = sum_v n_v lse_v - q_v . S_v / tau_s
+    d loss_b / d S_v = (n_v softmax(S_v / tau_s) - q_v) / tau_s
+
+where q_v is the sum of the n_v teachers that crop v is paired with. So each crop is visited once, against the sum of
+its teachers, whatever the number of pairs, and no matrix of probabilities is written. With a gradient wanted, it is
+written in the same pass, one exponential to an element of the student; the floor is then to read both logits and to
+write the gradient. :mod:`ssl_kernels.ops.ibot` is the case of one student and one teacher crop with weights.
+
+The gradient leaves this op as it will be returned if the upstream gradient is 1, as for ``loss.backward()``, and is
+handed over by the backward pass without a copy: it is as large as all logits together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_kernels.ops import _checks
+from ssl_kernels.ops._triton import triton_kernels
+from ssl_kernels.ops.gradients import no_double_backward
+from ssl_kernels.ops.reuse import empty
+from ssl_kernels.settings import choose_backend, workspace_bytes
+
+Crops = Tensor | Sequence[Tensor]
+
+
+def dino_loss(
+    student: Crops,
+    teacher: Crops,
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    pairs: str = "distinct",
+    teacher_probs: bool = False,
+    reduction: str = "mean",
+    want_teacher_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Documented at :func:`ssl_kernels.functional.dino_loss`."""
+    students, teachers = as_blocks("student", student), as_blocks("teacher", teacher)
+    _checks.check_choice("pairs", pairs, ("distinct", "all"))
+    _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    crops, teacher_crops = _count(students), _count(teachers)
+    terms = crops * teacher_crops - (min(crops, teacher_crops) if pairs == "distinct" else 0)
+    if terms == 0:
+        raise ValueError(
+            f"student: expected at least one crop besides the teacher's own, got {crops} for {teacher_crops} of the"
+            " teacher and pairs='distinct'"
+        )
+    samples = students[0].shape[1]
+    rows, teacher_sum = distill(
+        students,
+        teachers,
+        student_temp=student_temp,
+        teacher_temp=teacher_temp,
+        center=center,
+        weights=None,
+        distinct=pairs == "distinct",
+        teacher_probs=teacher_probs,
+        scale=1 / terms,
+        mean=reduction == "mean",
+        want_sum=want_teacher_sum,
+    )
+    loss = rows if reduction == "none" else rows.sum()
+    if reduction == "mean" and samples == 0:
+        loss = loss + math.nan
+    return (loss, teacher_sum) if want_teacher_sum else loss
+
+
+def as_blocks(name: str, crops: Crops) -> list[Tensor]:
+    """Crops as blocks [n, B, K] of one dtype, device, B and K; those given as [B, K] become blocks of one."""
+    blocks = [crops] if isinstance(crops, Tensor) else list(crops)
+    if not blocks:
+        raise ValueError(f"{name}: expected at least one crop, got an empty list")
+    for i, block in enumerate(blocks):
+        label = name if isinstance(crops, Tensor) else f"{name}[{i}]"
+        if not isinstance(block, Tensor):
+            raise TypeError(f"{label}: expected a tensor, got {type(block).__name__}")
+        if block.dtype not in _checks.FEATURE_DTYPES:
+            raise TypeError(f"{label}: expected dtype float32, bfloat16, float16 or float64, got {block.dtype}")
+        if block.dim() == 2 and not isinstance(crops, Tensor):
+            blocks[i] = block = block[None]
+        if block.dim() != 3:
+            wanted = "[crops, B, K]" if isinstance(crops, Tensor) else "[B, K] or [crops, B, K]"
+            raise ValueError(f"{label}: expected shape {wanted}, got {tuple(block.shape)}")
+        first = blocks[0]
+        if block.dtype != first.dtype:
+            raise TypeError(f"{label}: expected the dtype of {name}[0] ({first.dtype}), got {block.dtype}")
+        if block.device != first.device:
+            raise ValueError(f"{label}: expected the device of {name}[0] ({first.device}), got {block.device}")
+        if block.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"{label}: expected [B, K] = {tuple(first.shape[1:])} as {name}[0] has, got {tuple(block.shape[1:])}"
+            )
+    if _count(blocks) == 0:
+        raise ValueError(f"{name}: expected at least one crop, got shape {tuple(blocks[0].shape)}")
+    return blocks
+
+
+def _count(blocks: Sequence[Tensor]) -> int:
+    return sum(block.shape[0] for block in blocks)
+
+
+def distill(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    *,
+    student_temp: Tensor | float,
+    teacher_temp: Tensor | float,
+    center: Tensor | None,
+    weights: Tensor | None,
+    distinct: bool,
+    teacher_probs: bool,
+    scale: float,
+    mean: bool,
+    want_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """``scale`` times the weighted losses [B], summed over pairs, and the sum [K] of the teacher's logits.
+
+    With ``mean`` the losses are divided by B, which is not in ``scale``: a graph would be compiled for each B then.
+    """
+    student, teacher = students[0], teachers[0]
+    if teacher.device != student.device:
+        raise ValueError(f"teacher: expected the device of student ({student.device}), got {teacher.device}")
+    if teacher.shape[1:] != student.shape[1:]:
+        got = tuple(teacher.shape[1:])
+        raise ValueError(f"teacher: expected [B, K] = {tuple(student.shape[1:])} as student has, got {got}")
+    if student.shape[2] == 0:
+        raise ValueError(f"student: expected at least one prototype, got shape {tuple(student.shape)}")
+    dtype = _checks.accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
+    constants = {"teacher": teachers, "center": center, "student_temp": student_temp, "teacher_temp": teacher_temp}
+    for name, value in constants.items():
+        check_constant(name, value)
+    center = as_center(center, student.shape[2], teacher)
+    student_temp = _checks.as_temperature("student_temp", student_temp, teacher).to(dtype)
+    teacher_temp = _checks.as_temperature("teacher_temp", teacher_temp, teacher).to(dtype)
+    backend = choose_backend(student.device.type, dtype)
+    if backend == "reference":
+        rows = reference(students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs)
+        return _shared(scale, mean, students) * rows, sum_of_teacher(teachers) if want_sum else rows.new_empty(0)
+    _checks.check_transforms(*students)
+    want_grad = torch.is_grad_enabled() and any(block.requires_grad for block in students)
+    late = weights if student.dtype == torch.float16 else None  # its gradient has no room for small weights
+    rows, _, teacher_sum = _dino(
+        students, teachers, center, weights if late is None else None, student_temp, teacher_temp, distinct,
+        teacher_probs, want_grad, want_sum, scale, mean, backend,
+    )  # fmt: skip
+    return rows if late is None else rows * late, teacher_sum
+
+
+def check_constant(name: str, value: object) -> None:
+    """What comes from the teacher receives no gradient: a tensor that wants one is a mistake."""
+    for tensor in value if isinstance(value, list) else [value]:
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it; detach() it")
+
+
+def as_center(center: Tensor | None, width: int, teacher: Tensor) -> Tensor | None:
+    """[K] in the accumulation dtype, whatever its shape was."""
+    if center is None:
+        return None
+    if not isinstance(center, Tensor) or not center.is_floating_point():
+        got = center.dtype if isinstance(center, Tensor) else type(center).__name__
+        raise TypeError(f"center: expected a floating tensor, got {got}")
+    if center.numel() != width:
+        raise ValueError(f"center: expected {width} elements, one to a prototype, got shape {tuple(center.shape)}")
+    if center.device != teacher.device:
+        raise ValueError(f"center: expected the device of teacher ({teacher.device}), got {center.device}")
+    return center.detach().reshape(width).to(_checks.accumulation_dtype(teacher.dtype)).contiguous()
+
+
+def sum_of_teacher(teachers: Sequence[Tensor]) -> Tensor:
+    """[K], in the accumulation dtype."""
+    dtype = _checks.accumulation_dtype(teachers[0].dtype)
+    return torch.stack([block.sum((0, 1), dtype=dtype) for block in teachers]).sum(0)
+
+
+def probabilities(teacher: Tensor, center: Tensor | None, temp: Tensor, given: bool) -> Tensor:
+    logits = teacher.detach().to(temp.dtype)
+    if given:
+        return logits
+    return torch.softmax((logits if center is None else logits - center) / temp, -1)
+
+
+def reference(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    center: Tensor | None,
+    weights: Tensor | None,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    distinct: bool,
+    teacher_probs: bool,
+) -> Tensor:
+    """The definition: every pair, densely and differentiable any number of times, in fp32 or float64."""
+    p = [probabilities(crop, center, teacher_temp, teacher_probs) for block in teachers for crop in block]
+    log_s = [torch.log_softmax(crop.to(student_temp.dtype) / student_temp, -1) for block in students for crop in block]
+    rows = torch.zeros_like(log_s[0][:, 0])
+    for (t, p_t), (v, log_s_v) in itertools.product(enumerate(p), enumerate(log_s)):
+        if not (distinct and t == v):
+            rows = rows - (p_t * log_s_v).sum(-1)
+    return rows if weights is None else rows * weights
+
+
+# A backend takes: students and teachers as blocks [n, B, K]; center [K] or None; weights [B] or None; both
+# temperatures; distinct; teacher_probs; the gradient [V, B, K] to be filled, or None, and the factor on it; and the
+# teacher_sum [K] to be filled, or None. It returns the weighted losses [B], summed over pairs.
+
+
+def _dino_eager(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    center: Tensor | None,
+    weights: Tensor | None,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    distinct: bool,
+    teacher_probs: bool,
+    gradient: Tensor | None,
+    scale: float,
+    teacher_sum: Tensor | None,
+) -> Tensor:
+    samples, width = students[0].shape[1:]
+    if teacher_sum is not None:
+        teacher_sum.copy_(sum_of_teacher(teachers))
+    losses = student_temp.new_zeros(samples)
+    held = _count(teachers) + 6  # matrices [step, K] at a time
+    step = max(1, workspace_bytes() // (held * width * student_temp.element_size()))
+    for b in range(0, samples, step):
+        part = slice(b, b + step)
+        p = [probabilities(crop[part], center, teacher_temp, teacher_probs) for block in teachers for crop in block]
+        everything = torch.stack(p).sum(0)
+        weight = None if weights is None else weights[part, None]
+        for v, crop in enumerate(crop for block in students for crop in block):
+            q = everything
+            if distinct and v < len(p):
+                if len(p) == 1:  # its own teacher is the only one
+                    if gradient is not None:
+                        gradient[v, part] = 0
+                    continue
+                q = torch.stack(p[:v] + p[v + 1 :]).sum(0)
+            mass = q.sum(-1, keepdim=True)
+            z = crop[part].to(student_temp.dtype)
+            z = (z - z.amax(-1, keepdim=True)) / student_temp
+            e = z.exp()
+            total = e.sum(-1, keepdim=True)
+            loss = mass * total.log() - (q * z).sum(-1, keepdim=True)
+            losses[part] += (loss if weight is None else loss * weight)[:, 0]
+            if gradient is not None:
+                g = e.mul_(mass / total).sub_(q).mul_(scale / student_temp)
+                gradient[v, part] = g if weight is None else g.mul_(weight)
+    return losses
+
+
+def _dino_cpu(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    center: Tensor | None,
+    weights: Tensor | None,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    distinct: bool,
+    teacher_probs: bool,
+    gradient: Tensor | None,
+    scale: float,
+    teacher_sum: Tensor | None,
+) -> Tensor:
+    students, teachers = ([_unit_stride(block) for block in blocks] for blocks in (students, teachers))
+    losses = student_temp.new_empty(students[0].shape[1])
+    torch.ops.ssl_kernels.dino_rows_(
+        students, teachers, center, weights, student_temp.item(), teacher_temp.item(), distinct, teacher_probs, losses,
+        gradient, scale, teacher_sum,
+    )  # fmt: skip
+    return losses
+
+
+def _unit_stride(block: Tensor) -> Tensor:
+    return block if block.stride(2) == 1 or block.shape[2] == 1 else block.contiguous()
+
+
+def _dino_triton(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    center: Tensor | None,
+    weights: Tensor | None,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    distinct: bool,
+    teacher_probs: bool,
+    gradient: Tensor | None,
+    scale: float,
+    teacher_sum: Tensor | None,
+) -> Tensor:
+    kernels = triton_kernels("dino")
+    if teacher_sum is not None:
+        teacher_sum.copy_(kernels.teacher_sum(teachers))
+    losses: Tensor = kernels.dino(
+        students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs, gradient, scale
+    )
+    return losses
+
+
+_BACKENDS = {"eager": _dino_eager, "cpu": _dino_cpu, "triton": _dino_triton}
+
+
+def _shared(scale: float, mean: bool, students: Sequence[Tensor]) -> float:
+    """The factor on the loss of a sample."""
+    return scale / max(1, students[0].shape[1]) if mean else scale
+
+
+def _power(scale: float, terms: int, dtype: torch.dtype) -> float:
+    """The power of two that a gradient is stored with: 1 but in fp16, where probabilities of 1/65,536 are subnormal."""
+    if dtype != torch.float16 or not 0 < scale < math.inf:
+        return 1.0
+    return 2.0 ** (9 - math.ceil(math.log2(scale * terms)))
+
+
+@torch.library.custom_op(
+    "ssl_kernels::dino",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] students, Tensor[] teachers, Tensor? center, Tensor? weights, Tensor student_temp, "
+        "Tensor teacher_temp, bool distinct, bool teacher_probs, bool want_grad, bool want_sum, float scale, "
+        "bool mean, str backend) -> (Tensor losses, Tensor gradient, Tensor teacher_sum)"
+    ),
+)
+def _dino(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    center: Tensor | None,
+    weights: Tensor | None,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    distinct: bool,
+    teacher_probs: bool,
+    want_grad: bool,
+    want_sum: bool,
+    scale: float,
+    mean: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = empty(_gradient_shape(students) if want_grad else [0], students[0])
+    teacher_sum = student_temp.new_empty(students[0].shape[2] if want_sum else 0)
+    scale = _shared(scale, mean, students)
+    losses = _BACKENDS[backend](
+        students,
+        teachers,
+        center,
+        weights,
+        student_temp,
+        teacher_temp,
+        distinct,
+        teacher_probs,
+        gradient if want_grad else None,
+        scale * _power(scale, _count(teachers), students[0].dtype),
+        teacher_sum if want_sum else None,
+    )
+    return losses.mul_(scale), gradient, teacher_sum
+
+
+def _gradient_shape(students: list[Tensor]) -> list[int]:
+    return [_count(students), *students[0].shape[1:]]
+
+
+@_dino.register_fake
+def _(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    center: Tensor | None,
+    weights: Tensor | None,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    distinct: bool,
+    teacher_probs: bool,
+    want_grad: bool,
+    want_sum: bool,
+    scale: float,
+    mean: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        student_temp.new_empty(students[0].shape[1]),
+        students[0].new_empty(_gradient_shape(students) if want_grad else [0]),
+        student_temp.new_empty(students[0].shape[2] if want_sum else 0),
+    )
+
+
+@torch.library.custom_op(
+    "ssl_kernels::scale_dino_gradient", mutates_args=(), schema="(Tensor gradient, Tensor factor) -> Tensor"
+)
+def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient [V, B, K] times the factor of its sample, [B]."""
+    return (gradient * factor[:, None]).to(gradient.dtype)
+
+
+@_scale_gradient.register_fake
+def _(gradient: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+_scale_gradient.register_autograd(no_double_backward)
+
+
+def _scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The same in place, and nothing at all where the factor is 1."""
+    if gradient.device.type == "cuda":
+        triton_kernels("dino").scale_(gradient, factor)
+    elif bool((factor != 1).any()):
+        torch.mul(gradient, factor[:, None], out=gradient)
+    return gradient
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    students, teachers, *_, scale, mean, _ = inputs
+    _, gradient, teacher_sum = output
+    ctx.mark_non_differentiable(teacher_sum)  # and not the gradient: differentiating it again is to meet an error
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient)
+    ctx.crops, ctx.teachers = [block.shape[0] for block in students], len(teachers)
+    ctx.unscale = 1 / _power(_shared(scale, mean, students), _count(teachers), students[0].dtype)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+    rest = ([None] * ctx.teachers, *[None] * 11)
+    if upstream is None:
+        return ([None] * len(ctx.crops), *rest)
+    (gradient,) = ctx.saved_tensors
+    factor = upstream * ctx.unscale
+    # Handed over where nobody can ask for it again: not with retain_graph, and not while being traced.
+    once = type(gradient) is Tensor and not torch.is_grad_enabled() and not _graph_is_kept()
+    gradient = _scale_gradient_(gradient.detach(), factor) if once else _scale_gradient(gradient, factor)
+    return (list(gradient.split(ctx.crops)), *rest)
+
+
+def _graph_is_kept() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+_dino.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,59 @@
+"""Cross-entropy of masked patches (iBOT): one student and one teacher row to a patch, on top of DINO's op."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssl_kernels.ops import _checks
+from ssl_kernels.ops.dino import as_blocks, check_constant, distill
+
+
+def ibot_patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None = None,
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    teacher_probs: bool = False,
+    reduction: str = "sum",
+    want_teacher_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Documented at :func:`ssl_kernels.functional.ibot_patch_loss`."""
+    for name, value in (("student", student), ("teacher", teacher)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.dim() != 2:
+            raise ValueError(f"{name}: expected shape [patches, K], got {tuple(value.shape)}")
+    _checks.check_choice("reduction", reduction, ("sum", "none"))
+    students, teachers = as_blocks("student", [student]), as_blocks("teacher", [teacher])
+    rows, teacher_sum = distill(
+        students,
+        teachers,
+        student_temp=student_temp,
+        teacher_temp=teacher_temp,
+        center=center,
+        weights=_as_weights(weights, student),
+        distinct=False,
+        teacher_probs=teacher_probs,
+        scale=1.0,
+        mean=False,
+        want_sum=want_teacher_sum,
+    )
+    loss = rows if reduction == "none" else rows.sum()
+    return (loss, teacher_sum) if want_teacher_sum else loss
+
+
+def _as_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights: expected a floating tensor, got {got}")
+    if weights.shape != student.shape[:1]:
+        raise ValueError(f"weights: expected shape ({student.shape[0]},), got {tuple(weights.shape)}")
+    if weights.device != student.device:
+        raise ValueError(f"weights: expected the device of student ({student.device}), got {weights.device}")
+    check_constant("weights", weights)
+    return weights.to(_checks.accumulation_dtype(student.dtype)).contiguous()

@@ -1,0 +1,202 @@
+r"""Sinkhorn-Knopp assignment of samples to prototypes: schema, reference, backends and fake.
+
+The algorithm scales columns and rows of exp(T / tau) in turn, so that each prototype (column) and then each sample
+(row) receives the same mass. In logarithms, with z = T / tau and potentials v of columns and u of rows,
+
+    v_k = log sum_i exp(z_ik - u_i),   u_i = log sum_k exp(z_ik - v_k)
+
+starting from u = 0, n times. It ends with the rows: the assignment softmax_k(z_ik - v_k) is that of a teacher with the
+centre c = tau v, and all that a loss needs of it are these K numbers.
+
+The first v subtracts the maximum of each column. From then on q_ik = exp(z_ik - v_k - u_i) is a probability, the sum
+of column k is exp of the change of v_k, and it cannot underflow: some q_ik is at least 1 / (N K), for exp(z_ik - v_k)
+sums to 1 over the column before the rows are scaled. So n iterations read the logits n times, once each, and exchange
+one maximum and n sums of K numbers among processes; no N x K matrix is written.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssl_kernels.ops import _checks
+from ssl_kernels.ops._triton import triton_kernels
+from ssl_kernels.ops.dino import as_center, check_constant
+from ssl_kernels.settings import choose_backend
+
+
+def sinkhorn_knopp(
+    teacher: Tensor,
+    teacher_temp: Tensor | float,
+    *,
+    n_iterations: int = 3,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Documented at :func:`ssl_kernels.functional.sinkhorn_knopp`."""
+    center = sinkhorn_center(teacher, teacher_temp, n_iterations=n_iterations, group=group)
+    return centered_softmax(teacher, teacher_temp, center)
+
+
+def sinkhorn_center(
+    teacher: Tensor,
+    teacher_temp: Tensor | float,
+    *,
+    n_iterations: int = 3,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Documented at :func:`ssl_kernels.functional.sinkhorn_center`."""
+    rows, temp = _checked(teacher, teacher_temp)
+    if not isinstance(n_iterations, int) or isinstance(n_iterations, bool) or n_iterations < 1:
+        raise ValueError(f"n_iterations: expected an int, at least 1, got {n_iterations!r}")
+    backend = choose_backend(rows.device.type, rows.dtype)
+    if backend == "reference":
+        return reference(rows, temp, n_iterations, group)
+    maximum, total = _column_lse(rows, temp, backend)
+    overall = _all_reduce(maximum, "max", group)
+    total = _all_reduce(total * torch.exp(torch.where(total == 0, 0, maximum - overall) / temp), "sum", group)
+    center = torch.where(total == 0, 0, overall + temp * total.log())  # no rows anywhere: no preference
+    for _ in range(n_iterations - 1):
+        total = _all_reduce(_column_sums(rows, center, temp, backend), "sum", group)
+        center = center + torch.where(total == 0, 0, temp * total.log())
+    return center
+
+
+def centered_softmax(teacher: Tensor, teacher_temp: Tensor | float, center: Tensor | None = None) -> Tensor:
+    """Documented at :func:`ssl_kernels.functional.centered_softmax`."""
+    rows, temp = _checked(teacher, teacher_temp)
+    check_constant("center", center)
+    center = as_center(center, rows.shape[1], rows)
+    backend = choose_backend(rows.device.type, rows.dtype)
+    return _centered_softmax(rows, center, temp, backend).reshape(teacher.shape)
+
+
+def _checked(teacher: Tensor, teacher_temp: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The logits as rows [N, K], and the temperature as a tensor."""
+    if not isinstance(teacher, Tensor):
+        raise TypeError(f"teacher: expected a tensor, got {type(teacher).__name__}")
+    if teacher.dim() < 2 or teacher.shape[-1] == 0:
+        raise ValueError(f"teacher: expected shape [..., K] with rows and K >= 1, got {tuple(teacher.shape)}")
+    if teacher.dtype not in _checks.FEATURE_DTYPES:
+        raise TypeError(f"teacher: expected dtype float32, bfloat16, float16 or float64, got {teacher.dtype}")
+    check_constant("teacher", teacher)
+    check_constant("teacher_temp", teacher_temp)
+    rows = teacher.detach().flatten(0, -2)
+    return rows, _checks.as_temperature("teacher_temp", teacher_temp, rows)
+
+
+def reference(rows: Tensor, temp: Tensor, n_iterations: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The definition, dense and in logarithms, in fp32 or float64."""
+    z = rows.to(temp.dtype) / temp
+    u = z.new_zeros(len(z))
+    v = z.new_zeros(z.shape[1])
+    for _ in range(n_iterations):
+        exponents = z - u[:, None]
+        top = _all_reduce(torch.cat([exponents, z.new_full((1, z.shape[1]), -torch.inf)]).amax(0), "max", group)
+        total = _all_reduce((exponents - top).exp().sum(0), "sum", group)
+        v = torch.where(total == 0, 0, top + total.log())
+        u = (z - v).logsumexp(1)
+    return temp * v
+
+
+def _all_reduce(values: Tensor, operation: str, group: dist.ProcessGroup | None) -> Tensor:
+    """Over the processes of the group; over all there are, if no group is given."""
+    if group is not None or (dist.is_available() and dist.is_initialized()):
+        op = dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM
+        values = values.clone()
+        dist.all_reduce(values, op=op, group=group)
+    return values
+
+
+# Rows [N, K], the centre [K] or None and the temperature, in eager PyTorch: a chunk of rows or columns at a time.
+
+
+def _chunks(rows: Tensor, dim: int) -> tuple[Tensor, ...]:
+    elements = 2**22
+    return rows.split(max(1, elements // max(1, rows.shape[1 - dim])), dim)
+
+
+def _centered(rows: Tensor, center: Tensor | None, temp: Tensor) -> Tensor:
+    rows = rows.to(temp.dtype)
+    return torch.softmax((rows if center is None else rows - center) / temp, 1)
+
+
+def _column_lse_eager(rows: Tensor, temp: Tensor) -> tuple[Tensor, Tensor]:
+    maxima, totals = [], []
+    for part in _chunks(rows, 1):
+        part = part.to(temp.dtype)
+        maximum = part.amax(0)
+        maxima.append(maximum)
+        totals.append(((part - maximum) / temp).exp().sum(0))
+    return torch.cat(maxima), torch.cat(totals)
+
+
+def _column_sums_eager(rows: Tensor, center: Tensor, temp: Tensor) -> Tensor:
+    return torch.stack([_centered(part, center, temp).sum(0) for part in _chunks(rows, 0)]).sum(0)
+
+
+def _centered_softmax_eager(rows: Tensor, center: Tensor | None, temp: Tensor) -> Tensor:
+    return torch.cat([_centered(part, center, temp) for part in _chunks(rows, 0)])
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+@torch.library.custom_op("ssl_kernels::column_lse", mutates_args=())
+def _column_lse(rows: Tensor, temp: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Of each column the maximum m and the sum of exp((T - m) / temp)."""
+    if rows.shape[0] == 0:
+        return temp.new_full((rows.shape[1],), -torch.inf), temp.new_zeros(rows.shape[1])
+    if backend == "cpu":
+        maximum, total = temp.new_empty(rows.shape[1]), temp.new_empty(rows.shape[1])
+        torch.ops.ssl_kernels.sinkhorn_column_lse_(_unit_stride(rows), temp.item(), maximum, total)
+        return maximum, total
+    if backend == "triton":
+        maximum, total = triton_kernels("sinkhorn").column_lse(rows, temp)
+        return maximum, total
+    return _column_lse_eager(rows, temp)
+
+
+@_column_lse.register_fake
+def _(rows: Tensor, temp: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return temp.new_empty(rows.shape[1]), temp.new_empty(rows.shape[1])
+
+
+@torch.library.custom_op("ssl_kernels::column_sums", mutates_args=())
+def _column_sums(rows: Tensor, center: Tensor, temp: Tensor, backend: str) -> Tensor:
+    """The sum over rows of softmax_k((T - center) / temp)."""
+    if rows.shape[0] == 0:
+        return temp.new_zeros(rows.shape[1])
+    if backend == "cpu":
+        sums = temp.new_empty(rows.shape[1])
+        torch.ops.ssl_kernels.sinkhorn_column_sums_(_unit_stride(rows), center, temp.item(), sums)
+        return sums
+    if backend == "triton":
+        found: Tensor = triton_kernels("sinkhorn").column_sums(rows, temp, center)
+        return found
+    return _column_sums_eager(rows, center, temp)
+
+
+@_column_sums.register_fake
+def _(rows: Tensor, center: Tensor, temp: Tensor, backend: str) -> Tensor:
+    return temp.new_empty(rows.shape[1])
+
+
+@torch.library.custom_op("ssl_kernels::centered_softmax", mutates_args=())
+def _centered_softmax(rows: Tensor, center: Tensor | None, temp: Tensor, backend: str) -> Tensor:
+    if rows.shape[0] == 0:
+        return temp.new_empty(rows.shape)
+    if backend == "cpu":
+        probabilities = temp.new_empty(rows.shape)
+        torch.ops.ssl_kernels.centered_softmax_(_unit_stride(rows), center, temp.item(), probabilities)
+        return probabilities
+    if backend == "triton":
+        found: Tensor = triton_kernels("sinkhorn").centered_softmax(rows, temp, center)
+        return found
+    return _centered_softmax_eager(rows, center, temp)
+
+
+@_centered_softmax.register_fake
+def _(rows: Tensor, center: Tensor | None, temp: Tensor, backend: str) -> Tensor:
+    return temp.new_empty(rows.shape)

@@ -1,0 +1,132 @@
+r"""VICReg: schema, reference, fake and autograd.
+
+With the centred views c = z - mean(z) [n, D], s_j = sum_i c_ij^2, sigma_j = sqrt(s_j / (n - 1) + eps) and C = c^T c,
+
+    invariance   (1 / n D) sum_ij (za_ij - zb_ij)^2
+    variance     (1 / D) sum_j max(0, 1 - sigma_j)                d / d c_ij = -[sigma_j < 1] c_ij / (D (n - 1) sigma_j)
+    covariance   (1 / D (n - 1)^2) sum_{j != k} C_jk^2            d / d c_j = 4 / (D (n - 1)^2) sum_{k != j} C_jk c_k
+
+The columns of the last two gradients sum to 0 as those of c do: what they are by c, they are by z. Value and gradients
+are made together, in 2 units, for nothing else is needed of C; autograd, which does not know that C is symmetric, takes
+3. A unit is 2 n^2 D or 2 n D^2 FLOP, whichever is less: see :mod:`ssl_kernels.ops.covariance`. All of it is
+plain PyTorch on every device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_kernels.ops import _checks
+from ssl_kernels.ops.covariance import (
+    backward,
+    centered,
+    check_numbers,
+    check_views,
+    off_diagonal_squares,
+    setup_context,
+    wide,
+)
+from ssl_kernels.ops.key_softmax import widen
+from ssl_kernels.ops.koleo import check_eps
+from ssl_kernels.settings import choose_backend
+
+
+def vicreg_loss(
+    za: Tensor,
+    zb: Tensor,
+    *,
+    invariance_weight: float = 25.0,
+    variance_weight: float = 25.0,
+    covariance_weight: float = 1.0,
+    eps: float = 1e-4,
+) -> Tensor:
+    """Documented at :func:`ssl_kernels.functional.vicreg_loss`."""
+    check_views(za, zb)
+    check_numbers(
+        invariance_weight=invariance_weight, variance_weight=variance_weight, covariance_weight=covariance_weight
+    )
+    check_eps(eps)
+    weights = (invariance_weight, variance_weight, covariance_weight)
+    if choose_backend(za.device.type, za.dtype) == "reference":
+        return reference(za, zb, *weights, eps)
+    _checks.check_transforms(za, zb)
+    wanted = (torch.is_grad_enabled() and z.requires_grad for z in (za, zb))
+    return _vicreg(za, zb, *weights, eps, *wanted)[0]
+
+
+def reference(
+    za: Tensor, zb: Tensor, invariance_weight: float, variance_weight: float, covariance_weight: float, eps: float
+) -> Tensor:
+    """The definition: dense, differentiable any number of times, in fp32 or float64."""
+    with _checks.without_autocast(za):
+        za, zb = widen(za), widen(zb)
+        loss = invariance_weight * F.mse_loss(za, zb)
+        for z in (za, zb):
+            c = z - z.mean(0)
+            covariance = c.t() @ c / (len(z) - 1)
+            variance = covariance.diagonal()
+            squares = (covariance - variance.diag()).square().sum() / z.shape[1]
+            loss = loss + 0.5 * variance_weight * F.relu(1 - torch.sqrt(variance + eps)).mean()
+            loss = loss + covariance_weight * squares
+        return loss
+
+
+@torch.library.custom_op(
+    "ssl_kernels::vicreg",
+    mutates_args=(),
+    schema=(
+        "(Tensor za, Tensor zb, float invariance_weight, float variance_weight, float covariance_weight, float eps, "
+        "bool want_a, bool want_b) -> (Tensor loss, Tensor da, Tensor db)"
+    ),
+)
+def _vicreg(
+    za: Tensor,
+    zb: Tensor,
+    invariance_weight: float,
+    variance_weight: float,
+    covariance_weight: float,
+    eps: float,
+    want_a: bool,
+    want_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its gradients in the accumulation dtype; empty where not wanted."""
+    rows, width = za.shape
+    with _checks.without_autocast(za):
+        difference = torch.sub(widen(za), widen(zb))
+        loss = invariance_weight / (rows * width) * wide(torch.linalg.vecdot(difference, difference)).sum()
+        gradients = []
+        for z, want, sign in ((za, want_a, 1), (zb, want_b, -1)):
+            c = centered(z)
+            squares = torch.linalg.vecdot(c, c, dim=0)
+            sigma = torch.sqrt(squares / (rows - 1) + eps)
+            off_diagonal, gradient, _ = off_diagonal_squares(c, c, squares, want, False)
+            loss = loss + 0.5 * variance_weight * wide(F.relu(1 - sigma)).mean()
+            loss = loss + covariance_weight / (width * (rows - 1) ** 2) * off_diagonal
+            if gradient is not None:
+                gradient *= 4 * covariance_weight / (width * (rows - 1) ** 2)
+                gradient.addcmul_(c, (sigma < 1) / sigma, value=-0.5 * variance_weight / (width * (rows - 1)))
+                gradient.add_(difference, alpha=sign * 2 * invariance_weight / (rows * width))
+            gradients.append(difference.new_empty(0, width) if gradient is None else gradient)
+        da, db = gradients
+        return loss.to(difference.dtype), da, db
+
+
+@_vicreg.register_fake
+def _(
+    za: Tensor,
+    zb: Tensor,
+    invariance_weight: float,
+    variance_weight: float,
+    covariance_weight: float,
+    eps: float,
+    want_a: bool,
+    want_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide_a = widen(za)
+    da, db = (wide_a.new_empty(za.shape[0] if want else 0, za.shape[1]) for want in (want_a, want_b))
+    return wide_a.new_empty(()), da, db
+
+
+_vicreg.register_autograd(backward, setup_context=setup_context)
