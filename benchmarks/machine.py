@@ -41,3 +41,12 @@ def copy_gbytes_per_s(megabytes: int = 256) -> float:
     """Bytes read plus written per second by copying memory that no cache holds."""
     source, target = torch.zeros(megabytes, 2**18), torch.zeros(megabytes, 2**18)
     return 2 * megabytes * 2**20 / 1e9 / best_seconds(lambda: target.copy_(source))
+
+
+@functools.cache
+def exp_gexp_per_s() -> float:
+    """Vectorised fp32 exponentials per second, in 10^9, by torch.exp within the second-level caches."""
+    x = torch.randn(2**17)
+    out = torch.empty_like(x)
+    times = 64
+    return times * x.numel() / 1e9 / best_seconds(lambda: [torch.exp(x, out=out) for _ in range(times)])

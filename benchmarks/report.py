@@ -43,6 +43,9 @@ def table(runs: list[Run]) -> list[dict[str, Any]]:
         if "gbytes" in ours:
             limit = max(run["copy_gbytes_per_s"] for run in runs)
             row["of bandwidth"] = ours["gbytes"] / ours["seconds"] / limit
+        if "gexp" in ours:
+            limit = max(run["exp_gexp_per_s"] for run in runs)
+            row["of exp rate"] = ours["gexp"] / ours["seconds"] / limit
         row["memory"] = {"ours": ours.get("peak_mb")}
         row["times"] = {}
         for other in runs:
@@ -56,7 +59,8 @@ def table(runs: list[Run]) -> list[dict[str, Any]]:
 
 def markdown(op: str, rows: list[dict[str, Any]]) -> str:
     peers = list(dict.fromkeys(peer for row in rows for peer in row["times"]))
-    limits = [name for name in ("of torch.mm", "of fastest GEMM", "of bandwidth") if any(name in row for row in rows)]
+    known = ("of torch.mm", "of fastest GEMM", "of bandwidth", "of exp rate")
+    limits = [name for name in known if any(name in row for row in rows)]
     has_memory = any(row["memory"]["ours"] is not None for row in rows)
     memories = [f"MB {name}" for name in ("ours", *peers)] if has_memory else []
     head = ["mode", "shape", "", *peers, *limits, *memories]
@@ -95,9 +99,10 @@ def main(argument: str) -> None:
     path = Path(argument)
     runs, machine = load(path)
     parts = [
-        f"fp32, {machine['threads']} threads, {machine['cpu'].get('brand_raw', machine['machine'])}, "
-        f"{machine['instruction_set']}, torch {machine['torch']}. Times as times longer than ours; rates as a fraction "
-        "of what the machine itself reaches in the same run; peak memory above the inputs.\n"
+        f"fp32 unless a shape says otherwise, {machine['threads']} threads, "
+        f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['instruction_set']}, "
+        f"torch {machine['torch']}. Times as times longer than ours; rates as a fraction of what the machine itself "
+        "reaches in the same run; peak memory above the inputs.\n"
     ]
     for op in dict.fromkeys(run["op"] for run in runs):
         rows = table([run for run in runs if run["op"] == op])

@@ -23,7 +23,20 @@ def test_benchmarks_and_their_report(tmp_path: Path) -> None:
     infos = [entry["extra_info"] for entry in json.loads(results.read_text())["benchmarks"]]
     tables = (tmp_path / "benchmarks.md").read_text()
     ops = {info["op"] for info in infos}
-    assert ops == {"sigmoid", "clip", "nt_xent", "info_nce", "queue"}
+    assert ops == {
+        "sigmoid",
+        "clip",
+        "nt_xent",
+        "info_nce",
+        "queue",
+        "ema",
+        "koleo",
+        "vicreg",
+        "barlow_twins",
+        "dino",
+        "ibot",
+        "sinkhorn",
+    }
     for op in ops:
         providers = {info["provider"] for info in infos if info["op"] == op}
         assert "ours" in providers

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,12 +23,39 @@ FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=f
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 
 
-def compile_driver(compiler: str, driver: Path, binary: Path, *flags: str) -> None:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
-    command = [compiler, *FLAGS, *WARNINGS, *flags, *map(str, KERNELS), str(driver), "-o", str(binary)]
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """The kernels as object files, compiled once for each compiler and choice of flags, two at a time."""
+
+    @functools.cache
+    def build(compiler: str, *flags: str) -> list[str]:
+        folder = tmp_path_factory.mktemp("kernels")
+        objects = [folder / f"{source.stem}.o" for source in KERNELS]
+        with ThreadPoolExecutor(2) as pool:
+            compiled = pool.map(lambda path, out: compile_to(compiler, out, *flags, "-c", str(path)), KERNELS, objects)
+            list(compiled)  # raises what a compilation raised
+        return [str(path) for path in objects]
+
+    return build
+
+
+def compile_to(compiler: str, output: Path, *arguments: str) -> None:
+    command = [compiler, *FLAGS, *WARNINGS, *arguments, "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def compile_driver(kernels: Callable[..., list[str]], tmp_path: Path) -> Callable[..., str]:
+    """Compiles a driver with the kernels and returns its path."""
+
+    def build(compiler: str, driver: Path, *flags: str) -> str:
+        if shutil.which(compiler) is None:
+            pytest.skip(f"{compiler} is not installed")
+        compile_to(compiler, tmp_path / "driver", *flags, str(driver), *kernels(compiler, *flags))
+        return str(tmp_path / "driver")
+
+    return build
 
 
 def run(*command: str) -> str:
@@ -35,35 +65,34 @@ def run(*command: str) -> str:
 
 
 @each_driver
-def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(driver: Path, tmp_path: Path) -> None:
+def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
+    compile_driver: Callable[..., str], driver: Path
+) -> None:
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    compile_driver("g++", driver, tmp_path / "driver", *flags)
-    output = run(str(tmp_path / "driver"))
+    output = run(compile_driver("g++", driver, *flags))
     assert "baseline ok" in output
     if platform.machine() == "x86_64":
         assert output.count(" ok") == len(native_build_info()["available_isas"])  # type: ignore[index]
 
 
 @each_driver
-def test_the_portable_build_holds_no_x86_code_and_is_right(driver: Path, tmp_path: Path) -> None:
+def test_the_portable_build_holds_no_x86_code_and_is_right(compile_driver: Callable[..., str], driver: Path) -> None:
     """What a processor without x86's instruction sets gets; here with the x86 parts switched off."""
-    compile_driver("g++", driver, tmp_path / "driver", "-O3", "-DSSLK_PORTABLE")
-    assert run(str(tmp_path / "driver")).splitlines()[0] == "baseline ok"
+    assert run(compile_driver("g++", driver, "-O3", "-DSSLK_PORTABLE")).splitlines()[0] == "baseline ok"
 
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no cross compiler for Arm is installed")
 @each_driver
-def test_compiles_for_arm(driver: Path, tmp_path: Path) -> None:
-    compile_driver("aarch64-linux-gnu-g++", driver, tmp_path / "driver", "-O3", "-static")
+def test_compiles_for_arm(compile_driver: Callable[..., str], driver: Path) -> None:
+    binary = compile_driver("aarch64-linux-gnu-g++", driver, "-O3", "-static")
     if shutil.which("qemu-aarch64-static"):
-        assert "baseline ok" in run("qemu-aarch64-static", str(tmp_path / "driver"))
+        assert "baseline ok" in run("qemu-aarch64-static", binary)
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
 @each_driver
-def test_compiles_with_clang(driver: Path, tmp_path: Path) -> None:
-    compile_driver("clang++", driver, tmp_path / "driver", "-O3")
-    assert "baseline ok" in run(str(tmp_path / "driver"))
+def test_compiles_with_clang(compile_driver: Callable[..., str], driver: Path) -> None:
+    assert "baseline ok" in run(compile_driver("clang++", driver, "-O3"))
 
 
 def test_without_the_compiled_part_import_says_what_to_run(tmp_path: Path) -> None:

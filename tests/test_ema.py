@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from memory import linux_only, peak_mb
 from torch import Tensor, nn
 
 from ssl_kernels.ema import ModelEma
@@ -159,6 +164,137 @@ def test_a_bad_momentum_is_refused(m: float | Tensor) -> None:
     student = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"momentum: expected a .*got "):
         ModelEma(student).update(student, m)
+
+
+def test_in_16_bits_an_average_stands_still_and_in_32_it_moves() -> None:
+    student = nn.Linear(4, 4).bfloat16()
+    kept, stuck = ModelEma(student, 0.999, dtype=torch.float32), ModelEma(student, 0.999)
+    start = student.weight.detach().clone()
+    with torch.no_grad():
+        student.weight.mul_(1.25)
+    for _ in range(300):
+        kept.update(student)
+        stuck.update(student)
+    travelled = (kept.module.weight - start) / (student.weight.float() - start.float())
+    torch.testing.assert_close(travelled, torch.full((4, 4), 1 - 0.999**300), rtol=1e-3, atol=0)
+    assert torch.equal(stuck.module.weight, start)
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_a_second_copy_receives_the_average_in_its_own_dtype(buffers: str) -> None:
+    student = Net()
+    teacher = ModelEma(student, 0.9, buffers=buffers)  # type: ignore[arg-type]
+    half = copy.deepcopy(student).bfloat16()
+    for step in range(3):
+        perturb(student, step)
+        teacher.update(student, copies_to=half)
+    for name, value in half.state_dict().items():
+        assert torch.equal(value, teacher.module.state_dict()[name].to(value.dtype)), name
+    with pytest.raises(ValueError, match=r"copies_to: expected embed.weight \[5, 3\] as the average has, got weight"):
+        teacher.update(student, copies_to=student.norm)
+
+
+@linux_only
+def test_no_cast_copy_of_the_model_is_made() -> None:
+    student = nn.Sequential(*[nn.Linear(1024, 2048) for _ in range(4)]).bfloat16()
+    teacher, half = ModelEma(student, dtype=torch.float32), copy.deepcopy(student)
+    teacher.update(student, copies_to=half)
+    assert peak_mb(lambda: teacher.update(student, copies_to=half)) < 2
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: nn.Sequential(model)])
+def test_a_wrapped_model_is_refused_with_a_hint(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    student = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="takes the model itself, not what wraps it"):
+        ModelEma(student).update(wrap(student))
+
+
+def test_averages_a_model_that_torch_compile_wraps() -> None:
+    """In place, so that the compiled teacher uses the new values."""
+    student = nn.Linear(3, 2)
+    teacher = ModelEma(student, 0.5)
+    compiled = torch.compile(teacher, backend="eager", fullgraph=True)
+    x = torch.randn(4, 3)
+    compiled(x)
+    perturb(student, 0)
+    teacher.update(student)
+    torch.testing.assert_close(compiled(x), nn.functional.linear(x, teacher.module.weight, teacher.module.bias))
+
+
+FSDP = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+import ssl_kernels.functional as K
+from ssl_kernels import ModelEma
+
+rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+mesh = init_device_mesh("cpu", (world,))
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Linear(7, 5))
+alone = ModelEma(model, 0.75)
+teacher = ModelEma(model, 0.75)
+fully_shard(model[0], mesh=mesh)
+fully_shard(model, mesh=mesh)
+fully_shard(teacher.eval().module, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(3):
+    x = torch.randn(8, 3)
+    teacher(x)  # leaves whole parameters behind, of which the shards know nothing
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    teacher.update(model)
+    whole = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Linear(7, 5))
+    whole.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()})
+    # Statistics of BatchNorm are each process's own.
+    alone.update(whole)
+assert all(isinstance(p, DTensor) for p in teacher.parameters())
+for name, value in teacher.module.state_dict().items():
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    torch.testing.assert_close(value, alone.module.state_dict()[name])
+
+values = torch.arange(12.0).reshape(3, 4)
+sharded, columns, replica = (distribute_tensor(values.clone(), mesh, [p]) for p in (Shard(0), Shard(1), Replicate()))
+copies = distribute_tensor(values.bfloat16(), mesh, [Shard(0)])
+K.ema_update_([sharded], [distribute_tensor(values + 4, mesh, [Shard(0)])], 0.75, [copies])
+assert torch.equal(sharded.full_tensor(), values + 1)
+assert torch.equal(copies.full_tensor(), (values + 1).bfloat16())
+kind = "a DTensor of (Shard(dim=0),)"
+for target, source, wanted in (
+    (sharded, columns, kind), (sharded, replica, kind), (sharded, values, kind), (values, sharded, "a plain tensor"),
+):
+    try:
+        K.ema_update_([target], [source], 0.75)
+    except ValueError as error:
+        assert str(error).startswith(f"sources[0]: expected {wanted}"), error
+    else:
+        raise AssertionError("a pair of different shards was averaged")
+dist.barrier()  # neither tears down what the other still uses
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+def test_each_process_averages_its_own_shard(tmp_path: Path) -> None:
+    """Of FSDP2, of 7 and 5 rows, with a forward pass of the teacher in between."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", FSDP, str(rank), "2", str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        out, err = worker.communicate(timeout=120)
+        assert worker.returncode == 0, err
+        assert out.strip() == "equal"
 
 
 def test_other_bad_arguments_are_refused() -> None:

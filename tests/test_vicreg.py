@@ -1,0 +1,131 @@
+"""VICReg beside lightly's and solo-learn's, and in several processes. What it shares: test_covariance.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contrastive import BACKENDS
+from peers import assert_same, assert_same_signature, value_and_gradients
+from torch import Tensor
+
+import ssl_kernels
+import ssl_kernels.functional as K
+from ssl_kernels import VICRegLoss
+from ssl_kernels.integrations.solo import vicreg_loss_func
+
+
+def views(*shape: int) -> list[Tensor]:
+    base = torch.randn(shape)
+    return [(base + 0.5 * torch.randn(shape)).requires_grad_() for _ in range(2)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (2, 3), (8, 5, 12), (20, 2, 3, 4)])
+def test_lightly(backend: str, shape: tuple[int, ...]) -> None:
+    lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    leaves = views(*shape)
+    for options in ({}, {"lambda_param": 10.0, "mu_param": 3.0, "nu_param": 7.0, "eps": 1e-2}):
+        theirs = value_and_gradients(lightly.VICRegLoss(**options)(*leaves), leaves)
+        with ssl_kernels.use_backend(backend):
+            assert_same(value_and_gradients(VICRegLoss(**options)(*leaves), leaves), theirs)
+
+
+def test_lightly_has_the_same_signature() -> None:
+    lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    assert_same_signature(VICRegLoss, lightly.VICRegLoss)
+
+
+def test_solo_learn() -> None:
+    """From its equation, whose variance term is the sum over both views."""
+    z1, z2 = leaves = views(40, 12)
+    expected = 25 * F.mse_loss(z1, z2)
+    for z in leaves:
+        covariance = torch.cov(z.t())
+        expected = expected + 25 * F.relu(1 - torch.sqrt(z.var(0) + 1e-4)).mean()
+        expected = expected + (covariance.square().sum() - covariance.diagonal().square().sum()) / 12
+    assert_same(value_and_gradients(vicreg_loss_func(z1, z2), leaves), value_and_gradients(expected, leaves))
+
+
+def test_each_term_alone() -> None:
+    """Equal views of orthogonal features with a variance of 4 cost nothing; the terms respond to what is theirs."""
+    z = torch.randn(16, 4)
+    z = 2 * 15**0.5 * torch.linalg.qr(z - z.mean(0))[0]
+    off = {"invariance_weight": 0.0, "variance_weight": 0.0, "covariance_weight": 0.0}
+    assert K.vicreg_loss(z, z) < 1e-6
+    torch.testing.assert_close(K.vicreg_loss(z, z + 3, **off | {"invariance_weight": 1.0}).item(), 9.0)
+    shrunk = K.vicreg_loss(z / 8, z / 8, **off | {"variance_weight": 1.0}, eps=1e-12)
+    torch.testing.assert_close(shrunk.item(), 0.75)
+    mixed = torch.cat([z, z], 1)  # each feature has a covariance of 4 with its copy
+    torch.testing.assert_close(K.vicreg_loss(mixed, mixed, **off | {"covariance_weight": 1.0}).item(), 2 * 16.0)
+
+
+def test_views_of_different_shapes_are_named() -> None:
+    for a, b in (((4, 3), (4, 2)), ((4,), (4,))):
+        with pytest.raises(ValueError, match=r"z_a, z_b: expected one shape \[batch, ..., features\], got \(4,"):
+            VICRegLoss()(torch.ones(a), torch.ones(b))
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from ssl_kernels import BarlowTwinsLoss, VICRegLoss
+
+rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+torch.manual_seed(0)
+everyone = [torch.randn(12, 5) for _ in range(2)]
+own = slice(12 * rank // world, 12 * (rank + 1) // world)
+whole = [z.clone().requires_grad_() for z in everyone]
+part = [z[own].clone().requires_grad_() for z in everyone]
+
+# The mean over processes is the loss of one process with all rows, in value and gradients.
+expected = VICRegLoss()(*whole)
+loss = VICRegLoss(gather_distributed=True)(*part)
+for value, leaves in ((expected, whole), (loss, part)):
+    value.backward()
+mean = loss.detach().clone()
+dist.all_reduce(mean)
+torch.testing.assert_close(mean / world, expected.detach())
+for a, b in zip(part, whole):
+    torch.testing.assert_close(a.grad / world, b.grad[own])
+try:
+    from lightly.loss import VICRegLoss as Theirs
+except ImportError:
+    pass
+else:
+    again = [z.detach().clone().requires_grad_() for z in part]
+    Theirs(gather_distributed=True)(*again).backward()
+    for a, b in zip(part, again):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+torch.testing.assert_close(VICRegLoss()(*part), VICRegLoss()(*(z[own] for z in everyone)))
+try:
+    BarlowTwinsLoss(gather_distributed=True)(*part)
+except NotImplementedError as error:
+    assert "gather_distributed" in str(error)
+else:
+    raise AssertionError("BarlowTwinsLoss did not say that it does not gather")
+dist.barrier()  # neither tears down what the other still uses
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        output, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors
+        assert output.strip() == "equal"
