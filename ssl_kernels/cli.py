@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 TRAINERS = {
     "clip": "image-text pretraining with the softmax loss; with a locked image tower LiT and dino.txt",
+    "dino": "images without labels, by self-distillation; with masked patches for vision transformers (v2)",
     "moco": "images without labels, by momentum contrast: against a queue (v2) or within the batch (v3)",
     "siglip": "image-text pretraining with the sigmoid loss",
     "simclr": "images without labels, by contrast within the batch",

@@ -1,7 +1,7 @@
 """The figures that training on the embedded data must reach, in a few minutes each.
 
-`python tests/check_demo.py runs/demo runs/clip runs/moco runs/simclr`, after `make demo` and `ssl-kernels train ...`
-with no other arguments, or `--data openmoji` for a trainer of images alone.
+`python tests/check_demo.py runs/demo runs/clip runs/moco runs/simclr runs/dino`, after `make demo` and `ssl-kernels
+train ...` with no other arguments, or `--data openmoji` for a trainer of images alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ IMAGES = {
     "clean query, 5-NN": (0.93, 0.0),
     "instance retrieval R@1": (0.65, 0.2),
 }
+DINO = {
+    "10 labels a class, 1-NN": (0.78, 0.04),
+    "distorted query, 5-NN": (0.74, 0.1),
+    "clean query, 5-NN": (0.93, 0.0),
+    "instance retrieval R@1": (0.50, 0.1),
+}
 LARGEST_LOSS_DIFFERENCE = 1e-5
 LONGEST_S = 300
 
@@ -47,7 +53,9 @@ def shortfalls(figures: dict[str, dict[str, Any]], required: dict[str, tuple[flo
 def main(folder: str) -> int:
     summary = json.loads((Path(folder) / "summary.json").read_text())
     figures = {figure["name"]: figure for figure in summary["figures"]}
-    required = IMAGE_TEXT if "text->image R@1" in figures else {k: v for k, v in IMAGES.items() if k in figures}
+    config = json.loads((Path(folder) / "config.json").read_text())
+    of_images = {k: v for k, v in (DINO if "prototypes" in config else IMAGES).items() if k in figures}
+    required = IMAGE_TEXT if "text->image R@1" in figures else of_images
     low = shortfalls(figures, required) if required else ["no figure to judge it by"]
     if required is IMAGE_TEXT:
         if not summary["loss_difference"] <= LARGEST_LOSS_DIFFERENCE:

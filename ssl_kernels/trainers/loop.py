@@ -1,9 +1,10 @@
 """The training loop every trainer shares: Lightning Fabric, a cosine schedule, checkpoints that resume bit-exactly.
 
-A trainer hands over its module, an optimizer, batches and two functions:
+A trainer hands over its module, an optimizer, batches and three functions:
 
 * `step(batch) -> (loss, metrics)` runs forward; `metrics` are scalars to log;
-* `after_step(number)`, optional, runs once per optimizer step, never per micro-batch: what a momentum teacher needs.
+* `before_step(number)` and `after_step(number)`, optional, run once per optimizer step, never per micro-batch: before
+  its first forward pass, what a schedule needs; after it, what a momentum teacher needs. Steps count from 1.
 
 Everything a run consists of is either a function of (seed, epoch, batch number) or in the checkpoint.
 """
@@ -39,7 +40,7 @@ CHECKPOINT = "last.pt"
 METRICS = "metrics.jsonl"
 TIMED = ("images_per_s", "peak_mb", "elapsed_s")  # the metrics that two runs of one seed need not share
 
-Step = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+Step = Callable[[Any], tuple[Tensor, dict[str, Any]]]
 
 
 class EpochBatches(Protocol):
@@ -297,7 +298,8 @@ def _own_name(parameter: str) -> str:
 
 def fit(
     fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, data: EpochBatches, config: LoopConfig, *,
-    step: Step | None = None, after_step: Callable[[int], None] | None = None, console: Console | None = None,
+    step: Step | None = None, before_step: Callable[[int], None] | None = None,
+    after_step: Callable[[int], None] | None = None, console: Console | None = None,
 ) -> Result:  # fmt: skip
     """Train `model`, set up by `fabric.setup` together with `optimizer`, for `config.epochs` epochs.
 
@@ -332,7 +334,7 @@ def fit(
         done, elapsed = state["step"], state["elapsed_s"]
         result.records = read_records(checkpoint_path(config.resume).with_name(METRICS), up_to=done)
     elif config.overwrite:
-        for name in (CHECKPOINT, "summary.json", "curves.png", "retrieval.png"):
+        for name in (CHECKPOINT, "summary.json", "curves.png", "retrieval.png", "features.png"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     elif checkpoint.exists():
@@ -383,6 +385,8 @@ def fit(
                 factor = cosine(done, total, warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
+                if before_step is not None:
+                    before_step(done + 1)
 
                 metrics: dict[str, float] = {}
                 for _ in range(config.accumulate):

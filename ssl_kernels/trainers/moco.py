@@ -24,7 +24,6 @@ without their labels, in a minute or two on a laptop; the settings were chosen o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,13 +37,12 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels import KeyQueue, MoCoV3Loss
-from ssl_kernels.ema import ModelEma
 from ssl_kernels.trainers import command, self_supervised
 from ssl_kernels.trainers.data.pairs import Batch
 from ssl_kernels.trainers.data.views import ImageData
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.probes import spread
-from ssl_kernels.trainers.self_supervised import Encoder, Method, SelfSupervisedConfig, mlp
+from ssl_kernels.trainers.self_supervised import Encoder, Method, MomentumMethod, SelfSupervisedConfig, mlp
 
 
 @dataclass
@@ -77,19 +75,6 @@ class MoCoConfig(SelfSupervisedConfig):
             raise UserError(f"--groups: expected a divisor of --batch-size {self.batch_size}, got {self.groups}")
         if self.version == 2 and self.batch_size // self.groups < 2:
             raise UserError(f"--groups: {self.groups} leaves one image of {self.batch_size} to a group")
-
-
-class MomentumMethod(Method):
-    """An encoder with a momentum teacher, whose momentum rises from `momentum` to 1 at the last of `steps` steps."""
-
-    def __init__(self, encoder: Encoder, momentum: float, steps: int) -> None:
-        super().__init__()
-        self.encoder, self.teacher = encoder, ModelEma(encoder)
-        self.momentum, self.steps = momentum, steps
-
-    def after_step(self, number: int) -> None:
-        rest = 0.5 * (1 + math.cos(math.pi * number / self.steps))
-        self.teacher.update(self.encoder, 1 - (1 - self.momentum) * rest)
 
 
 class MoCo(MomentumMethod):

@@ -12,13 +12,16 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
+import torch.nn.functional as F
+from timm.layers import Attention
 from timm.models.resnet import BasicBlock, downsample_conv
-from timm.models.vision_transformer import Block, init_weights_vit_timm
+from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from ssl_kernels.trainers.errors import UserError
 
 TINY = "tiny-resnet"
+TINY_VIT = "tiny-vit"
 
 
 class TinyResNet(nn.Module):
@@ -40,10 +43,17 @@ class TinyResNet(nn.Module):
             shortcut = downsample_conv(before, after, kernel_size=1, stride=stride) if stride > 1 else None
             blocks.append(BasicBlock(before, after, stride=stride, downsample=shortcut))
         self.blocks = nn.Sequential(*blocks)
-        self.num_features = widths[-1] * (size // 8) ** 2
+        self.grid = size // 8
+        self.num_features = widths[-1] * self.grid**2
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.blocks(self.stem(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.blocks(self.stem(x))).flatten(1)
+        x = self.forward_features(x)
+        if x.shape[-1] != self.grid:  # a smaller crop is spread over the places of the whole image
+            x = F.interpolate(x, (self.grid, self.grid))
+        return x.flatten(1)
 
 
 class DinoTxtHead(nn.Module):
@@ -78,7 +88,8 @@ class ImageTower(nn.Module):
     """uint8 images [B, 3, H, W] to embeddings [B, D]: normalise, run the trunk, then the head.
 
     The `linear` head projects the trunk's pooled features, `dinotxt` is `DinoTxtHead` over its tokens. A locked tower
-    keeps its trunk as it is and trains only the head (LiT, Zhai 2021, arXiv 2111.07991).
+    keeps its trunk as it is and trains only the head (LiT, Zhai 2021, arXiv 2111.07991). With `any_size` a vision
+    transformer also takes images of other sizes, its position embeddings interpolated.
     """
 
     mean: Tensor
@@ -86,11 +97,11 @@ class ImageTower(nn.Module):
 
     def __init__(
         self, name: str, size: int, dim: int, *, pretrained: bool = False, inverted: bool = False,
-        locked: bool = False, head: str = "linear",
+        locked: bool = False, head: str = "linear", any_size: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.locked, self.reads_tokens = locked, head == "dinotxt"
-        self.trunk, config = _trunk(name, size, pretrained)
+        self.trunk, config = _trunk(name, size, pretrained, any_size)
         # Inverted images are fed as 1 - x, so that a white ground is zero.
         mean, std = ([1.0] * 3, [-1.0] * 3) if inverted else (config["mean"], config["std"])
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -100,20 +111,11 @@ class ImageTower(nn.Module):
                 f"--image-head: dinotxt reads the patch tokens of a vision transformer, which {name} lacks; name one in"
                 " --image-model, for example vit_small_patch14_dinov2"
             )
-        patch = getattr(getattr(self.trunk, "patch_embed", None), "patch_size", (1, 1))
-        if any(size % p for p in patch):
-            raise UserError(f"--image-size: {name} cuts patches of {patch[0]} pixels, which do not divide {size}")
-        self.trunk.eval()
-        try:
-            with torch.no_grad():
-                features = self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        except Exception as error:  # a model's own check of its input size may be an assert or any error of torch
-            raise UserError(f"--image-size: {name} does not take {size} x {size} images ({_first(error)})") from None
-        width = features.shape[-1]
-        self.head = DinoTxtHead(self.trunk, dim) if self.reads_tokens else nn.Linear(width, dim, bias=False)
+        self.name = name
+        self.width = self.probe(size, "--image-size")
+        self.head = DinoTxtHead(self.trunk, dim) if self.reads_tokens else nn.Linear(self.width, dim, bias=False)
         if locked:
             self.trunk.requires_grad_(False)
-        self.train()
 
     def train(self, mode: bool = True) -> ImageTower:
         super().train(mode)
@@ -121,10 +123,52 @@ class ImageTower(nn.Module):
             self.trunk.eval()
         return self
 
+    def probe(self, size: int, flag: str) -> int:
+        """The width of the features of images of a size; an error names the flag that set it."""
+        patch = getattr(getattr(self.trunk, "patch_embed", None), "patch_size", (1, 1))
+        if any(size % p for p in patch):
+            raise UserError(f"{flag}: {self.name} cuts patches of {patch[0]} pixels, which do not divide {size}")
+        self.trunk.eval()
+        try:
+            with torch.no_grad():
+                return self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1]
+        except Exception as error:  # a model's own check of its input size may be an assert or any error of torch
+            raise UserError(f"{flag}: {self.name} does not take {size} x {size} images ({_first(error)})") from None
+        finally:
+            self.train()
+
     def features(self, images: Tensor) -> Tensor:
         """What the head reads of uint8 images: all tokens [B, N, W] of the trunk, or pooled features [B, W]."""
-        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        x = self.normalised(images)
         return cast(Tensor, cast(Any, self.trunk).forward_features(x) if self.reads_tokens else self.trunk(x))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """What the trunk makes of each place of uint8 images: [B, W, h, w], of patches for a vision transformer."""
+        x = cast(Tensor, cast(Any, self.trunk).forward_features(self.normalised(images)))
+        if x.ndim == 3:
+            patches = x[:, getattr(self.trunk, "num_prefix_tokens", 0) :]
+            return patches.mT.unflatten(2, (math.isqrt(patches.shape[1]), -1))  # images are square
+        return x.permute(0, 3, 1, 2) if x.shape[-1] == getattr(self.trunk, "num_features", None) else x
+
+    def class_attention(self, images: Tensor) -> Tensor | None:
+        """The attention [B, 1, h, w] of the class token to each patch in a vision transformer's last block, the mean
+        over its heads; None where there is no class token, or another kind of attention."""
+        if not isinstance(self.trunk, VisionTransformer) or self.trunk.cls_token is None:
+            return None
+        attention = cast(Any, self.trunk.blocks[-1]).attn
+        if not isinstance(attention, Attention):
+            return None
+        read: list[Tensor] = []
+        hook = attention.qkv.register_forward_hook(lambda _module, _inputs, output: read.append(output))
+        self.trunk.forward_features(self.normalised(images))
+        hook.remove()
+        q, k, _ = read[0].unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
+        weights = (attention.q_norm(q[:, :, :1]) @ attention.k_norm(k).mT * attention.scale).softmax(-1).mean(1)
+        weights = weights[:, :, self.trunk.num_prefix_tokens :]
+        return weights.unflatten(2, (math.isqrt(weights.shape[2]), -1))
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked):  # a locked trunk keeps no activations
@@ -132,23 +176,41 @@ class ImageTower(nn.Module):
         return cast(Tensor, self.head(features))
 
 
-def _trunk(name: str, size: int, pretrained: bool) -> tuple[nn.Module, dict[str, Sequence[float]]]:
-    if name == TINY:
+def _trunk(
+    name: str, size: int, pretrained: bool, any_size: bool
+) -> tuple[nn.Module, dict[str, Sequence[float]]]:  # fmt: skip
+    if name in (TINY, TINY_VIT):
         if pretrained:
-            raise UserError(f"--pretrained: {TINY} has no pretrained weights; name a timm model in --image-model")
-        return TinyResNet(size), {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+            raise UserError(f"--pretrained: {name} has no pretrained weights; name a timm model in --image-model")
+        trunk = TinyResNet(size) if name == TINY else tiny_vit(size, any_size)
+        return trunk, {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:6]}*")[:3]) or "resnet18, vit_tiny_patch16_224"
-        raise UserError(f"--image-model: timm has no model {name!r}; it has for example {near} ({TINY} is ours)")
+        raise UserError(
+            f"--image-model: timm has no model {name!r}; it has for example {near} ({TINY} and {TINY_VIT} are ours)"
+        )
+    sized: dict[str, Any] = {"img_size": size}
+    # A ViT is built for its image size, a convolutional net knows no such argument.
+    options = [{**sized, "dynamic_img_size": True}] * any_size + [sized, {}]
     try:
-        try:  # a ViT is built for its image size, a convolutional net knows no such argument
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
-        except TypeError:
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        for i, option in enumerate(options):
+            try:
+                model = timm.create_model(name, pretrained=pretrained, num_classes=0, **option)
+                break
+            except TypeError:
+                if i == len(options) - 1:
+                    raise
     except Exception as error:  # the hub's errors share no base class
         what = "--pretrained: cannot get the weights of" if pretrained else "--image-model: cannot build"
         raise UserError(f"{what} {name} at {size} pixels ({_first(error)})") from None
     return model, timm.data.resolve_model_data_config(model)
+
+
+def tiny_vit(size: int, any_size: bool) -> VisionTransformer:
+    """Four blocks over patches of 4 pixels: the smallest transformer that learns small drawings."""
+    return VisionTransformer(
+        img_size=size, patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=0, dynamic_img_size=any_size
+    )
 
 
 def _first(error: Exception) -> str:

@@ -232,7 +232,13 @@ def print_table(console: Console, title: str, result: Result, figures: Sequence[
         for name, note in (
             ("embedding_std", "1: spread evenly, 0: collapsed"),
             ("embedding_rank", "directions in use"),
+            ("teacher_entropy_share", "of ln K, of an image; 1: teaches nothing, 0: one-hot"),
+            ("marginal_entropy_share", "of ln K, of the batch's mean; 0: all images alike"),
+            ("center_norm", "of the teacher's centre"),
+            ("kl", "from the teacher to the student"),
         ):
+            if name not in last:
+                continue
             row = (f"{last[name]:.3g}", f"{first[name]:.3g}")
             table.add_row(name.replace("_", " "), *row, *nothing[1:], note)
     table.add_row(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -110,6 +112,39 @@ def plot_retrieval(
                 spine.set(color="tab:green" if index == query else "lightgray", linewidth=3 if index == query else 1)
     figure.supxlabel(credit, fontsize=7)
     _save(figure, path)
+
+
+def plot_features(path: Path, images: Tensor, maps: dict[str, Tensor], credit: str = "") -> None:
+    """Images [n, 3, S, S] above maps [n, C, h, w] of them: a map of one channel as it is, others by their three
+    principal components over all of the images, as red, green and blue. Alike features have alike colours.
+    """
+    figure, axes = plt.subplots(
+        1 + len(maps), len(images), figsize=(1.1 * len(images) + 1, 1.15 * (1 + len(maps)) + 0.2), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, image in zip(axes[0], images, strict=True):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+    for row, (name, channels) in zip(axes[1:], maps.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=8)
+        colours = channels if channels.shape[1] == 1 else principal_components(channels)
+        for axis, colour in zip(row, colours, strict=True):
+            axis.imshow(colour.permute(1, 2, 0).numpy(), cmap="viridis")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.supxlabel(credit, fontsize=7)
+    _save(figure, path)
+
+
+def principal_components(maps: Tensor) -> Tensor:
+    """Maps [n, C, h, w] by their three principal components over all places, each scaled to [0, 1]: [n, 3, h, w]."""
+    places = maps.movedim(1, -1)
+    x = places.flatten(0, -2).double()
+    x = x - x.mean(0)
+    _, directions = torch.linalg.eigh(x.T @ x)  # by rising variance
+    components = F.pad(x @ directions[:, -3:].flip(1), (0, max(0, 3 - x.shape[1])))
+    low, high = (components.quantile(q, 0) for q in (0.02, 0.98))  # a few extreme places would leave the others grey
+    scaled = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return scaled.view(*places.shape[:-1], 3).movedim(-1, 1).float()
 
 
 def _wrap(text: str, width: int = 34) -> str:

@@ -9,12 +9,16 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
 
+from ssl_kernels.ema import ModelEma
+from ssl_kernels.schedules import cosine_momentum
 from ssl_kernels.trainers import loop, probes, report
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.pairs import Batch
@@ -34,7 +38,7 @@ class SelfSupervisedConfig(ImageConfig, loop.LoopConfig):
     lr: float = 2e-3
     """Peak learning rate."""
     image_model: str = TINY
-    """The built-in `tiny-resnet`, or any timm model by name, such as resnet50 or vit_small_patch16_224."""
+    """The built-in `tiny-resnet` or `tiny-vit`, or any timm model by name: resnet50, vit_small_patch16_224."""
     hidden: int = 256
     """Width of the heads' hidden layers. Heads are dropped after training; what is evaluated is the net below them."""
     dim: int = 128
@@ -57,15 +61,20 @@ class SelfSupervisedConfig(ImageConfig, loop.LoopConfig):
 
 
 class Encoder(ImageTower):
-    """uint8 images [B, 3, H, W] to embeddings [B, D]: a backbone, whose features are the aim, and an MLP head."""
+    """uint8 images [B, 3, H, W] to embeddings [B, D]: a backbone, whose features are the aim, and a head, by default an
+    MLP, above features of the width that `make_head` is given."""
 
-    def __init__(self, config: SelfSupervisedConfig, norm: bool = False) -> None:
-        super().__init__(config.image_model, config.image_size, config.dim, inverted=config.data == "openmoji")
+    def __init__(
+        self, config: SelfSupervisedConfig, norm: bool = False, *, make_head: Callable[[int], nn.Module] | None = None,
+        any_size: bool = False,
+    ) -> None:  # fmt: skip
+        inverted = config.data == "openmoji"
+        super().__init__(config.image_model, config.image_size, config.dim, inverted=inverted, any_size=any_size)
         if config.data == "mnist":  # the ground of a digit is zero already
             self.mean.zero_()
             self.std.fill_(1)
-        assert isinstance(self.head, nn.Linear)
-        self.head = mlp(self.head.in_features, config.hidden, config.dim, norm=norm)  # type: ignore[assignment]
+        head = make_head(self.width) if make_head else mlp(self.width, config.hidden, config.dim, norm=norm)
+        self.head = head  # type: ignore[assignment]
 
 
 def mlp(*widths: int, norm: bool = False) -> nn.Sequential:
@@ -79,26 +88,55 @@ def mlp(*widths: int, norm: bool = False) -> nn.Sequential:
 
 
 class Method(nn.Module):
-    """An encoder and how two views of a batch are contrasted: a batch to (loss, metrics)."""
+    """An encoder and how views of a batch are compared: a batch to (loss, metrics)."""
 
     encoder: Encoder
 
+    @property
+    def evaluated(self) -> Encoder:
+        """Whose features are the run's result."""
+        return self.encoder
+
     def before_training(self, batches: Iterator[Batch]) -> None:
         """What a new run starts with; the batches are an epoch's."""
+
+    def before_step(self, number: int, groups: list[dict[str, Any]]) -> None:
+        """What a schedule sets for an optimizer step, counted from 1; the groups are the optimizer's."""
 
     def after_step(self, number: int) -> None:
         """What the method does after an optimizer step."""
 
 
+class MomentumMethod(Method):
+    """An encoder with a momentum teacher, whose momentum rises from `momentum` to 1 at the last of `steps` steps."""
+
+    def __init__(self, encoder: Encoder, momentum: float, steps: int) -> None:
+        super().__init__()
+        self.encoder, self.teacher = encoder, ModelEma(encoder)
+        self.momentum, self.steps = momentum, steps
+
+    def momentum_at(self, number: int) -> float:
+        """The momentum of the update after a step, counted from 1."""
+        return cosine_momentum(number, self.steps, self.momentum)
+
+    def after_step(self, number: int) -> None:
+        self.teacher.update(self.encoder, self.momentum_at(number))
+
+
 def train(
-    name: str, make_method: Callable[[ImageData, int], Method], config: SelfSupervisedConfig, console: Console
-) -> None:
-    """Train what `make_method` builds for the data and a number of steps, and set its features beside the baselines."""
+    name: str, make_method: Callable[[ImageData, int], Method], config: SelfSupervisedConfig, console: Console, *,
+    crops: tuple[int, int] = (0, 0), draw: bool = False,
+) -> None:  # fmt: skip
+    """Train what `make_method` builds for the data and a number of steps, and set its features beside the baselines.
+
+    Besides its two views an image is shown in `crops[0]` local ones of `crops[1]` pixels; `draw` also writes a picture
+    of the features.
+    """
     begun = time.perf_counter()
     fabric = loop.make_fabric(config)
-    data = load(config, batch_size=config.batch_size, seed=config.seed, workers=config.workers)
+    data = load(config, batch_size=config.batch_size, seed=config.seed, workers=config.workers, crops=crops)
     method = make_method(data, loop.steps_per_epoch(data.batches, config) * config.epochs)
-    initial = copy.deepcopy(method.encoder)
+    initial = copy.deepcopy(method.evaluated)
     optimizer = torch.optim.AdamW(loop.parameter_groups(method, config.lr, config.weight_decay), betas=config.betas)
     wrapped, wrapped_optimizer = fabric.setup(method, optimizer)
     if config.resume is None:
@@ -106,12 +144,13 @@ def train(
             method.before_training(map(fabric.to_device, data.batches.batches(config.epochs)))
 
     result = loop.fit(
-        fabric, wrapped, wrapped_optimizer, data.batches, config, after_step=method.after_step, console=console
-    )
+        fabric, wrapped, wrapped_optimizer, data.batches, config, console=console, after_step=method.after_step,
+        before_step=lambda number: method.before_step(number, optimizer.param_groups),
+    )  # fmt: skip
 
     folder = config.output_dir
     report.plot_curves(folder / "curves.png", result.records)
-    figures = evaluate(fabric, method.encoder, initial, data, config)
+    figures = evaluate(fabric, method.evaluated, initial, data, config)
     total_s = time.perf_counter() - begun
     report.write_summary(folder / "summary.json", result, figures, total_s)
     title = f"{name} on {config.data}, seed {config.seed}, {config.evaluate_on} images"
@@ -120,7 +159,10 @@ def train(
         console.print("not evaluated: no image is held out; --held-out is a share of each class, rounded")
     if config.data == "openmoji":
         console.print(openmoji.CREDIT)
-    files = (loop.CHECKPOINT, loop.METRICS, "config.json", "tensorboard", "curves.png", "summary.json")
+    files = [loop.CHECKPOINT, loop.METRICS, "config.json", "tensorboard", "curves.png", "summary.json"]
+    if draw:
+        files.append("features.png")
+        draw_features(folder / files[-1], fabric, method.evaluated, initial, data, config)
     console.print("written:", *(str(folder / file) for file in files), highlight=False, soft_wrap=True)
 
 
@@ -140,3 +182,24 @@ def evaluate(
     return probes.report_card(
         features(trained), features(initial), data.train, data.held_out, data.view, config.image_size, config.split_seed
     )
+
+
+@torch.no_grad()
+def draw_features(
+    path: Path, fabric: Fabric, trained: Encoder, initial: Encoder, data: ImageData, config: SelfSupervisedConfig
+) -> None:
+    """A few held-out images with what the nets make of their places: of each label some, where there are labels."""
+    images = data.held_out if len(data.held_out) else data.train
+    order = torch.arange(len(images)) if images.labels is None else images.labels.argsort(stable=True)
+    chosen = order[torch.linspace(0, len(order) - 1, min(10, len(order))).long()].tolist()
+    shown = images.load(chosen, config.image_size)
+    rows = {}
+    with fabric.autocast():
+        on_device = fabric.to_device(shown)
+        rows["features"] = trained.eval().feature_map(on_device)
+        rows["before training"] = initial.to(trained.mean).eval().feature_map(on_device)
+        attention = trained.class_attention(on_device)
+    if attention is not None:
+        rows["attention"] = attention
+    credit = openmoji.CREDIT if config.data == "openmoji" else ""
+    report.plot_features(path, shown, {name: row.float().cpu() for name, row in rows.items()}, credit)

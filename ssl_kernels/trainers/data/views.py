@@ -1,10 +1,11 @@
-"""Images without captions, and the two random views of each that self-supervised learning contrasts.
+"""Images without captions, and the random views of each that self-supervised learning compares.
 
 A batch is a pure function of (seed, epoch, number of the batch), as in `pairs`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ class View(Protocol):
 
     def __call__(self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator) -> Tensor: ...
 
+    def local(self) -> View: ...
+
 
 @dataclass(frozen=True)
 class DrawingView:
@@ -93,6 +96,11 @@ class DrawingView:
     shear: float
     brightness: float = 0.0
     ground: float = 0.0  # the pixel value outside of the image
+    window: float = 1.0  # share of the width that a view shows
+
+    def local(self) -> DrawingView:
+        """Views of half the width, from anywhere in the image."""
+        return dataclasses.replace(self, window=0.5, shift=0.25)
 
     def __call__(self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator) -> Tensor:
         assert isinstance(images.images, Tensor)
@@ -100,7 +108,7 @@ class DrawingView:
         n = len(x)
         angle = np.deg2rad(rng.uniform(-self.degrees, self.degrees, n))
         # The map goes from places in the view to places in the image; a logarithm makes growing as likely as shrinking.
-        zoom = np.exp(rng.uniform(-np.log(self.scale), np.log(self.scale), n))
+        zoom = self.window * np.exp(rng.uniform(-np.log(self.scale), np.log(self.scale), n))
         shear, shift = rng.uniform(-self.shear, self.shear, n), rng.uniform(-2 * self.shift, 2 * self.shift, (n, 2))
         cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
         theta = np.stack([cos, shear * cos - sin, shift[:, 0], sin, shear * sin + cos, shift[:, 1]], 1)
@@ -110,13 +118,20 @@ class DrawingView:
         return warped.round().clamp(0, 255).to(torch.uint8)
 
 
+@dataclass(frozen=True)
 class PhotoView:
     """MoCo v2's augmentation for photographs (Chen 2020, arXiv 2003.04297): crop, colour, grey, blur, mirror."""
+
+    scale: tuple[float, float] = (0.2, 1.0)  # share of the area that a view shows
+
+    def local(self) -> PhotoView:
+        """Views of small parts of the image, as DINO's (Caron 2021, arXiv 2104.14294)."""
+        return PhotoView((0.05, 0.25))
 
     def __call__(self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator) -> Tensor:
         blur = v2.GaussianBlur(kernel_size=max(3, size // 20 * 2 + 1), sigma=(0.1, 2.0))
         transform = v2.Compose([
-            v2.PILToTensor(), v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+            v2.PILToTensor(), v2.RandomResizedCrop(size, scale=self.scale, antialias=True),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2),
             v2.RandomApply([blur], p=0.5), v2.RandomHorizontalFlip(),
         ])  # fmt: skip
@@ -128,10 +143,14 @@ class PhotoView:
 
 
 class ViewBatches(Dataset[Batch]):
-    """Batches of two views of each image; an item is the batch `number` of the epoch `epoch`."""
+    """Batches of two views of each image, then `crops[0]` local ones of `crops[1]` pixels a side; an item is the batch
+    `number` of the epoch `epoch`."""
 
-    def __init__(self, images: Images, view: View, *, size: int, batch_size: int, seed: int, workers: int = 0) -> None:
-        self.images, self.view, self.size = images, view, size
+    def __init__(
+        self, images: Images, view: View, *, size: int, batch_size: int, seed: int, workers: int = 0,
+        crops: tuple[int, int] = (0, 0),
+    ) -> None:  # fmt: skip
+        self.images, self.view, self.size, self.crops = images, view, size, crops
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch that is being read
 
@@ -151,7 +170,8 @@ class ViewBatches(Dataset[Batch]):
             self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.images)))
         indices = self._order[1][number * self.batch_size : (number + 1) * self.batch_size].tolist()
         rng = np.random.default_rng((self.seed, epoch, number + 1))
-        return {"views": tuple(self.view(self.images, indices, self.size, rng) for _ in range(2))}
+        views = [(self.view, self.size)] * 2 + [(self.view.local(), self.crops[1])] * self.crops[0]
+        return {"views": tuple(view(self.images, indices, size, rng) for view, size in views)}
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; `workers` processes prepare them ahead."""
@@ -169,7 +189,9 @@ class ImageData:
     view: View
 
 
-def load(config: ImageConfig, *, batch_size: int, seed: int, workers: int) -> ImageData:
+def load(
+    config: ImageConfig, *, batch_size: int, seed: int, workers: int, crops: tuple[int, int] = (0, 0)
+) -> ImageData:
     """The images that a configuration names, split into what is trained on and what is held out."""
     view: View = PhotoView()
     if config.data == "mnist":
@@ -190,7 +212,9 @@ def load(config: ImageConfig, *, batch_size: int, seed: int, workers: int) -> Im
         raise UserError(
             f"--batch-size: {batch_size} is more than the {len(train)} training images of --data {config.data}"
         )
-    batches = ViewBatches(train, view, size=config.image_size, batch_size=batch_size, seed=seed, workers=workers)
+    batches = ViewBatches(
+        train, view, size=config.image_size, batch_size=batch_size, seed=seed, workers=workers, crops=crops
+    )
     return ImageData(batches, train, held_out, view)
 
 

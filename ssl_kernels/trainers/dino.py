@@ -1,0 +1,231 @@
+"""DINO: a student tells of any crop of an image what its momentum teacher says of the whole (Caron 2021, 2104.14294).
+
+Version 1, for an image with two large views and some small, local ones:
+
+    t = teacher(large views);  s = student(all views)               # logits of K prototypes: [2, B, K], [2 + V, B, K]
+    p = softmax((t - centre) / teacher_temp)                        # no gradient
+    loss = mean over pairs of unlike views of -sum(p log_softmax(s / student_temp))
+    after the optimizer's step:  teacher <- m teacher + (1 - m) student;  centre <- c centre + (1 - c) mean(t)
+
+Version 2 (Oquab 2023, arXiv 2304.07193) hides blocks of patches from the student, which is to say what the teacher
+says of them (iBOT, Zhou 2021, arXiv 2111.07832), always balances the prototypes with Sinkhorn-Knopp, and spreads the
+features of a batch with KoLeo:
+
+    loss = dino + ibot_weight * mean over masked views of the mean over their hidden patches + koleo_weight * koleo
+
+**Collapse.** Nothing but the centre and a sharp teacher keeps the teacher from saying the same of all images, evenly
+(its entropy is ln K then, and so is the loss) or with one prototype. The log has the entropy as a share of ln K, that
+of the batch's mean, the centre's norm, and what is left of the loss besides the entropy, which is all that is learned.
+
+Run it: `ssl-kernels train dino` or `python -m ssl_kernels.trainers.dino`. With no arguments it learns 4,000 digits
+without their labels; the settings were chosen on a validation split of these digits (`--evaluate-on validation`). What
+is evaluated is the teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import ssl_kernels.functional as K
+from ssl_kernels import CollapseMonitor
+from ssl_kernels.schedules import linear_warmup
+from ssl_kernels.trainers import command, loop, self_supervised
+from ssl_kernels.trainers.data.pairs import Batch
+from ssl_kernels.trainers.data.views import ImageData
+from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.masking import block_masks, mask_weights
+from ssl_kernels.trainers.probes import spread
+from ssl_kernels.trainers.self_supervised import Encoder, MomentumMethod, SelfSupervisedConfig
+from ssl_kernels.trainers.students import MaskedStudent, Student
+
+
+@dataclass
+class DINOConfig(SelfSupervisedConfig):
+    """Train an encoder by self-distillation. The defaults learn 4,000 digits in a few minutes."""
+
+    output_dir: Path = Path("runs/dino")
+    """Folder for logs, checkpoints and pictures."""
+    epochs: int = 12
+    """Passes over the training images."""
+    hidden: int = 512
+    """Width of the head's hidden layers; 2,048 on ImageNet."""
+    dim: int = 128
+    """Width of the head's bottleneck, which meets the prototypes; 256 on ImageNet."""
+    temperature: float = 0.1
+    """Divides the student's logits."""
+
+    version: Literal[1, 2] = 1
+    """1: DINO; 2: DINOv2, with masked patches, Sinkhorn-Knopp and KoLeo, for vision transformers such as tiny-vit."""
+    prototypes: int = 128
+    """Number of prototypes K; 65,536 on ImageNet. Little data wants few."""
+    norm: bool = True
+    """BatchNorm in the head; helps small and convolutional nets."""
+    local_crops: int = 0
+    """Small crops of each image, which only the student sees, besides the two large views. Photographs want 8; half
+    of a digit says little of it."""
+    local_size: int = 16
+    """Height and width of the small crops in pixels."""
+    momentum: float = 0.95
+    """Momentum that the teacher starts from; it rises along a cosine to 1 at the last step. Long runs want 0.996."""
+    teacher_temp: float = 0.04
+    """Divides the teacher's logits; the lower, the sharper it teaches."""
+    warmup_teacher_temp: float = 0.04
+    """Where the teacher's temperature starts, to rise in a line."""
+    warmup_teacher_epochs: float = 3
+    """Epochs until it is there."""
+    centering: Literal["mean", "sinkhorn"] = "sinkhorn"
+    """What keeps the prototypes in use (version 1): a moving mean of the teacher's logits, as in the paper, or
+    Sinkhorn-Knopp over the batch, as in version 2, which learns more of little data."""
+    center_momentum: float = 0.9
+    """Momentum of the moving mean."""
+    freeze_last_layer: float = 1
+    """Epochs in which the prototypes stay as they are."""
+    final_weight_decay: float = 0.4
+    """AdamW's weight decay at the end, to which it moves along a cosine from --weight-decay."""
+
+    mask_share: tuple[float, float] = (0.1, 0.5)
+    """Least and largest share of a view's patches that are hidden from the student (version 2)."""
+    mask_probability: float = 0.5
+    """Share of the large views that have hidden patches (version 2)."""
+    ibot_weight: float = 1.0
+    """Weight of the loss on hidden patches (version 2)."""
+    koleo_weight: float = 0.1
+    """Weight of KoLeo (version 2)."""
+    separate_heads: bool = False
+    """A head of their own for patches, as large models want it (version 2)."""
+
+    def check(self) -> None:
+        super().check()
+        for name, low in (("prototypes", 2), ("local_crops", 0)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
+        if self.local_crops and not 8 <= self.local_size <= self.image_size:
+            raise UserError(f"--local-size: expected 8 to --image-size {self.image_size}, got {self.local_size}")
+        for name in ("momentum", "center_momentum", "mask_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')}: expected a number in [0, 1], got {getattr(self, name)}")
+        for name in ("teacher_temp", "warmup_teacher_temp"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')}: expected a finite number > 0, got {getattr(self, name)}")
+        for name in ("warmup_teacher_epochs", "freeze_last_layer", "final_weight_decay", "ibot_weight", "koleo_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(self, name)}")
+        low_share, high_share = self.mask_share
+        if not 0 < low_share <= high_share < 1:
+            raise UserError(f"--mask-share: expected two shares in (0, 1), the smaller first, got {self.mask_share}")
+
+
+class DINO(MomentumMethod):
+    """DINO: cross-entropy between views, with a centred and sharpened teacher."""
+
+    center: Tensor
+
+    def __init__(self, encoder: Student, config: DINOConfig, steps: int) -> None:
+        super().__init__(encoder, config.momentum, steps)
+        self.config, self.epoch_steps = config, steps // config.epochs
+        self.register_buffer("center", torch.zeros(config.prototypes))
+        self.monitor = CollapseMonitor(config.prototypes, max_rows=256)
+        self.teacher_sums: list[Tensor] = []  # of this step's batches
+        self.logged: dict[str, float] = {}
+
+    @property
+    def evaluated(self) -> Encoder:
+        return cast(Encoder, self.teacher.module)
+
+    def before_step(self, number: int, groups: list[dict[str, Any]]) -> None:
+        config, done = self.config, number - 1
+        warmup = round(config.warmup_teacher_epochs * self.epoch_steps)
+        self.teacher_temp = linear_warmup(done, warmup, config.warmup_teacher_temp, config.teacher_temp)
+        rest = loop.cosine(done, self.steps, warmup=0)
+        decay = config.final_weight_decay + (config.weight_decay - config.final_weight_decay) * rest
+        for group in groups:
+            if group["params"][0].ndim >= 2:  # biases and the like are not decayed
+                group["weight_decay"] = decay
+        for name, parameter in self.encoder.named_parameters():
+            if name.endswith("last_layer.weight_v"):
+                parameter.requires_grad_(done >= config.freeze_last_layer * self.epoch_steps)
+        self.logged = {
+            "teacher_temp": self.teacher_temp, "momentum": self.momentum_at(number), "weight_decay": decay,
+        }  # fmt: skip
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        views = batch["views"]
+        with torch.no_grad():
+            _, t = self.teacher(views[:2])
+            center = self.center_of(t)
+        features, s = self.encoder(views)
+        loss, total = K.dino_loss(
+            s, t, student_temp=self.config.temperature, teacher_temp=self.teacher_temp, center=center,
+            want_teacher_sum=True,
+        )  # fmt: skip
+        self.teacher_sums.append(total / (t.shape[0] * t.shape[1]))
+        return loss, self.metrics(features, t, loss, center)
+
+    def center_of(self, t: Tensor) -> Tensor:
+        """The moving centre, or that with which a softmax is the Sinkhorn-Knopp assignment of the batch."""
+        return self.center if self.config.centering == "mean" else K.sinkhorn_center(t, self.teacher_temp)
+
+    def metrics(self, features: Tensor, t: Tensor, loss: Tensor, center: Tensor) -> dict[str, Any]:
+        center = center - center.mean()  # what all prototypes share teaches nothing
+        watched = self.monitor(t, loss.detach(), self.teacher_temp, center)
+        for name in ("teacher_entropy", "marginal_entropy"):
+            watched[f"{name}_share"] = watched[name] / math.log(t.shape[-1])
+        return {**watched, **spread(features[: t.shape[1]].detach()), **self.logged}
+
+    def after_step(self, number: int) -> None:
+        super().after_step(number)
+        if self.teacher_sums:
+            self.center.lerp_(torch.stack(self.teacher_sums).mean(0).to(self.center), 1 - self.config.center_momentum)
+            self.teacher_sums.clear()
+
+
+class DINOv2(DINO):
+    """DINOv2: DINO with Sinkhorn-Knopp, iBOT on masked patches, and KoLeo."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        views, config = batch["views"], self.config
+        grid = cast(Any, self.encoder.trunk).patch_embed.grid_size
+        masks = block_masks(2 * len(views[0]), grid, config.mask_share, config.mask_probability).to(self.center.device)
+        with torch.no_grad():
+            _, t, t_patches = self.teacher(views[:2], masks, hide=False)
+            center, patch_center = (K.sinkhorn_center(logits, self.teacher_temp) for logits in (t, t_patches))
+        features, s, s_patches = self.encoder(views, masks, hide=True)
+        temps: dict[str, Any] = {"student_temp": config.temperature, "teacher_temp": self.teacher_temp}
+        weights = mask_weights(masks)
+        terms = {
+            "dino": cast(Tensor, K.dino_loss(s, t, center=center, **temps)),
+            "ibot": cast(Tensor, K.ibot_patch_loss(s_patches, t_patches, weights, center=patch_center, **temps)),
+            "koleo": torch.stack([K.koleo_loss(view) for view in features[: len(masks)].chunk(2)]).sum(),
+        }
+        loss = terms["dino"] + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]
+        metrics = self.metrics(features, t, terms["dino"], center)
+        return loss, {**{name: term.detach() for name, term in terms.items()}, **metrics}
+
+
+def make_method(config: DINOConfig, data: ImageData, steps: int) -> DINO:
+    if config.version == 2:
+        return DINOv2(MaskedStudent(config), config, steps)
+    return DINO(Student(config), config, steps)
+
+
+def train(config: DINOConfig, console: Console) -> None:
+    crops = (config.local_crops, config.local_size)
+    make = partial(make_method, config)
+    self_supervised.train(f"DINO v{config.version}", make, config, console, crops=crops, draw=True)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m ssl_kernels.trainers.dino") -> int:
+    return command.run(DINOConfig, train, argv, prog)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
