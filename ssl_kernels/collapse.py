@@ -84,7 +84,7 @@ class CollapseMonitor:
             "teacher_entropy": within,
             "marginal_entropy": marginal,
             "center_norm": norm.item(),
-            "kl": float(loss) - within,
+            "kl": (loss.item() if isinstance(loss, Tensor) else loss) - within,
         }
         most = math.log(self.out_dim)
         self._count("uniform", within > (1 - self.tolerance) * most, numbers, "every sample's is uniform")

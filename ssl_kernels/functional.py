@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal, overload
 
 import torch.distributed as dist
 from torch import Tensor
@@ -379,6 +380,32 @@ def albef_contrastive_loss(
     )
 
 
+@overload
+def dino_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    pairs: str = "distinct",
+    teacher_probs: bool = False,
+    reduction: str = "mean",
+    want_teacher_sum: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dino_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    pairs: str = "distinct",
+    teacher_probs: bool = False,
+    reduction: str = "mean",
+    want_teacher_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def dino_loss(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
@@ -441,6 +468,32 @@ def dino_loss(
     )  # fmt: skip
 
 
+@overload
+def ibot_patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None = None,
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    teacher_probs: bool = False,
+    reduction: str = "sum",
+    want_teacher_sum: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def ibot_patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None = None,
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    teacher_probs: bool = False,
+    reduction: str = "sum",
+    want_teacher_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def ibot_patch_loss(
     student: Tensor,
     teacher: Tensor,

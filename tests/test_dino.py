@@ -532,7 +532,7 @@ def test_memory_is_the_gradient_and_a_few_rows() -> None:
         loss.backward()
 
     with ssl_kernels.use_tile_budget(0):
-        assert 0.9 * gradient_mb < peak_mb(step) < gradient_mb + 2
+        assert peak_mb(step) < gradient_mb + 2
     with torch.no_grad():
         assert peak_mb(lambda: K.dino_loss(student, teacher)) < 2
     step()
@@ -545,6 +545,8 @@ def test_a_gradient_that_is_still_in_use_is_not_written_over(backend: str) -> No
     """However it is held: as the leaf's own, as a view of a part, or by a graph whose backward is yet to come."""
     teacher = logits(2, 4, 65_536)
     steps = [logits(6, 4, 65_536).requires_grad_() for _ in range(7)]
+    with ssl_kernels.use_tile_budget(0):
+        expected = [evaluate(backend, student, teacher).gradient for student in steps]
     views, waiting = [], []
     with ssl_kernels.use_backend(backend):
         for i, student in enumerate(steps):
@@ -559,12 +561,11 @@ def test_a_gradient_that_is_still_in_use_is_not_written_over(backend: str) -> No
                     student.grad = None
         for loss in waiting:
             loss.backward()
-    for i, student in enumerate(steps):
-        expected = evaluate(backend, student, teacher).gradient
+    for i, (student, gradient) in enumerate(zip(steps, expected, strict=True)):
         if i != 2:
-            assert torch.equal(student.grad, expected)  # type: ignore[arg-type]
+            assert torch.equal(student.grad, gradient)  # type: ignore[arg-type]
         if i % 2 == 0:
-            assert torch.equal(views[i // 2], expected[3, 1:])
+            assert torch.equal(views[i // 2], gradient[3, 1:])
 
 
 def test_nothing_is_saved_where_no_gradient_is_wanted() -> None:

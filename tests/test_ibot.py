@@ -225,7 +225,7 @@ def test_memory_is_the_gradient_and_a_few_rows() -> None:
         loss.backward()
 
     with ssl_kernels.use_tile_budget(0):
-        assert 0.9 < peak_mb(step) / (student.numel() * 4 / 2**20) < 1.2
+        assert peak_mb(step) < student.numel() * 4 / 2**20 + 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels.losses.center import as_total, checked_momentum, step_, total_of
-from ssl_kernels.losses.dino import check_temperatures, linear_schedule
+from ssl_kernels.losses.dino import check_temperatures, linear
 
 
 class DINOLoss(nn.Module):
@@ -52,8 +52,9 @@ class DINOLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = checked_momentum("mean", center_momentum)
         self.ncrops = ncrops
-        warmup = linear_schedule(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
-        self.teacher_temp_schedule = warmup + [teacher_temp] * (nepochs - warmup_teacher_temp_epochs)
+        steps = warmup_teacher_temp_epochs
+        warmup = [linear(warmup_teacher_temp, teacher_temp, steps, epoch) for epoch in range(steps)]
+        self.teacher_temp_schedule = warmup + [teacher_temp] * (nepochs - steps)
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:

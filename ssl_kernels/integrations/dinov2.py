@@ -34,7 +34,7 @@ class CenteredLoss(nn.Module):
         self.center_momentum = checked_momentum("mean", center_momentum)
         self.register_buffer("center", torch.zeros(size))
         self._waiting: list[tuple[Tensor, dist.Work | None]] = []
-        self.register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.apply_center_update())
+        self.register_state_dict_pre_hook(_apply_center_update)
 
     def init_weights(self) -> None:
         """Set the centre to 0, where it is from the start unless the module was made on the meta device."""
@@ -68,6 +68,11 @@ class CenteredLoss(nn.Module):
                 work.wait()
         move_(self.center, torch.stack([total for total, _ in self._waiting]).sum(0), self.center_momentum)
         self._waiting.clear()
+
+
+def _apply_center_update(module: CenteredLoss, prefix: str, keep_vars: bool) -> None:
+    """A hook that can be pickled, as a lambda cannot."""
+    module.apply_center_update()
 
 
 class DINOLoss(CenteredLoss):

@@ -61,11 +61,11 @@ class DINOLoss(nn.Module):
         check_temperatures(
             warmup_teacher_temp=warmup_teacher_temp, teacher_temp=teacher_temp, student_temp=student_temp
         )
+        self.warmup_teacher_temp = warmup_teacher_temp
         self.teacher_temp = teacher_temp
         self.student_temp = student_temp
         self.center_momentum = checked_momentum(center_mode, center_momentum)
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
-        self.teacher_temp_schedule = linear_schedule(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
         self._waiting: Tensor | None = None  # of the micro-batches of an unfinished step
 
@@ -88,8 +88,9 @@ class DINOLoss(nn.Module):
                 which is called without, and moves once, towards the mean over all of them.
         """
         if teacher_temp is None:
-            warm = epoch is None or epoch >= self.warmup_teacher_temp_epochs
-            teacher_temp = self.teacher_temp if warm else self.teacher_temp_schedule[epoch or 0]
+            teacher_temp, steps = self.teacher_temp, self.warmup_teacher_temp_epochs
+            if epoch is not None and epoch < steps:  # not from a list: torch.compile would make a graph for each epoch
+                teacher_temp = linear(self.warmup_teacher_temp, teacher_temp, steps, epoch)
         loss, teacher_sum = K.dino_loss(
             student_out,
             teacher_out,
@@ -125,5 +126,5 @@ def check_temperatures(**temperatures: float) -> None:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
-def linear_schedule(start: float, end: float, steps: int) -> list[float]:
-    return [start + (end - start) * step / max(1, steps - 1) for step in range(steps)]
+def linear(start: float, end: float, steps: int, step: int) -> float:
+    return start + (end - start) * step / max(1, steps - 1)

@@ -94,6 +94,8 @@ def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
         return value.reshape(()).to(device=like.device, dtype=dtype)
     if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(f"{name}: expected a float or a tensor of one element, got {type(value).__name__}")
+    if torch.compiler.is_compiling():  # what fills a tensor is a constant of the graph, made anew for each value
+        return torch.ones((), dtype=dtype, device=like.device) * float(value)
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
 

@@ -78,6 +78,8 @@ def dino_loss(
 
 def as_blocks(name: str, crops: Crops) -> list[Tensor]:
     """Crops as blocks [n, B, K] of one dtype, device, B and K; those given as [B, K] become blocks of one."""
+    if not isinstance(crops, Tensor | Sequence):
+        raise TypeError(f"{name}: expected a tensor or a sequence of tensors, got {type(crops).__name__}")
     blocks = [crops] if isinstance(crops, Tensor) else list(crops)
     if not blocks:
         raise ValueError(f"{name}: expected at least one crop, got an empty list")
@@ -141,8 +143,9 @@ def distill(
     for name, value in constants.items():
         check_constant(name, value)
     center = as_center(center, student.shape[2], teacher)
-    student_temp = _checks.as_temperature("student_temp", student_temp, teacher).to(dtype)
-    teacher_temp = _checks.as_temperature("teacher_temp", teacher_temp, teacher).to(dtype)
+    wider = student if dtype == student.dtype else teacher
+    student_temp = _checks.as_temperature("student_temp", student_temp, wider).to(dtype)
+    teacher_temp = _checks.as_temperature("teacher_temp", teacher_temp, wider).to(dtype)
     backend = choose_backend(student.device.type, dtype)
     if backend == "reference":
         rows = reference(students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs)

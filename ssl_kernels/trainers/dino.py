@@ -202,8 +202,8 @@ class DINOv2(DINO):
         temps: dict[str, Any] = {"student_temp": config.temperature, "teacher_temp": self.teacher_temp}
         weights = mask_weights(masks)
         terms = {
-            "dino": cast(Tensor, K.dino_loss(s, t, center=center, **temps)),
-            "ibot": cast(Tensor, K.ibot_patch_loss(s_patches, t_patches, weights, center=patch_center, **temps)),
+            "dino": K.dino_loss(s, t, center=center, **temps),
+            "ibot": K.ibot_patch_loss(s_patches, t_patches, weights, center=patch_center, **temps),
             "koleo": torch.stack([K.koleo_loss(view) for view in features[: len(masks)].chunk(2)]).sum(),
         }
         loss = terms["dino"] + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]

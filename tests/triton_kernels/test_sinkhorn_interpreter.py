@@ -119,10 +119,14 @@ def test_offsets_beyond_32_bits():
     for a, b in ((far, near), (far.t(), near.t())):
         for first, second in zip(check(a), check(b), strict=True):
             assert torch.equal(first, second)
+    temp = torch.tensor(0.5)
+    for first, second in zip(row_stats([far[:, None]], temp, None), row_stats([near[None]], temp, None), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_statistics_over_several_blocks():
-    blocks = [torch.randn(2, 3, 1100), torch.randn(0, 3, 1100), torch.randn(3, 1100, 1).mT.expand(3, 3, 1100)]
+    blocks = [torch.randn(2, 3, 1100), torch.randn(3, 1100, 1).mT.expand(3, 3, 1100), torch.randn(1, 3, 1100)]
+    blocks.insert(2, torch.randn(0, 3, 1100))
     shift, reciprocal = row_stats(blocks, torch.tensor(0.5), None)
     for i, row in enumerate(torch.cat(blocks).flatten(0, 1)):
         p = torch.exp2(row * (1.4426950408889634 / 0.5) - shift[i]) * reciprocal[i]
