@@ -18,14 +18,15 @@ class CollapseWarning(UserWarning):
 class CollapseMonitor:
     r"""Watches a teacher's probabilities p = softmax((T - c) / tau), and warns when they collapse.
 
-    There are two ways to: every p uniform, which shows as a loss that stays at ln K, and every p the same single
-    prototype, whose loss is about 0. A loss may reach either value on its own account, but the entropies may not.
+    There are two ways to: every p uniform, which shows as a loss that stays at ln K, and every sample's p the same,
+    often a single prototype, whose loss is about 0. A loss may reach either value on its own account, but the entropies
+    may not: that of the mean p exceeds the mean of those of p by what p tells of the sample.
 
     Args:
         out_dim: number of prototypes K.
         max_rows: rows that a call looks at, spread evenly over those it is given: a softmax of 64 x 65,536 is little
             beside a training step. More make the marginal entropy finer, which is at most that of as many rows.
-        tolerance: of an entropy, as a share of ln K: within this of ln K is uniform, within this of 0 is one prototype.
+        tolerance: of entropies, as a share of ln K: within this of ln K is uniform, within this of each other the same.
         patience: calls in a row that must look collapsed; the first steps of a run may.
 
     Raises:
@@ -87,8 +88,10 @@ class CollapseMonitor:
             "kl": (loss.item() if isinstance(loss, Tensor) else loss) - within,
         }
         most = math.log(self.out_dim)
-        self._count("uniform", within > (1 - self.tolerance) * most, numbers, "every sample's is uniform")
-        self._count("constant", marginal < self.tolerance * most, numbers, "every sample's is the same prototype")
+        uniform = within > (1 - self.tolerance) * most
+        constant = not uniform and marginal - within < self.tolerance * most
+        self._count("uniform", uniform, numbers, "every sample's is uniform")
+        self._count("constant", constant, numbers, "every sample's is the same")
         return numbers
 
     def _count(self, kind: str, collapsed: bool, numbers: dict[str, float], what: str) -> None:

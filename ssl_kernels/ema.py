@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.ops._checks import check_fraction
 
 
 class ModelEma(nn.Module):
@@ -27,7 +28,7 @@ class ModelEma(nn.Module):
         model: what to follow; the copy starts as its equal, in the same mode. Put it into ``eval()`` where needed.
         momentum: m in [0, 1], unless :meth:`update` is given another.
         buffers: "average" treats floating buffers that ``state_dict`` holds (statistics of BatchNorm) as parameters,
-            "copy" copies them. Integer buffers and those outside of ``state_dict`` are copied either way.
+            "copy" copies them. Integers and buffers outside of ``state_dict`` are copied either way.
         dtype: in which the copy is kept, such as float32 for a bfloat16 model: in 16 bits an average stands still once
             a step is less than its rounding. None keeps the model's.
 
@@ -134,10 +135,11 @@ def ema_multi_avg_fn(
     @torch.no_grad()
     def average(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int) -> None:
         pairs = list(zip(averaged, current, strict=True))
-        floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        K.ema_update_((target for target, _ in floating), (source for _, source in floating), momentum)
-        for target, source in pairs:
-            if not target.is_floating_point():
+        averages = [target.is_floating_point() or target.is_complex() for target, _ in pairs]
+        moving = list(itertools.compress(pairs, averages))
+        K.ema_update_((target for target, _ in moving), (source for _, source in moving), momentum)
+        for (target, source), moves in zip(pairs, averages, strict=True):
+            if not moves:
                 target.copy_(source)
 
     return average
@@ -173,7 +175,8 @@ def _paired(average: nn.Module, argument: str, module: nn.Module) -> list[Tensor
 def _named(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Name, kind and tensor of every parameter and buffer, tied ones once."""
     for name, parameter in module.named_parameters():
-        yield name, "parameter", parameter
+        averages = parameter.is_floating_point() or parameter.is_complex()  # the latter to be refused, not copied
+        yield name, "parameter" if averages else "constant", parameter
     # Masks and the like are not averaged: between two infinities there is no middle.
     constants = {
         f"{prefix}.{name}" if prefix else name
@@ -202,6 +205,5 @@ def _checked(momentum: float | Tensor) -> float | Tensor:
         if momentum.device.type != "cpu":
             return momentum.detach().reshape(())
         momentum = momentum.item()
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum: expected a number in [0, 1], got {momentum}")
+    check_fraction("momentum", momentum)
     return float(momentum)

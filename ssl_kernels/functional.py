@@ -434,7 +434,7 @@ def dino_loss(
         center: c, K floating elements in any shape; None is zero. That of :func:`sinkhorn_center` makes the p those of
             Sinkhorn-Knopp.
         pairs: "distinct" leaves out pairs of the same crop, t = v; "all" does not.
-        teacher_probs: ``teacher`` holds probabilities p instead of logits.
+        teacher_probs: ``teacher`` holds probabilities p instead of logits, and there is no centre.
         reduction: "mean" or "sum" over the samples, or "none", [B].
         want_teacher_sum: also return the sum of the teacher's logits over t and b, [K], from the same pass: divided by
             T B it is what c moves towards, as by :class:`ssl_kernels.DINOLoss`.
@@ -566,7 +566,8 @@ def sinkhorn_center(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
 
-    Logits of any size are fine: nothing overflows and no column underflows. The logits are read ``n_iterations`` times.
+    Logits of any size are fine: nothing overflows and no column underflows. The logits are read ``n_iterations`` times
+    on a CPU.
 
     Source: Cuturi, 2013, arXiv:1306.0895; Caron et al., SwAV, 2020, arXiv:2006.09882; Oquab et al., DINOv2, 2023,
     arXiv:2304.07193.

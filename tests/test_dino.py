@@ -288,6 +288,26 @@ def test_fp16_gradients_of_65536_prototypes_survive(backend: str, upstream: floa
         assert floor < 0.01 * exact.gradient.norm()
 
 
+@pytest.mark.parametrize("temp", [0.002, 0.005, 0.02])
+def test_fp16_gradients_of_cold_students_do_not_overflow(temp: float) -> None:
+    student, teacher = (0.01 * logits(n, 2, 9) for n in (3, 2))
+    student = student.half()
+    options: dict[str, Any] = {"student_temp": temp}
+    ours, exact = evaluate("cpu", student, teacher, **options), oracle(student, teacher, **options)
+    assert distance(ours.gradient, exact.gradient) <= 2**-9 * exact.gradient.norm()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("masked", [1, 512, 2048, 2100])
+def test_prototypes_that_the_teacher_rules_out(backend: str, masked: int) -> None:
+    """Even a whole block of a row at its start."""
+    student, teacher = logits(3, 2, 2103), logits(2, 2, 2103) - 50
+    teacher[..., :masked] = -torch.inf
+    ours, exact = evaluate(backend, student, teacher), oracle(student, teacher)
+    torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=0)
+    assert distance(ours.gradient, exact.gradient) <= 1e-5 * exact.gradient.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gradient_that_nearly_cancels_is_cast_once(dtype: torch.dtype) -> None:
     """The student agrees with its teachers but for 1%: p - q in 16 bits would be noise."""
@@ -585,6 +605,7 @@ def test_nothing_is_saved_where_no_gradient_is_wanted() -> None:
     [
         ({"student": torch.ones(3, 4)}, ValueError, r"student: expected shape \[crops, B, K\], got \(3, 4\)"),
         ({"student": []}, ValueError, "student: expected at least one crop, got an empty list"),
+        ({"teacher": (t for t in torch.ones(2, 4, 5))}, TypeError, "teacher: .* sequence of tensors, got generator"),
         ({"student": torch.ones(0, 4, 5)}, ValueError, r"student: expected at least one crop, got shape \(0, 4, 5\)"),
         ({"student": [torch.ones(4, 5), None]}, TypeError, r"student\[1\]: expected a tensor, got NoneType"),
         ({"student": [torch.ones(4, 5), torch.ones(5)]}, ValueError, r"student\[1\]: .*\[crops, B, K\], got \(5,\)"),
@@ -616,6 +637,7 @@ def test_nothing_is_saved_where_no_gradient_is_wanted() -> None:
             ValueError,
             "student_temp: expected a tensor without gradient",
         ),
+        ({"center": torch.ones(5), "teacher_probs": True}, ValueError, "center: expected None beside teacher_probs"),
         ({"pairs": "some"}, ValueError, "pairs: expected one of 'distinct', 'all', got 'some'"),
         ({"reduction": "avg"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'avg'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from distillation import BACKENDS, assignment, logits, run_processes
 from torch import Tensor, nn
 
@@ -145,6 +147,8 @@ def test_bad_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             DINOLoss(20, **arguments)
+    with pytest.raises(ValueError, match="epoch: expected at least 0, got -1"):
+        DINOLoss(20)(*batch(), epoch=-1)
     with pytest.raises(ValueError, match="center: expected 9 elements"):
         DINOLoss(20)(*batch(width=9))
 
@@ -455,7 +459,8 @@ def test_the_monitor_looks_at_rows_from_everywhere() -> None:
     ("teacher", "message"),
     [
         (0.001 * torch.eye(16, 64), "every sample's is uniform .*teacher_entropy 4.1.*ln K = 4.159"),
-        (20 * torch.eye(64)[3].expand(16, 64), "every sample's is the same prototype .*marginal_entropy"),
+        (20 * torch.eye(64)[3].expand(16, 64), "every sample's is the same .*marginal_entropy 0"),
+        (0.1 * torch.linspace(-1, 1, 64).expand(16, 64), "every sample's is the same .*marginal_entropy 4.0"),
     ],
 )
 def test_a_collapse_is_reported_once(teacher: Tensor, message: str) -> None:
@@ -508,3 +513,49 @@ def test_bad_arguments_of_the_monitor_are_named() -> None:
         CollapseMonitor(8)(torch.ones(4, 9), 0.0, 0.1)
     with pytest.raises(ValueError, match="teacher_logits: expected at least 2 rows, got 1"):
         CollapseMonitor(8)(torch.ones(1, 8), 0.0, 0.1)
+
+
+def test_a_compiled_loss_serves_all_temperatures_of_the_schedule() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    ours, compiled = (DINOLoss(20, 0.04, 0.07, warmup_teacher_temp_epochs=12) for _ in range(2))
+    function = torch.compile(compiled, fullgraph=True, backend=counter)
+    for epoch in range(15):
+        teacher, student = batch()
+        torch.testing.assert_close(function(teacher, student, epoch=epoch), ours(teacher, student, epoch=epoch))
+    assert counter.frame_count <= 4  # epoch 0 and 1, the warm-up, and what follows
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_temperatures_have_the_precision_of_the_loss(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    student, teacher = logits(3, 4, 20, dtypes[0]), logits(2, 4, 20, dtypes[1])
+    exact = K.dino_loss(student.double(), teacher.double())
+    torch.testing.assert_close(K.dino_loss(student, teacher), exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("module", [DINOLoss, IBOTPatchLoss, dinov2.DINOLoss, dinov2.iBOTPatchLoss, dinov3.DINOLoss])
+def test_the_modules_can_be_pickled(module: type[nn.Module]) -> None:
+    criterion = module(20)
+    assert pickle.loads(pickle.dumps(criterion)).state_dict().keys() == criterion.state_dict().keys()
+
+
+def test_a_loaded_checkpoint_forgets_what_waits() -> None:
+    """A run that goes back to a checkpoint after a NaN must not meet it again."""
+    ours, meta = DINOLoss(20), dinov2.DINOLoss(20)
+    states = copy.deepcopy((ours.state_dict(), meta.state_dict()))
+    teacher, student = batch()
+    ours([t * torch.nan for t in teacher], student, accumulate=True)
+    meta.update_center(teacher[0] * torch.nan)
+    ours.load_state_dict(states[0])
+    meta.load_state_dict(states[1])
+    ours(teacher, student)
+    meta.apply_center_update()
+    assert ours.center.isfinite().all()
+    assert not meta.center.any()
+
+
+def test_the_monitor_takes_the_loss_as_it_is() -> None:
+    """With its gradient, and without torch's warning about that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CollapseMonitor(8)(torch.randn(4, 8), torch.ones((), requires_grad=True), 1.0)["kl"] < 1

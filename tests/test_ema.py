@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from memory import linux_only, peak_mb
 from torch import Tensor, nn
 
-from ssl_kernels.ema import ModelEma
+from ssl_kernels.ema import ModelEma, ema_multi_avg_fn
 
 
 class Net(nn.Module):
@@ -304,3 +304,20 @@ def test_other_bad_arguments_are_refused() -> None:
         ModelEma(nn.Linear(2, 2), dtype=torch.int64)
     with pytest.raises(ValueError, match=r"momentum: expected a number in \[0, 1\], got 2"):
         ModelEma(nn.Linear(2, 2), 2)
+    with pytest.raises(TypeError, match="momentum: expected a float, got str"):
+        ModelEma(nn.Linear(2, 2), "0.9")  # type: ignore[arg-type]
+
+
+def test_integer_parameters_are_copied_and_complex_ones_refused() -> None:
+    codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    student = nn.ParameterList([torch.zeros(2), codes])
+    teacher = ModelEma(student)
+    codes.fill_(7)
+    teacher.update(student)
+    assert teacher.state_dict()["module.1"].tolist() == [7, 7, 7]
+    phase = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+    student = nn.ParameterList([phase])
+    with pytest.raises(TypeError, match=r"targets\[0\]: expected dtype .* got torch.complex64"):
+        ModelEma(student).update(student)
+    with pytest.raises(TypeError, match=r"targets\[0\]: expected dtype .* got torch.complex64"):
+        ema_multi_avg_fn(0.9)([torch.zeros(1, dtype=torch.complex64)], [phase], 1)

@@ -340,7 +340,7 @@ def test_neighbours_and_shared_sources_are_fine() -> None:
         (
             {"targets": [torch.zeros(3, device="meta"), torch.zeros(2)]},
             ValueError,
-            r"sources\[0\]: expected the device of targets\[0\] \(meta\), got cpu",
+            r"targets\[1\]: expected the device of targets\[0\] \(meta\), got cpu",
         ),
         ({"targets": [torch.zeros(1).expand(3), torch.zeros(2)]}, ValueError, r"targets\[0\]: .* an expanded tensor"),
         ({"momentum": 1.5}, ValueError, r"momentum: expected a number in \[0, 1\], got 1.5"),
@@ -374,7 +374,7 @@ def test_the_kernel_checks_its_own_arguments() -> None:
         (([a], [b], [], 1.5), "momentum: expected a number in"),
         (([a], [b[:2]], [], 0.5), r"sources\[0\]: expected 6 elements, got 4"),
         (([a.t()], [b], [], 0.5), r"targets\[0\]: expected a contiguous tensor"),
-        (([a], [b], [a.double()], 0.5), r"copies\[0\]: expected dtype Float, BFloat16 or Half, got Double"),
+        (([a], [b], [a.double()], 0.5), r"copies: expected dtype Float, BFloat16 or Half, got Double"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)

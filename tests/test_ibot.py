@@ -83,7 +83,7 @@ def test_matches_the_float64_reference(
     }[weighted]
     options: dict[str, Any] = {
         "weights": weights,
-        "center": torch.randn(1, width) if centred else None,
+        "center": torch.randn(1, width) if centred and not teacher_probs else None,
         "teacher_probs": teacher_probs,
         "reduction": reduction,
     }

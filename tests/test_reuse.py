@@ -101,3 +101,14 @@ def test_accumulated_gradients_survive_the_next_step() -> None:
     for _ in range(2):
         K.dino_loss(twice, teacher).backward()
     torch.testing.assert_close(twice.grad, 2 * once.grad)
+
+
+def test_an_output_that_varies_has_one_memory() -> None:
+    """As the gradient of iBOT's patches, of which there are more or fewer in each step."""
+    for rows in (4, 5, 4, 6, 7):
+        empty((rows, 2**20), LIKE)
+        assert len(reuse._held) == 1
+    in_use = empty((7, 2**20), LIKE)
+    empty((8, 2**20), LIKE)
+    assert len(reuse._held) == 2
+    del in_use

@@ -101,7 +101,7 @@ SSLK_INLINE Peak exponentials(const Logits<Type>& logits, int64_t width, float s
       if (kWeigh) weighted += lanes_below(count, load_features<Float32>(target.q + col, count) * z);
       if (kWrite) store_features<Float32>(out + col, e, count);
     });
-    if (kWrite) shifts[block] = shift;
+    if (kWrite) shifts[block] = maximum;  // exponentials of -infinity are 0 whatever they are multiplied by, but infinity
     const Peak before = peak;
     peak.shift = before.total == 0 || shift > before.shift ? shift : before.shift;
     peak.total = sum(totals) * factor_from(peak, shift, scale);

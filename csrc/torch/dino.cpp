@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -81,7 +82,9 @@ void dino_rows_cpu(std::vector<Tensor> students, std::vector<Tensor> teachers, s
       sslk::dino_rows(job, part * samples / parts, (part + 1) * samples / parts, scratch.get(), here, isa);
     }
   });
-  for (size_t i = 0; i < sums.size(); ++i) sum[i % width] += sums[i];
+  for (auto from = sums.begin(); from != sums.end(); from += width) {
+    std::transform(from, from + width, sum, sum, std::plus<float>());
+  }
 }
 
 }  // namespace

@@ -17,11 +17,11 @@ namespace {
 
 std::string name_of(const char* list, size_t index) { return std::string(list) + "[" + std::to_string(index) + "]"; }
 
-sslk::FeatureType check_entry(const Tensor& t, const std::string& name, int64_t size) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(t.numel() == size, name, ": expected ", size, " elements, got ", t.numel());
-  return sslk::feature_type(t, name.c_str());
+sslk::FeatureType check_entry(const Tensor& t, const char* list, size_t index, int64_t size) {
+  STD_TORCH_CHECK(t.is_cpu(), name_of(list, index), ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.is_contiguous(), name_of(list, index), ": expected a contiguous tensor");
+  STD_TORCH_CHECK(t.numel() == size, name_of(list, index), ": expected ", size, " elements, got ", t.numel());
+  return sslk::feature_type(t, list);
 }
 
 struct Range {
@@ -62,15 +62,15 @@ void ema_update_cpu(std::vector<Tensor> targets, std::vector<Tensor> sources, st
       const char* begin = static_cast<const char*>(data);
       if (t.size > 0) ranges.push_back({begin, begin + t.size * tensor.element_size(), list, i, written});
     };
-    t.target_type = check_entry(targets[i], name_of("targets", i), t.size);
-    t.source_type = check_entry(sources[i], name_of("sources", i), t.size);
+    t.target_type = check_entry(targets[i], "targets", i, t.size);
+    t.source_type = check_entry(sources[i], "sources", i, t.size);
     t.target = targets[i].mutable_data_ptr();
     t.source = sources[i].const_data_ptr();
     claim(targets[i], t.target, "targets", true);
     const bool is_target = t.source == t.target && t.source_type == t.target_type;  // stays what it is
     if (!is_target) claim(sources[i], t.source, "sources", false);
     if (i < copies.size()) {
-      t.copy_type = check_entry(copies[i], name_of("copies", i), t.size);
+      t.copy_type = check_entry(copies[i], "copies", i, t.size);
       t.copy = copies[i].mutable_data_ptr();
       claim(copies[i], t.copy, "copies", true);
     }

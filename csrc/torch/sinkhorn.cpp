@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -58,7 +59,9 @@ void column_sums_cpu(Tensor rows, Tensor center, double temp, Tensor sums) {
       sslk::sinkhorn_column_sums(job, part * job.rows / parts, (part + 1) * job.rows / parts, scratch.get(), here, isa);
     }
   });
-  for (size_t i = 0; i < others.size(); ++i) out[i % job.width] += others[i];
+  for (auto from = others.begin(); from != others.end(); from += job.width) {
+    std::transform(from, from + job.width, out, out, std::plus<float>());
+  }
 }
 
 void centered_softmax_cpu(Tensor rows, std::optional<Tensor> center, double temp, Tensor out) {

@@ -35,6 +35,7 @@ class CenteredLoss(nn.Module):
         self.register_buffer("center", torch.zeros(size))
         self._waiting: list[tuple[Tensor, dist.Work | None]] = []
         self.register_state_dict_pre_hook(_apply_center_update)
+        self.register_load_state_dict_pre_hook(_forget_center_updates)
 
     def init_weights(self) -> None:
         """Set the centre to 0, where it is from the start unless the module was made on the meta device."""
@@ -73,6 +74,10 @@ class CenteredLoss(nn.Module):
 def _apply_center_update(module: CenteredLoss, prefix: str, keep_vars: bool) -> None:
     """A hook that can be pickled, as a lambda cannot."""
     module.apply_center_update()
+
+
+def _forget_center_updates(module: CenteredLoss, *_: object) -> None:
+    module._waiting.clear()
 
 
 class DINOLoss(CenteredLoss):

@@ -6,6 +6,8 @@ processes add up, however many rows each of them has.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -59,6 +61,11 @@ def step_(center: Tensor, waiting: Tensor | None, total: Tensor, momentum: float
     all_reduce_(total)
     move_(center, total, momentum)
     return None
+
+
+def forget_waiting(module: Any, *_: object) -> None:
+    """Before a checkpoint is loaded: what waits is of the run before it."""
+    module._waiting = None
 
 
 def all_reduce_(total: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False) -> dist.Work | None:

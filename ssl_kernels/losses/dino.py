@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.losses.center import as_total, checked_momentum, step_, total_of
+from ssl_kernels.losses.center import as_total, checked_momentum, forget_waiting, step_, total_of
 
 
 class DINOLoss(nn.Module):
@@ -68,6 +68,7 @@ class DINOLoss(nn.Module):
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
         self._waiting: Tensor | None = None  # of the micro-batches of an unfinished step
+        self.register_load_state_dict_pre_hook(forget_waiting)
 
     def forward(
         self,
@@ -89,6 +90,8 @@ class DINOLoss(nn.Module):
         """
         if teacher_temp is None:
             teacher_temp, steps = self.teacher_temp, self.warmup_teacher_temp_epochs
+            if epoch is not None and epoch < 0:
+                raise ValueError(f"epoch: expected at least 0, got {epoch}")
             if epoch is not None and epoch < steps:  # not from a list: torch.compile would make a graph for each epoch
                 teacher_temp = linear(self.warmup_teacher_temp, teacher_temp, steps, epoch)
         loss, teacher_sum = K.dino_loss(

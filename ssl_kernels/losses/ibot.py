@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.losses.center import Center, as_total, step_
+from ssl_kernels.losses.center import Center, as_total, forget_waiting, step_
 from ssl_kernels.losses.dino import check_temperatures
 
 
@@ -51,6 +51,7 @@ class IBOTPatchLoss(nn.Module):
         self.student_temp = student_temp
         self.center = Center((1, output_dim), center_mode, center_momentum)
         self._waiting: Tensor | None = None  # of the micro-batches of an unfinished step
+        self.register_load_state_dict_pre_hook(forget_waiting)
 
     def forward(
         self,

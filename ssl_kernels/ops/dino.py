@@ -142,6 +142,8 @@ def distill(
     constants = {"teacher": teachers, "center": center, "student_temp": student_temp, "teacher_temp": teacher_temp}
     for name, value in constants.items():
         check_constant(name, value)
+    if teacher_probs and center is not None:
+        raise ValueError("center: expected None beside teacher_probs=True, for probabilities have no centre")
     center = as_center(center, student.shape[2], teacher)
     wider = student if dtype == student.dtype else teacher
     student_temp = _checks.as_temperature("student_temp", student_temp, wider).to(dtype)
@@ -277,7 +279,7 @@ def _dino_cpu(
     scale: float,
     teacher_sum: Tensor | None,
 ) -> Tensor:
-    students, teachers = ([_unit_stride(block) for block in blocks] for blocks in (students, teachers))
+    students, teachers = ([unit_stride(block) for block in blocks] for blocks in (students, teachers))
     losses = student_temp.new_empty(students[0].shape[1])
     torch.ops.ssl_kernels.dino_rows_(
         students, teachers, center, weights, student_temp.item(), teacher_temp.item(), distinct, teacher_probs, losses,
@@ -286,8 +288,9 @@ def _dino_cpu(
     return losses
 
 
-def _unit_stride(block: Tensor) -> Tensor:
-    return block if block.stride(2) == 1 or block.shape[2] == 1 else block.contiguous()
+def unit_stride(logits: Tensor) -> Tensor:
+    """Rows that are contiguous in memory."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
 def _dino_triton(
@@ -324,7 +327,7 @@ def _power(scale: float, terms: int, dtype: torch.dtype) -> float:
     """The power of two that a gradient is stored with: 1 but in fp16, where probabilities of 1/65,536 are subnormal."""
     if dtype != torch.float16 or not 0 < scale < math.inf:
         return 1.0
-    return 2.0 ** (9 - math.ceil(math.log2(scale * terms)))
+    return 2.0 ** (5 - math.ceil(math.log2(scale * terms)))
 
 
 @torch.library.custom_op(

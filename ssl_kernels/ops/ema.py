@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ssl_kernels.ops import _checks
 from ssl_kernels.settings import choose_backend
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def ema_update_(
     targets: Iterable[Tensor],
@@ -24,7 +26,7 @@ def ema_update_(
 ) -> None:
     """Documented at :func:`ssl_kernels.functional.ema_update_`."""
     into, towards = _as_list("targets", targets), _as_list("sources", sources)
-    beside = [None] * len(into) if copies is None else _as_list("copies", copies)
+    beside: list[Any] = [None] * len(into) if copies is None else _as_list("copies", copies)
     for name, tensors in (("sources", towards), ("copies", beside)):
         if len(tensors) != len(into):
             raise ValueError(f"{name}: expected {len(into)} tensors as targets has, got {len(tensors)}")
@@ -36,7 +38,9 @@ def ema_update_(
         order = sorted(range(len(into)), key=lambda i: beside[i] is None)
         into, towards, beside = ([tensors[i] for i in order] for tensors in (into, towards, beside))
     with torch.no_grad():
-        into, towards, beside = ([_local(t) for t in tensors if t is not None] for tensors in (into, towards, beside))
+        beside = [t for t in beside if t is not None]
+        if any(_is_sharded(t) for t in into):
+            into, towards, beside = ([_local(t) for t in tensors] for tensors in (into, towards, beside))
         double = any(t.dtype == torch.float64 for t in (*into, *towards, *beside))
         backend = choose_backend(device.type, torch.float64 if double else torch.float32)
         if backend == "reference":
@@ -53,27 +57,30 @@ def _as_list(name: str, tensors: Any) -> list[Any]:
 
 def _check(targets: list[Any], sources: list[Any], copies: list[Any]) -> torch.device:
     device = targets[0].device if targets and isinstance(targets[0], Tensor) else torch.device("cpu")
-    written: set[int] = set()
-    for i, target in enumerate(targets):
-        shape, sharded = getattr(target, "shape", None), _is_sharded(target)
-        for name, value in (("targets", target), ("sources", sources[i]), ("copies", copies[i])):
+    for name, tensors in (("targets", targets), ("sources", sources), ("copies", copies)):
+        for i, (value, target) in enumerate(zip(tensors, targets, strict=True)):
             if value is None and name == "copies":
                 continue
+            plain = type(value) in _PLAIN and type(target) in _PLAIN
             if (
-                not isinstance(value, Tensor)
+                not (plain or isinstance(value, Tensor))
                 or value.dtype not in _checks.FEATURE_DTYPES
                 or value.device != device
-                or value.shape != shape
-                or _is_sharded(value) != sharded
-                or (sharded and _sharding(value) != _sharding(target))
+                or (value is not target and value.shape != target.shape)
+                or not (plain or _sharding(value) == _sharding(target))
             ):
                 raise _mismatch(f"{name}[{i}]", value, f"targets[{i}]", target, device)
-            if name == "sources":
+    written: set[int] = set()
+    for name, tensors in (("targets", targets), ("copies", copies)):
+        for i, value in enumerate(tensors):
+            if value is None:
                 continue
             if id(value) in written:
                 raise ValueError(f"{name}[{i}]: expected each tensor once, got one that is written already")
             written.add(id(value))
-            if not value.is_contiguous() and any(n > 1 and s == 0 for n, s in zip(shape, value.stride(), strict=True)):
+            if not value.is_contiguous() and any(
+                n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)
+            ):
                 raise ValueError(f"{name}[{i}]: expected memory for each element, got an expanded tensor")
     return device
 
@@ -93,7 +100,7 @@ def _mismatch(name: str, value: Any, target_name: str, target: Tensor, device: t
 
 def _is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, without the half second of importing that class."""
-    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "to_local")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
 
 
 def _sharding(tensor: Any) -> str:

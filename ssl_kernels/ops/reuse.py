@@ -25,6 +25,7 @@ _ALIGNMENT = 64
 
 class _Memory:
     def __init__(self, nbytes: int) -> None:
+        self.size = nbytes
         self.bytes = np.empty(nbytes + _ALIGNMENT, np.uint8)
         self.references_when_free = self.references()
 
@@ -32,9 +33,14 @@ class _Memory:
         """Every tensor over these bytes holds one, down to the last view of its storage."""
         return sys.getrefcount(self.bytes)
 
+    def is_free(self) -> bool:
+        return self.references() == self.references_when_free
+
     def fits(self, nbytes: int) -> bool:
-        held = len(self.bytes) - _ALIGNMENT
-        return nbytes <= held <= 2 * nbytes and self.references() == self.references_when_free
+        return nbytes <= self.size <= 2 * nbytes and self.is_free()
+
+    def is_outgrown(self, nbytes: int) -> bool:
+        return self.size < nbytes <= 2 * self.size and self.is_free()
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         start = -self.bytes.ctypes.data % _ALIGNMENT
@@ -60,6 +66,8 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
             return like.new_empty(shape)
         memory = next((memory for memory in _held if memory.fits(nbytes)), None)
         if memory is None:
+            # An output whose size varies, as with iBOT's patches, has one memory: that of the largest so far.
+            _held[:] = [memory for memory in _held if not memory.is_outgrown(nbytes)]
             memory = _Memory(nbytes)
             _held.append(memory)
             del _held[:-_MOST_OUTPUTS]

@@ -10,8 +10,9 @@ centre c = tau v, and all that a loss needs of it are these K numbers.
 
 The first v subtracts the maximum of each column. From then on q_ik = exp(z_ik - v_k - u_i) is a probability, the sum
 of column k is exp of the change of v_k, and it cannot underflow: some q_ik is at least 1 / (N K), for exp(z_ik - v_k)
-sums to 1 over the column before the rows are scaled. So n iterations read the logits n times, once each, and exchange
-one maximum and n sums of K numbers among processes; no N x K matrix is written.
+sums to 1 over the column before the rows are scaled. So n iterations read the logits n times, once each (twice each
+after the first on a GPU, whose caches hold no row), and exchange one maximum and n sums of K numbers among processes;
+no N x K matrix is written.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._triton import triton_kernels
-from ssl_kernels.ops.dino import as_center, check_constant
+from ssl_kernels.ops.dino import as_center, check_constant, unit_stride
 from ssl_kernels.settings import choose_backend
 
 
@@ -139,10 +140,6 @@ def _centered_softmax_eager(rows: Tensor, center: Tensor | None, temp: Tensor) -
     return torch.cat([_centered(part, center, temp) for part in _chunks(rows, 0)])
 
 
-def _unit_stride(rows: Tensor) -> Tensor:
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 @torch.library.custom_op("ssl_kernels::column_lse", mutates_args=())
 def _column_lse(rows: Tensor, temp: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Of each column the maximum m and the sum of exp((T - m) / temp)."""
@@ -150,7 +147,7 @@ def _column_lse(rows: Tensor, temp: Tensor, backend: str) -> tuple[Tensor, Tenso
         return temp.new_full((rows.shape[1],), -torch.inf), temp.new_zeros(rows.shape[1])
     if backend == "cpu":
         maximum, total = temp.new_empty(rows.shape[1]), temp.new_empty(rows.shape[1])
-        torch.ops.ssl_kernels.sinkhorn_column_lse_(_unit_stride(rows), temp.item(), maximum, total)
+        torch.ops.ssl_kernels.sinkhorn_column_lse_(unit_stride(rows), temp.item(), maximum, total)
         return maximum, total
     if backend == "triton":
         maximum, total = triton_kernels("sinkhorn").column_lse(rows, temp)
@@ -170,7 +167,7 @@ def _column_sums(rows: Tensor, center: Tensor, temp: Tensor, backend: str) -> Te
         return temp.new_zeros(rows.shape[1])
     if backend == "cpu":
         sums = temp.new_empty(rows.shape[1])
-        torch.ops.ssl_kernels.sinkhorn_column_sums_(_unit_stride(rows), center, temp.item(), sums)
+        torch.ops.ssl_kernels.sinkhorn_column_sums_(unit_stride(rows), center, temp.item(), sums)
         return sums
     if backend == "triton":
         found: Tensor = triton_kernels("sinkhorn").column_sums(rows, temp, center)
@@ -189,7 +186,7 @@ def _centered_softmax(rows: Tensor, center: Tensor | None, temp: Tensor, backend
         return temp.new_empty(rows.shape)
     if backend == "cpu":
         probabilities = temp.new_empty(rows.shape)
-        torch.ops.ssl_kernels.centered_softmax_(_unit_stride(rows), center, temp.item(), probabilities)
+        torch.ops.ssl_kernels.centered_softmax_(unit_stride(rows), center, temp.item(), probabilities)
         return probabilities
     if backend == "triton":
         found: Tensor = triton_kernels("sinkhorn").centered_softmax(rows, temp, center)

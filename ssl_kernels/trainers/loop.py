@@ -107,6 +107,10 @@ class LoopConfig:
                 raise UserError(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(self, name)}")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"--warmup: expected a share of the steps in [0, 1], got {self.warmup}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas: expected two numbers in [0, 1), got {self.betas}")
+        if self.seed >= 2**64:  # torch's generators take no more
+            raise UserError(f"--seed: expected less than 2**64, got {self.seed}")
 
 
 # Settings that a resumed run may change: they do not touch the arithmetic. (Where the data depends on the workers, its
@@ -333,7 +337,7 @@ def fit(
             scaler.load_state_dict(state["scaler"])
         done, elapsed = state["step"], state["elapsed_s"]
         result.records = read_records(checkpoint_path(config.resume).with_name(METRICS), up_to=done)
-    elif config.overwrite:
+    elif config.overwrite and folder.is_dir():
         for name in (CHECKPOINT, "summary.json", "curves.png", "retrieval.png", "features.png"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)

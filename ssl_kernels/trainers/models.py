@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, to_2tuple
 from timm.models.resnet import BasicBlock, downsample_conv
 from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class ImageTower(nn.Module):
 
     def probe(self, size: int, flag: str) -> int:
         """The width of the features of images of a size; an error names the flag that set it."""
-        patch = getattr(getattr(self.trunk, "patch_embed", None), "patch_size", (1, 1))
+        patch = to_2tuple(getattr(getattr(self.trunk, "patch_embed", None), "patch_size", 1))
         if any(size % p for p in patch):
             raise UserError(f"{flag}: {self.name} cuts patches of {patch[0]} pixels, which do not divide {size}")
         self.trunk.eval()
@@ -145,12 +145,16 @@ class ImageTower(nn.Module):
     def normalised(self, images: Tensor) -> Tensor:
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
-    def feature_map(self, images: Tensor) -> Tensor:
-        """What the trunk makes of each place of uint8 images: [B, W, h, w], of patches for a vision transformer."""
-        x = cast(Tensor, cast(Any, self.trunk).forward_features(self.normalised(images)))
+    def feature_map(self, images: Tensor) -> Tensor | None:
+        """What the trunk makes of each place of uint8 images: [B, W, h, w], of patches for a vision transformer; None
+        where a trunk of several branches, or one with tokens of unknown places, has no such map."""
+        x = cast(Any, self.trunk).forward_features(self.normalised(images))
+        if not isinstance(x, Tensor):
+            return None
         if x.ndim == 3:
             patches = x[:, getattr(self.trunk, "num_prefix_tokens", 0) :]
-            return patches.mT.unflatten(2, (math.isqrt(patches.shape[1]), -1))  # images are square
+            side = math.isqrt(patches.shape[1])  # images are square
+            return patches.mT.unflatten(2, (side, side)) if side**2 == patches.shape[1] else None
         return x.permute(0, 3, 1, 2) if x.shape[-1] == getattr(self.trunk, "num_features", None) else x
 
     def class_attention(self, images: Tensor) -> Tensor | None:

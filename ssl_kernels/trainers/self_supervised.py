@@ -160,9 +160,8 @@ def train(
     if config.data == "openmoji":
         console.print(openmoji.CREDIT)
     files = [loop.CHECKPOINT, loop.METRICS, "config.json", "tensorboard", "curves.png", "summary.json"]
-    if draw:
+    if draw and draw_features(folder / "features.png", fabric, method.evaluated, initial, data, config):
         files.append("features.png")
-        draw_features(folder / files[-1], fabric, method.evaluated, initial, data, config)
     console.print("written:", *(str(folder / file) for file in files), highlight=False, soft_wrap=True)
 
 
@@ -187,19 +186,24 @@ def evaluate(
 @torch.no_grad()
 def draw_features(
     path: Path, fabric: Fabric, trained: Encoder, initial: Encoder, data: ImageData, config: SelfSupervisedConfig
-) -> None:
-    """A few held-out images with what the nets make of their places: of each label some, where there are labels."""
+) -> bool:
+    """A few held-out images with what the nets make of their places: of each label some, where there are labels.
+
+    False where the nets tell nothing of places.
+    """
     images = data.held_out if len(data.held_out) else data.train
     order = torch.arange(len(images)) if images.labels is None else images.labels.argsort(stable=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(10, len(order))).long()].tolist()
     shown = images.load(chosen, config.image_size)
-    rows = {}
     with fabric.autocast():
         on_device = fabric.to_device(shown)
-        rows["features"] = trained.eval().feature_map(on_device)
-        rows["before training"] = initial.to(trained.mean).eval().feature_map(on_device)
-        attention = trained.class_attention(on_device)
-    if attention is not None:
-        rows["attention"] = attention
-    credit = openmoji.CREDIT if config.data == "openmoji" else ""
-    report.plot_features(path, shown, {name: row.float().cpu() for name, row in rows.items()}, credit)
+        maps = {
+            "features": trained.eval().feature_map(on_device),
+            "before training": initial.to(trained.mean).eval().feature_map(on_device),
+            "attention": trained.class_attention(on_device),
+        }
+    if maps["features"] is None:
+        return False
+    rows = {name: row.float().cpu() for name, row in maps.items() if row is not None}
+    report.plot_features(path, shown, rows, openmoji.CREDIT if config.data == "openmoji" else "")
+    return True

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from timm.layers import HybridEmbed, PatchEmbed
 from torch import Tensor
 
 from ssl_kernels import DINOHead
@@ -42,7 +43,8 @@ class MaskedStudent(Student):
 
     def __init__(self, config: DINOConfig) -> None:
         super().__init__(config)
-        if not hasattr(self.trunk, "num_prefix_tokens"):
+        patch_embed = getattr(self.trunk, "patch_embed", None)
+        if not hasattr(self.trunk, "num_prefix_tokens") or not isinstance(patch_embed, PatchEmbed | HybridEmbed):
             raise UserError(
                 f"--version 2 hides patches of a vision transformer, which {config.image_model} is not; name one in"
                 " --image-model, for example tiny-vit or vit_small_patch16_224"

@@ -317,6 +317,8 @@ def test_maps_keep_their_places(name: str, size: int, grid: int, attends: bool) 
     with torch.no_grad():
         a, b = tower.feature_map(one), tower.feature_map(other)
         attention = tower.class_attention(one)
+    assert a is not None
+    assert b is not None
     assert a.shape[-2:] == (grid, grid)
     row, column = divmod(int((a - b).square().sum(1).mean(0).argmax()), grid)
     assert row < grid / 2 <= column
@@ -325,6 +327,13 @@ def test_maps_keep_their_places(name: str, size: int, grid: int, attends: bool) 
         assert attention.shape == (2, 1, grid, grid)
         assert (attention > 0).all()
         assert (attention.sum((1, 2, 3)) < 1).all()  # the class token attends to itself as well
+
+
+def test_a_net_without_a_map_trains_and_leaves_the_picture_out(small: list[str], tmp_path: Path) -> None:
+    run(small, tmp_path, "--image-model", "coat_lite_tiny", "--image-size", "32", "--local-crops", "0",
+        "--epochs", "1", "--batch-size", "16")  # fmt: skip
+    assert (tmp_path / "summary.json").exists()
+    assert not (tmp_path / "features.png").exists()
 
 
 def test_attention_is_that_of_the_last_block() -> None:
@@ -489,6 +498,10 @@ def test_an_overwritten_run_leaves_no_picture(small: list[str], tmp_path: Path) 
     ("arguments", "message"),
     [
         (["--version", "2"], "--version 2 hides patches of a vision transformer, which tiny-resnet is not"),
+        (
+            ["--version", "2", "--image-model", "xcit_nano_12_p16_224", "--image-size", "32", "--local-crops", "0"],
+            "--version 2 hides patches of a vision transformer, which xcit_nano_12_p16_224 is not",
+        ),
         (
             ["--version", "2", "--image-model", "tiny-vit", "--local-size", "6"],
             "--local-size: expected 8 to --image-size 8, got 6",

@@ -295,6 +295,13 @@ def test_weights_that_overflow_are_not_checkpointed(tmp_path: Path) -> None:
     assert loop.load_checkpoint(tmp_path / "last.pt")["step"] == 3
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_no_output_folder(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output-dir: cannot create .*file: File exists"):
+        run(config(tmp_path / "file", overwrite=overwrite))
+
+
 def test_a_folder_with_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     run(config(tmp_path))
     before = (tmp_path / "last.pt").read_bytes()
@@ -342,7 +349,7 @@ def test_an_epoch_too_short_for_one_step_is_refused(tmp_path: Path) -> None:
     ("options", "flag"),
     [({"epochs": 0}, "--epochs"), ({"batch_size": 0}, "--batch-size"), ({"lr": math.nan}, "--lr"),
      ({"clip": -1.0}, "--clip"), ({"warmup": 2.0}, "--warmup"), ({"workers": -1}, "--workers"),
-     ({"seed": -1}, "--seed")],
+     ({"seed": -1}, "--seed"), ({"seed": 2**64}, "--seed"), ({"betas": (0.9, 1.0)}, "--betas")],
 )  # fmt: skip
 def test_bad_values_are_named(tmp_path: Path, options: dict[str, float], flag: str) -> None:
     with pytest.raises(UserError, match=flag):
