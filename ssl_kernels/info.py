@@ -25,8 +25,6 @@ OPS = (
     "sinkhorn_knopp",
     "centered_softmax",
     "koleo_loss",
-    "vicreg_loss",
-    "barlow_twins_loss",
     "enqueue_",
     "ema_update_",
 )

@@ -373,6 +373,24 @@ def test_bad_views_are_named(name: str, za: Any, zb: Any, error: type[Exception]
         LOSSES[name](za, zb)
 
 
+@each_loss
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_feature_that_holds_all_variance_does_not_round_the_others_away(name: str, backend: str) -> None:
+    """By the rows it would be taken back out of a sum that is nothing else."""
+    za, zb = (1e-3 * torch.randn(8, 64) for _ in range(2))
+    za[:, 0] *= 1e6
+    wide_views = [z.double().requires_grad_() for z in (za, zb)]
+    single = [z.requires_grad_() for z in (za, zb)]
+    with ssl_kernels.use_backend("reference"):
+        expected = LOSSES[name](*wide_views)
+    with ssl_kernels.use_backend(backend):
+        loss = LOSSES[name](*single)
+    gradients = [torch.autograd.grad(value, z) for value, z in ((expected, wide_views), (loss, single))]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for exact, gradient in zip(*gradients, strict=True):
+        assert (gradient.double() - exact).norm() < 1e-5 * exact.norm()
+
+
 @pytest.mark.parametrize(
     ("loss", "option", "error", "message"),
     [

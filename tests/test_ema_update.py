@@ -146,6 +146,14 @@ def test_nan_and_infinity_come_through(backend: str) -> None:
     assert not target[2:4].isfinite().any()
 
 
+def test_infinities_that_agree_stay() -> None:
+    """As in a mask among a model's buffers."""
+    target = torch.tensor([-torch.inf, 2.0, torch.inf] * 7)
+    expected = target.clone()
+    K.ema_update_([target], [target.clone()], 0.25)
+    assert torch.equal(target, expected)
+
+
 @pytest.mark.parametrize("m", [0.3, 0.99])
 def test_the_result_depends_neither_on_threads_nor_on_how_tensors_are_cut(m: float) -> None:
     sizes = [1] * 3000 + [100_003, 0, 70_001, 17]

@@ -10,8 +10,9 @@ static void move(void* to, const void* from, int64_t begin, int64_t end, float w
     });
   } else if (weight != 0) {
     for_each_vector(end - begin, [&](int64_t at, int count) __attribute__((always_inline)) {
-      const Vec old = load_features<To>(target + at, count);
-      store_features<To>(target + at, old + weight * (load_features<From>(source + at, count) - old), count);
+      const Vec old = load_features<To>(target + at, count), goal = load_features<From>(source + at, count);
+      const Vec moved = old + weight * (goal - old);
+      store_features<To>(target + at, goal == old ? old : moved, count);  // infinities that agree stay
     });
   }
 }

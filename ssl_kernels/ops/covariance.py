@@ -10,8 +10,8 @@ For a, b [n, D] and C = a^T b,
 
 takes products of 2 n^2 D FLOP in place of 2 n D^2. It is used where 2 n <= D. What it takes back is then small: C has a
 rank of n at most, so that |C|^2 >= (sum_j C_jj)^2 / n, at least twice what is taken back if the C_jj are equal. At
-worst, where few features hold all variance, the error is that of rounding the squares of these variances. Otherwise the
-diagonal is left out of the sum.
+worst, where few features hold all variance, the error is that of rounding the squares of these variances; on a CPU the
+other way is taken then. There the diagonal is left out of the sum.
 
 Either matrix exists in panels of rows only, that fit the workspace. A product with a panel is large enough to run at
 the full rate of the machine; symmetry, which would spare a quarter of the FLOP where b is a, costs as much in small
@@ -44,10 +44,13 @@ def off_diagonal_squares(
     if 2 * rows > width:
         return _by_features(a, b, want_a, want_b)
     total, da, db = _by_rows(a, b, want_a, want_b)
+    taken_back = wide(diagonal).square().sum()
+    if a.device.type == "cpu" and 16 * taken_back > 15 * total:  # elsewhere this would wait for the device
+        return _by_features(a, b, want_a, want_b)
     for gradient, other in ((da, b), (db, a)):
         if gradient is not None:
             gradient.addcmul_(other, diagonal, value=-1)
-    return total - wide(diagonal).square().sum(), da, db
+    return total - taken_back, da, db
 
 
 def _by_rows(a: Tensor, b: Tensor, want_a: bool, want_b: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,17 +149,38 @@ def distill(
     student_temp = _checks.as_temperature("student_temp", student_temp, wider).to(dtype)
     teacher_temp = _checks.as_temperature("teacher_temp", teacher_temp, wider).to(dtype)
     backend = choose_backend(student.device.type, dtype)
+    pairs = Pairs(students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs)
     if backend == "reference":
-        rows = reference(students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs)
+        rows = reference(pairs)
         return _shared(scale, mean, students) * rows, sum_of_teacher(teachers) if want_sum else rows.new_empty(0)
     _checks.check_transforms(*students)
     want_grad = torch.is_grad_enabled() and any(block.requires_grad for block in students)
     late = weights if student.dtype == torch.float16 else None  # its gradient has no room for small weights
-    rows, _, teacher_sum = _dino(
-        students, teachers, center, weights if late is None else None, student_temp, teacher_temp, distinct,
-        teacher_probs, want_grad, want_sum, scale, mean, backend,
-    )  # fmt: skip
+    if late is not None:
+        pairs = pairs._replace(weights=None)
+    rows, _, teacher_sum = _dino(*pairs, want_grad, want_sum, scale, mean, backend)
     return rows if late is None else rows * late, teacher_sum
+
+
+class Pairs(NamedTuple):
+    """Crops of the student and those of the teacher that they are compared with."""
+
+    students: list[Tensor]  # blocks [n, B, K]
+    teachers: list[Tensor]
+    center: Tensor | None  # [K]
+    weights: Tensor | None  # [B]
+    student_temp: Tensor
+    teacher_temp: Tensor
+    distinct: bool
+    teacher_probs: bool
+
+    def probabilities(self, samples: slice = slice(None)) -> list[Tensor]:
+        """Of each of the teacher's crops, in the accumulation dtype."""
+        found = []
+        for crop in (crop[samples].detach().to(self.teacher_temp.dtype) for block in self.teachers for crop in block):
+            centered = crop if self.center is None else crop - self.center
+            found.append(crop if self.teacher_probs else torch.softmax(centered / self.teacher_temp, -1))
+        return found
 
 
 def check_constant(name: str, value: object) -> None:
@@ -189,102 +210,70 @@ def sum_of_teacher(teachers: Sequence[Tensor]) -> Tensor:
     return torch.stack([block.sum((0, 1), dtype=dtype) for block in teachers]).sum(0)
 
 
-def probabilities(teacher: Tensor, center: Tensor | None, temp: Tensor, given: bool) -> Tensor:
-    logits = teacher.detach().to(temp.dtype)
-    if given:
-        return logits
-    return torch.softmax((logits if center is None else logits - center) / temp, -1)
-
-
-def reference(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    center: Tensor | None,
-    weights: Tensor | None,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    distinct: bool,
-    teacher_probs: bool,
-) -> Tensor:
+def reference(pairs: Pairs) -> Tensor:
     """The definition: every pair, densely and differentiable any number of times, in fp32 or float64."""
-    p = [probabilities(crop, center, teacher_temp, teacher_probs) for block in teachers for crop in block]
-    log_s = [torch.log_softmax(crop.to(student_temp.dtype) / student_temp, -1) for block in students for crop in block]
+    temp = pairs.student_temp
+    log_s = [torch.log_softmax(crop.to(temp.dtype) / temp, -1) for block in pairs.students for crop in block]
     rows = torch.zeros_like(log_s[0][:, 0])
-    for (t, p_t), (v, log_s_v) in itertools.product(enumerate(p), enumerate(log_s)):
-        if not (distinct and t == v):
+    for (t, p_t), (v, log_s_v) in itertools.product(enumerate(pairs.probabilities()), enumerate(log_s)):
+        if not (pairs.distinct and t == v):
             rows = rows - (p_t * log_s_v).sum(-1)
-    return rows if weights is None else rows * weights
+    return rows if pairs.weights is None else rows * pairs.weights
 
 
-# A backend takes: students and teachers as blocks [n, B, K]; center [K] or None; weights [B] or None; both
-# temperatures; distinct; teacher_probs; the gradient [V, B, K] to be filled, or None, and the factor on it; and the
-# teacher_sum [K] to be filled, or None. It returns the weighted losses [B], summed over pairs.
+# A backend takes the pairs; the gradient [V, B, K] to be filled, or None, and the factor on it; and the teacher_sum [K]
+# to be filled, or None. It returns the weighted losses [B], summed over pairs.
 
 
-def _dino_eager(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    center: Tensor | None,
-    weights: Tensor | None,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    distinct: bool,
-    teacher_probs: bool,
-    gradient: Tensor | None,
-    scale: float,
-    teacher_sum: Tensor | None,
-) -> Tensor:
-    samples, width = students[0].shape[1:]
+def _dino_eager(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
+    temp, (samples, width) = pairs.student_temp, pairs.students[0].shape[1:]
     if teacher_sum is not None:
-        teacher_sum.copy_(sum_of_teacher(teachers))
-    losses = student_temp.new_zeros(samples)
-    held = _count(teachers) + 6  # matrices [step, K] at a time
-    step = max(1, workspace_bytes() // (held * width * student_temp.element_size()))
+        teacher_sum.copy_(sum_of_teacher(pairs.teachers))
+    losses = temp.new_zeros(samples)
+    held = _count(pairs.teachers) + 6  # matrices [step, K] at a time
+    step = max(1, workspace_bytes() // (held * width * temp.element_size()))
     for b in range(0, samples, step):
         part = slice(b, b + step)
-        p = [probabilities(crop[part], center, teacher_temp, teacher_probs) for block in teachers for crop in block]
+        p = pairs.probabilities(part)
         everything = torch.stack(p).sum(0)
-        weight = None if weights is None else weights[part, None]
-        for v, crop in enumerate(crop for block in students for crop in block):
+        weight = None if pairs.weights is None else pairs.weights[part, None]
+        for v, crop in enumerate(crop for block in pairs.students for crop in block):
             q = everything
-            if distinct and v < len(p):
+            if pairs.distinct and v < len(p):
                 if len(p) == 1:  # its own teacher is the only one
                     if gradient is not None:
                         gradient[v, part] = 0
                     continue
                 q = torch.stack(p[:v] + p[v + 1 :]).sum(0)
             mass = q.sum(-1, keepdim=True)
-            z = crop[part].to(student_temp.dtype)
-            z = (z - z.amax(-1, keepdim=True)) / student_temp
+            z = crop[part].to(temp.dtype)
+            z = (z - z.amax(-1, keepdim=True)) / temp
             e = z.exp()
             total = e.sum(-1, keepdim=True)
             loss = mass * total.log() - (q * z).sum(-1, keepdim=True)
             losses[part] += (loss if weight is None else loss * weight)[:, 0]
             if gradient is not None:
-                g = e.mul_(mass / total).sub_(q).mul_(scale / student_temp)
+                g = e.mul_(mass / total).sub_(q).mul_(scale / temp)
                 gradient[v, part] = g if weight is None else g.mul_(weight)
     return losses
 
 
-def _dino_cpu(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    center: Tensor | None,
-    weights: Tensor | None,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    distinct: bool,
-    teacher_probs: bool,
-    gradient: Tensor | None,
-    scale: float,
-    teacher_sum: Tensor | None,
-) -> Tensor:
-    students, teachers = ([unit_stride(block) for block in blocks] for blocks in (students, teachers))
-    losses = student_temp.new_empty(students[0].shape[1])
+def _dino_cpu(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
+    losses = pairs.student_temp.new_empty(pairs.students[0].shape[1])
     torch.ops.ssl_kernels.dino_rows_(
-        students, teachers, center, weights, student_temp.item(), teacher_temp.item(), distinct, teacher_probs, losses,
-        gradient, scale, teacher_sum,
-    )  # fmt: skip
+        [unit_stride(block) for block in pairs.students],
+        [unit_stride(block) for block in pairs.teachers],
+        pairs.center,
+        pairs.weights,
+        pairs.student_temp.item(),
+        pairs.teacher_temp.item(),
+        pairs.distinct,
+        pairs.teacher_probs,
+        losses,
+        gradient,
+        scale,
+        teacher_sum,
+    )
     return losses
 
 
@@ -293,25 +282,11 @@ def unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _dino_triton(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    center: Tensor | None,
-    weights: Tensor | None,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    distinct: bool,
-    teacher_probs: bool,
-    gradient: Tensor | None,
-    scale: float,
-    teacher_sum: Tensor | None,
-) -> Tensor:
+def _dino_triton(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
     kernels = triton_kernels("dino")
     if teacher_sum is not None:
-        teacher_sum.copy_(kernels.teacher_sum(teachers))
-    losses: Tensor = kernels.dino(
-        students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs, gradient, scale
-    )
+        teacher_sum.copy_(kernels.teacher_sum(pairs.teachers))
+    losses: Tensor = kernels.dino(*pairs, gradient, scale)
     return losses
 
 
@@ -357,18 +332,10 @@ def _dino(
     gradient = empty(_gradient_shape(students) if want_grad else [0], students[0])
     teacher_sum = student_temp.new_empty(students[0].shape[2] if want_sum else 0)
     scale = _shared(scale, mean, students)
+    pairs = Pairs(students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs)
+    power = _power(scale, _count(teachers), students[0].dtype)
     losses = _BACKENDS[backend](
-        students,
-        teachers,
-        center,
-        weights,
-        student_temp,
-        teacher_temp,
-        distinct,
-        teacher_probs,
-        gradient if want_grad else None,
-        scale * _power(scale, _count(teachers), students[0].dtype),
-        teacher_sum if want_sum else None,
+        pairs, gradient if want_grad else None, scale * power, teacher_sum if want_sum else None
     )
     return losses.mul_(scale), gradient, teacher_sum
 

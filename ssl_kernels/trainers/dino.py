@@ -95,7 +95,7 @@ class DINOConfig(SelfSupervisedConfig):
     mask_share: tuple[float, float] = (0.1, 0.5)
     """Least and largest share of a view's patches that are hidden from the student (version 2)."""
     mask_probability: float = 0.5
-    """Share of the large views that have hidden patches (version 2)."""
+    """Share of the large views that have hidden patches, of two at least (version 2)."""
     ibot_weight: float = 1.0
     """Weight of the loss on hidden patches (version 2)."""
     koleo_weight: float = 0.1
@@ -119,6 +119,8 @@ class DINOConfig(SelfSupervisedConfig):
         for name in ("warmup_teacher_epochs", "freeze_last_layer", "final_weight_decay", "ibot_weight", "koleo_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(self, name)}")
+        if self.version == 2 and self.centering == "mean":
+            raise UserError("--centering: version 2 has Sinkhorn-Knopp, not mean")
         low_share, high_share = self.mask_share
         if not 0 < low_share <= high_share < 1:
             raise UserError(f"--mask-share: expected two shares in (0, 1), the smaller first, got {self.mask_share}")

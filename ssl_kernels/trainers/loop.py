@@ -73,8 +73,8 @@ class LoopConfig:
     batch_size: int = 256
     """Pairs per forward pass; each is contrasted with the others of its own batch."""
     accumulate: int = 1
-    """Batches whose gradients are averaged per optimizer step. This saves memory in the towers but adds no negatives:
-    a contrastive loss sees one batch at a time, so 4 x 256 is not 1,024."""
+    """Batches whose gradients are averaged per optimizer step. This saves memory in the nets; but where a loss compares
+    the images of a batch it still sees one batch at a time, so 4 x 256 is not 1,024."""
     lr: float = 3e-3
     """Peak learning rate."""
     warmup: float = 0.05

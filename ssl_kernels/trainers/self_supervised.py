@@ -34,7 +34,7 @@ class SelfSupervisedConfig(ImageConfig, loop.LoopConfig):
     epochs: int = 14
     """Passes over the training images."""
     batch_size: int = 128
-    """Images per forward pass, each seen in two views."""
+    """Images per forward pass, each seen in two views, and in local crops where a trainer has them."""
     lr: float = 2e-3
     """Peak learning rate."""
     image_model: str = TINY

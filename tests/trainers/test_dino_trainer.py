@@ -32,7 +32,7 @@ SETTINGS = DINOConfig(
     data="mnist", image_size=16, local_size=8, local_crops=2, hidden=12, dim=5, prototypes=PROTOTYPES, epochs=4,
     warmup_teacher_epochs=2, teacher_temp=0.07, centering="mean", freeze_last_layer=1, momentum=0.9, weight_decay=0.04,
 )  # fmt: skip
-SETTINGS_V2 = dataclasses.replace(SETTINGS, version=2, image_model="tiny-vit", norm=False)
+SETTINGS_V2 = dataclasses.replace(SETTINGS, version=2, image_model="tiny-vit", norm=False, centering="sinkhorn")
 
 
 @pytest.fixture(scope="module")
@@ -497,6 +497,7 @@ def test_an_overwritten_run_leaves_no_picture(small: list[str], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([*V2, "--centering", "mean"], "--centering: version 2 has Sinkhorn-Knopp, not mean"),
         (["--version", "2"], "--version 2 hides patches of a vision transformer, which tiny-resnet is not"),
         (
             ["--version", "2", "--image-model", "xcit_nano_12_p16_224", "--image-size", "32", "--local-crops", "0"],
