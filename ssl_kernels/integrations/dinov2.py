@@ -118,7 +118,6 @@ class DINOLoss(CenteredLoss):
             pairs="all",
             teacher_probs=True,
         )
-        assert isinstance(loss, Tensor)
         return loss * pairs
 
 
@@ -178,9 +177,7 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801
         return self._loss(student, teacher, weights)
 
     def _loss(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-        loss = K.ibot_patch_loss(student, teacher, weights, student_temp=self.student_temp, teacher_probs=True)
-        assert isinstance(loss, Tensor)
-        return loss
+        return K.ibot_patch_loss(student, teacher, weights, student_temp=self.student_temp, teacher_probs=True)
 
 
 class KoLeoLoss(nn.Module):

@@ -31,15 +31,13 @@ class DINOLoss(dinov2.DINOLoss):
 
         ``ignore_diagonal`` leaves out the pairs of the same crop.
         """
-        loss = K.dino_loss(
+        return K.dino_loss(
             student_logits,
             teacher_probs,
             student_temp=self.student_temp,
             pairs="distinct" if ignore_diagonal else "all",
             teacher_probs=True,
         )
-        assert isinstance(loss, Tensor)
-        return loss
 
 
 class SinkhornKnoppTeacher(nn.Module):
