@@ -22,7 +22,7 @@ class CenteredLoss(nn.Module):
     """The teacher's side: a centre whose all-reduce runs until the next time that it is needed.
 
     Updates without an :meth:`apply_center_update` between them, as of micro-batches, count as one; an update that waits
-    is applied before ``state_dict`` is taken.
+    is applied before ``state_dict`` is taken, which all processes are to do alike.
     """
 
     center: Tensor

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, to_2tuple
+from timm.layers import Attention, PatchEmbed
 from timm.models.resnet import BasicBlock, downsample_conv
 from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
@@ -125,7 +125,8 @@ class ImageTower(nn.Module):
 
     def probe(self, size: int, flag: str) -> int:
         """The width of the features of images of a size; an error names the flag that set it."""
-        patch = to_2tuple(getattr(getattr(self.trunk, "patch_embed", None), "patch_size", 1))
+        embed = getattr(self.trunk, "patch_embed", None)  # of other kinds, patches overlap
+        patch = embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1)
         if any(size % p for p in patch):
             raise UserError(f"{flag}: {self.name} cuts patches of {patch[0]} pixels, which do not divide {size}")
         self.trunk.eval()

@@ -153,6 +153,11 @@ def test_an_impossible_tower_is_refused(name: str, size: int, pretrained: bool, 
     assert "\n" not in str(error.value)
 
 
+def test_patches_that_overlap_need_not_divide_the_image() -> None:
+    tower = ImageTower("pvt_v2_b0", 64, 4)  # patches of 7 pixels, 4 apart
+    assert tower(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, 4)
+
+
 def test_a_locked_trunk_is_in_evaluation_mode_and_has_no_gradient() -> None:
     tower = ImageTower("tiny-resnet", 16, 4, locked=True).train()
     before = {name: value.clone() for name, value in tower.state_dict().items()}
