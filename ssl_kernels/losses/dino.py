@@ -19,8 +19,8 @@ class DINOLoss(nn.Module):
     :math:`c \leftarrow m c + (1 - m) \operatorname{mean}_{tb} T_{tb}`. See :func:`ssl_kernels.functional.dino_loss`.
 
     The latter mean is over the samples of all ``torch.distributed`` processes, whose numbers may differ. The centre,
-    (1, 1, K), is part of ``state_dict`` and, unlike lightly's, stands still in evaluation mode. Keep it in float32: cast
-    to 16 bits it stands still once a step is less than its rounding.
+    (1, 1, K), is part of ``state_dict`` and, unlike lightly's, stands still in evaluation mode. Keep it in float32: in
+    16 bits it stands still once a step is less than its rounding.
 
     Args:
         output_dim: number of prototypes K.
