@@ -75,8 +75,9 @@ def verify(name: str, start: list[Tensor], student: nn.Module) -> None:
     for target, old, source in zip(teacher.parameters(), start, student.parameters(), strict=True):
         kept = MOMENTUM**2
         expected = kept * old.double() + (1 - kept) * source.double()
-        # Meta's loop rounds (1 - m) times the student to the student's dtype.
-        assert (target - expected).abs().max() <= 1e-6 if source.dtype == torch.float32 else 1e-4
+        # Some round (1 - m) times a student below 7.8 to bfloat16, twice, by at most 2^-14.
+        tolerance = 1e-6 if source.dtype == torch.float32 else 1.3e-4
+        assert (target - expected).abs().max() <= tolerance
 
 
 SHAPES = {"ViT-S + DINO head": vit_small_with_dino_head(), "5,000 of 64": [(64,)] * 5000}

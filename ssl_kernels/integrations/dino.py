@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels.losses.center import as_total, checked_momentum, step_, total_of
-from ssl_kernels.losses.dino import check_temperatures, linear
+from ssl_kernels.losses.dino import check_temperatures
+from ssl_kernels.schedules import linear_warmup
 
 
 class DINOLoss(nn.Module):
@@ -53,7 +54,7 @@ class DINOLoss(nn.Module):
         self.center_momentum = checked_momentum("mean", center_momentum)
         self.ncrops = ncrops
         steps = warmup_teacher_temp_epochs
-        warmup = [linear(warmup_teacher_temp, teacher_temp, steps, epoch) for epoch in range(steps)]
+        warmup = [linear_warmup(epoch, max(1, steps - 1), warmup_teacher_temp, teacher_temp) for epoch in range(steps)]
         self.teacher_temp_schedule = warmup + [teacher_temp] * (nepochs - steps)
         self.register_buffer("center", torch.zeros(1, out_dim))
 

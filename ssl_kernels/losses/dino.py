@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels.losses.center import as_total, checked_momentum, forget_waiting, step_, total_of
+from ssl_kernels.schedules import linear_warmup
 
 
 class DINOLoss(nn.Module):
@@ -94,7 +95,7 @@ class DINOLoss(nn.Module):
             if epoch is not None and epoch < 0:
                 raise ValueError(f"epoch: expected at least 0, got {epoch}")
             if epoch is not None and epoch < steps:  # not from a list: torch.compile would make a graph for each epoch
-                teacher_temp = linear(self.warmup_teacher_temp, teacher_temp, steps, epoch)
+                teacher_temp = linear_warmup(epoch, max(1, steps - 1), self.warmup_teacher_temp, teacher_temp)
         loss, teacher_sum = K.dino_loss(
             student_out,
             teacher_out,
@@ -128,7 +129,3 @@ def check_temperatures(**temperatures: float) -> None:
     for name, value in temperatures.items():
         if not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
-
-
-def linear(start: float, end: float, steps: int, step: int) -> float:
-    return start + (end - start) * step / max(1, steps - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -56,9 +57,20 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_numbers(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | Real):
+            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+
+
+def check_eps(eps: float) -> None:
+    check_numbers(eps=eps)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
+
+
 def check_fraction(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | Real):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    check_numbers(**{name: value})
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 

@@ -20,7 +20,6 @@ from ssl_kernels.ops import _checks
 from ssl_kernels.ops.covariance import (
     backward,
     centered,
-    check_numbers,
     check_views,
     off_diagonal_squares,
     setup_context,
@@ -35,7 +34,7 @@ _EPS = 1e-5  # of batch normalisation
 def barlow_twins_loss(za: Tensor, zb: Tensor, *, lambda_param: float = 5e-3) -> Tensor:
     """Documented at :func:`ssl_kernels.functional.barlow_twins_loss`."""
     check_views(za, zb)
-    check_numbers(lambda_param=lambda_param)
+    _checks.check_numbers(lambda_param=lambda_param)
     if choose_backend(za.device.type, za.dtype) == "reference":
         return reference(za, zb, lambda_param)
     _checks.check_transforms(za, zb)

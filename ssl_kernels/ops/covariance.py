@@ -20,7 +20,6 @@ tiles.
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import torch
@@ -113,12 +112,6 @@ def check_views(za: Tensor, zb: Tensor) -> None:
         raise ValueError(f"za: expected at least 2 rows, which a variance needs, got {za.shape[0]}")
     if za.shape[1] < 1:
         raise ValueError("za: expected at least 1 feature, got 0")
-
-
-def check_numbers(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | Real):
-            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

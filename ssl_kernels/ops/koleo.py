@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tens
     _checks.check_features(x=x)
     if x.shape[0] < 2:
         raise ValueError(f"x: expected at least 2 rows, a row and its neighbour, got {x.shape[0]}")
-    check_eps(eps)
+    _checks.check_eps(eps)
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     backend = choose_backend(x.device.type, x.dtype)
     if backend == "reference":
@@ -45,13 +44,6 @@ def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tens
     _checks.check_transforms(x)
     loss, *_ = _koleo(x, eps, backend)
     return reduce_rows(loss, reduction)
-
-
-def check_eps(eps: float) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, int | float | Real):
-        raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
 
 
 def reference(x: Tensor, eps: float, reduction: str) -> Tensor:

@@ -22,14 +22,12 @@ from ssl_kernels.ops import _checks
 from ssl_kernels.ops.covariance import (
     backward,
     centered,
-    check_numbers,
     check_views,
     off_diagonal_squares,
     setup_context,
     wide,
 )
 from ssl_kernels.ops.key_softmax import widen
-from ssl_kernels.ops.koleo import check_eps
 from ssl_kernels.settings import choose_backend
 
 
@@ -44,10 +42,10 @@ def vicreg_loss(
 ) -> Tensor:
     """Documented at :func:`ssl_kernels.functional.vicreg_loss`."""
     check_views(za, zb)
-    check_numbers(
+    _checks.check_numbers(
         invariance_weight=invariance_weight, variance_weight=variance_weight, covariance_weight=covariance_weight
     )
-    check_eps(eps)
+    _checks.check_eps(eps)
     weights = (invariance_weight, variance_weight, covariance_weight)
     if choose_backend(za.device.type, za.dtype) == "reference":
         return reference(za, zb, *weights, eps)
