@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -114,31 +111,3 @@ def assignment(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
         q = q / q.sum(0) / prototypes
         q = q / q.sum(1, keepdim=True) / samples
     return q * samples
-
-
-def run_processes(code: str, folder: Path, world: int = 2) -> None:
-    """``code`` in gloo processes that know ``rank`` and ``world``."""
-    start = f"""
-import sys, torch, torch.distributed as dist
-rank, world = int(sys.argv[1]), {world}
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://{folder / "store"}", rank=rank, world_size=world)
-"""
-    end = """
-dist.barrier()  # none tears down what another still uses
-dist.destroy_process_group()
-print("equal")
-"""
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", start + code + end, str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    for worker in workers:
-        out, err = worker.communicate(timeout=120)
-        assert worker.returncode == 0, err
-        assert out.strip() == "equal"

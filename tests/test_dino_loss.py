@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from distillation import BACKENDS, assignment, logits, run_processes
+from distillation import BACKENDS, assignment, logits
+from processes import run_processes
 from torch import Tensor, nn
 
 import ssl_kernels

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb
+from processes import run_processes
 from torch import Tensor, nn
 
 from ssl_kernels.ema import ModelEma, ema_multi_avg_fn
@@ -222,7 +221,6 @@ def test_averages_a_model_that_torch_compile_wraps() -> None:
 
 
 FSDP = """
-import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -230,8 +228,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import ssl_kernels.functional as K
 from ssl_kernels import ModelEma
 
-rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
 mesh = init_device_mesh("cpu", (world,))
 
 torch.manual_seed(0)
@@ -274,27 +270,12 @@ for target, source, wanted in (
         assert str(error).startswith(f"sources[0]: expected {wanted}"), error
     else:
         raise AssertionError("a pair of different shards was averaged")
-dist.barrier()  # neither tears down what the other still uses
-dist.destroy_process_group()
-print("equal")
 """
 
 
 def test_each_process_averages_its_own_shard(tmp_path: Path) -> None:
     """Of FSDP2, of 7 and 5 rows, with a forward pass of the teacher in between."""
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", FSDP, str(rank), "2", str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        out, err = worker.communicate(timeout=120)
-        assert worker.returncode == 0, err
-        assert out.strip() == "equal"
+    run_processes(FSDP, tmp_path)
 
 
 def test_other_bad_arguments_are_refused() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb
+from processes import run_processes
 
 import ssl_kernels
 import ssl_kernels.functional as K
@@ -254,11 +254,8 @@ def test_a_checkpoint_of_moco_loads() -> None:
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
 from ssl_kernels import KeyQueue, MoCoV3Loss
 
-rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
 everyone = torch.arange(60.0).reshape(20, 3)
 
 for shares in ([4, 4], [5, 2], [0, 3], [0, 0]):
@@ -282,27 +279,11 @@ loss = MoCoV3Loss(0.2, gather=True)(*part, k1[own], k2[own])
 loss.backward()
 for a, b in zip(part, whole):
     torch.testing.assert_close(a.grad / world, b.grad[own])
-dist.barrier()  # neither tears down what the other still uses
-dist.destroy_process_group()
-print("equal")
 """
 
 
-def test_two_processes_hold_what_one_would(tmp_path: Any) -> None:
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        out, err = worker.communicate(timeout=120)
-        assert worker.returncode == 0, err
-        assert out.strip() == "equal"
+def test_two_processes_hold_what_one_would(tmp_path: Path) -> None:
+    run_processes(WORKER, tmp_path)
 
 
 # ---- errors

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from contrastive import dtypes, workspaces_mb
-from distillation import BACKENDS, FUSED, assignment, lay_out, layouts, run_processes
+from distillation import BACKENDS, FUSED, assignment, lay_out, layouts
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb
+from processes import run_processes
 from torch import Tensor
 
 import ssl_kernels

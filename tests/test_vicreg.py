@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from contrastive import BACKENDS
 from peers import assert_same, assert_same_signature, value_and_gradients
+from processes import run_processes
 from torch import Tensor
 
 import ssl_kernels
@@ -71,11 +70,8 @@ def test_views_of_different_shapes_are_named() -> None:
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
 from ssl_kernels import BarlowTwinsLoss, VICRegLoss
 
-rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
 torch.manual_seed(0)
 everyone = [torch.randn(12, 5) for _ in range(2)]
 own = slice(12 * rank // world, 12 * (rank + 1) // world)
@@ -108,24 +104,8 @@ except NotImplementedError as error:
     assert "gather_distributed" in str(error)
 else:
     raise AssertionError("BarlowTwinsLoss did not say that it does not gather")
-dist.barrier()  # neither tears down what the other still uses
-dist.destroy_process_group()
-print("equal")
 """
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        output, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
-        assert output.strip() == "equal"
+    run_processes(WORKER, tmp_path)

@@ -1,0 +1,43 @@
+"""Tests in several processes, which talk by gloo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+START = """
+import faulthandler, sys
+faulthandler.dump_traceback_later(120, exit=True)  # rather than to hang
+import torch, torch.distributed as dist
+rank, world = int(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=world)
+"""
+
+END = """
+print("passed", flush=True)
+sys.stdin.read()
+"""
+
+
+def run_processes(code: str, folder: Path, world: int = 2) -> None:
+    """``code`` in processes of one group that know ``rank`` and ``world``; each must reach its end.
+
+    They are killed only when all have: on its way out, gloo breaks off what others still wait for, or aborts.
+    """
+    errors = [folder / f"stderr of rank {rank}" for rank in range(world)]
+    workers = []
+    try:
+        for rank in range(world):
+            with errors[rank].open("w") as stderr:
+                command = [sys.executable, "-c", START + code + END, str(rank), str(world), str(folder / "store")]
+                pipe = subprocess.PIPE
+                workers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True))
+        for worker, error in zip(workers, errors, strict=True):
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "passed\n", error.read_text()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
