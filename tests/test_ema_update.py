@@ -259,6 +259,13 @@ def test_inference_mode_and_autocast() -> None:
     assert torch.equal(target, source / 4)
 
 
+def test_inference_tensors_are_updated() -> None:
+    with torch.inference_mode():
+        target = torch.zeros(3)
+    K.ema_update_([target], [torch.ones(3)], 0.75)
+    assert torch.equal(target, torch.full((3,), 0.25))
+
+
 @pytest.mark.parametrize("m", [0.5, torch.tensor(0.5), torch.tensor(0.5, device="meta")])
 def test_other_devices_go_through_the_fake_op(m: Tensor | float) -> None:
     """A momentum that lies on the device is not read, which here would fail."""
@@ -329,6 +336,7 @@ def test_neighbours_and_shared_sources_are_fine() -> None:
         ({"targets": torch.zeros(2, 3)}, TypeError, "targets: expected a list of tensors, got Tensor"),
         ({"sources": 3}, TypeError, "sources: expected a list of tensors, got int"),
         ({"sources": [torch.zeros(3)]}, ValueError, "sources: expected 2 tensors as targets has, got 1"),
+        ({"copies": [torch.zeros(3)]}, ValueError, "copies: expected 2 tensors as targets has, got 1"),
         ({"copies": [None] * 3}, ValueError, "copies: expected 2 tensors as targets has, got 3"),
         ({"targets": [None, torch.zeros(2)]}, TypeError, r"targets\[0\]: expected a tensor, got NoneType"),
         ({"sources": [torch.zeros(3), 1.0]}, TypeError, r"sources\[1\]: expected a tensor, got float"),
@@ -380,7 +388,8 @@ def test_the_kernel_checks_its_own_arguments() -> None:
         (([a], [], [], 0.5), "sources: expected 1 tensors, got 0"),
         (([a], [b], [a.clone(), b.clone()], 0.5), "copies: expected at most 1 tensors, got 2"),
         (([a], [b], [], 1.5), "momentum: expected a number in"),
-        (([a], [b[:2]], [], 0.5), r"sources\[0\]: expected 6 elements, got 4"),
+        (([a], [b[:2]], [], 0.5), r"sources\[0\]: expected the shape of targets\[0\]"),
+        (([a], [b.view(2, 3)], [], 0.5), r"sources\[0\]: expected the shape of targets\[0\]"),
         (([a.t()], [b], [], 0.5), r"targets\[0\]: expected a contiguous tensor"),
         (([a], [b], [a.double()], 0.5), r"copies: expected dtype Float, BFloat16 or Half, got Double"),
     ):

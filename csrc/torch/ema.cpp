@@ -17,10 +17,11 @@ namespace {
 
 std::string name_of(const char* list, size_t index) { return std::string(list) + "[" + std::to_string(index) + "]"; }
 
-sslk::FeatureType check_entry(const Tensor& t, const char* list, size_t index, int64_t size) {
+sslk::FeatureType check_entry(const Tensor& t, const char* list, size_t index, const Tensor& target) {
   STD_TORCH_CHECK(t.is_cpu(), name_of(list, index), ": expected a CPU tensor");
   STD_TORCH_CHECK(t.is_contiguous(), name_of(list, index), ": expected a contiguous tensor");
-  STD_TORCH_CHECK(t.numel() == size, name_of(list, index), ": expected ", size, " elements, got ", t.numel());
+  STD_TORCH_CHECK(t.sizes().equals(target.sizes()), name_of(list, index), ": expected the shape of ",
+                  name_of("targets", index));
   return sslk::feature_type(t, list);
 }
 
@@ -62,15 +63,15 @@ void ema_update_cpu(std::vector<Tensor> targets, std::vector<Tensor> sources, st
       const char* begin = static_cast<const char*>(data);
       if (t.size > 0) ranges.push_back({begin, begin + t.size * tensor.element_size(), list, i, written});
     };
-    t.target_type = check_entry(targets[i], "targets", i, t.size);
-    t.source_type = check_entry(sources[i], "sources", i, t.size);
+    t.target_type = check_entry(targets[i], "targets", i, targets[i]);
+    t.source_type = check_entry(sources[i], "sources", i, targets[i]);
     t.target = targets[i].mutable_data_ptr();
     t.source = sources[i].const_data_ptr();
     claim(targets[i], t.target, "targets", true);
     const bool is_target = t.source == t.target && t.source_type == t.target_type;  // stays what it is
     if (!is_target) claim(sources[i], t.source, "sources", false);
     if (i < copies.size()) {
-      t.copy_type = check_entry(copies[i], "copies", i, t.size);
+      t.copy_type = check_entry(copies[i], "copies", i, targets[i]);
       t.copy = copies[i].mutable_data_ptr();
       claim(copies[i], t.copy, "copies", true);
     }

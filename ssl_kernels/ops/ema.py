@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_kernels.ops import _checks
 from ssl_kernels.settings import choose_backend
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def ema_update_(
@@ -27,6 +27,8 @@ def ema_update_(
     """Documented at :func:`ssl_kernels.functional.ema_update_`."""
     into, towards = _as_list("targets", targets), _as_list("sources", sources)
     beside: list[Any] = [None] * len(into) if copies is None else _as_list("copies", copies)
+    if _update_plain(into, towards, beside, momentum):
+        return
     for name, tensors in (("sources", towards), ("copies", beside)):
         if len(tensors) != len(into):
             raise ValueError(f"{name}: expected {len(into)} tensors as targets has, got {len(tensors)}")
@@ -47,6 +49,31 @@ def ema_update_(
             reference(into, towards, beside, m)
         else:
             _update(into, towards, beside, m, backend)
+
+
+def _update_plain(targets: list[Any], sources: list[Any], copies: list[Any], momentum: Any) -> bool:
+    """The usual case at a third of the overhead: plain tensors on the CPU straight to the kernel, which checks them.
+
+    Returns False without having written anything if there is more to it, be it an argument that is wrong.
+    """
+    if torch.compiler.is_compiling() or type(momentum) is not float or type(next(iter(targets), None)) not in _PLAIN:
+        return False
+    if targets[0].device.type != "cpu" or choose_backend("cpu", torch.float32) != "cpu":
+        return False
+    if len(copies) != len(targets):
+        return False
+    if all(copy is None for copy in copies):
+        copies = []
+    for tensors in (targets, sources, copies):
+        if not (_PLAIN.issuperset(map(type, tensors)) and all(map(Tensor.is_contiguous, tensors))):
+            return False
+    try:
+        with torch.no_grad():
+            torch.ops.ssl_kernels.ema_update_(targets, sources, copies, momentum)
+    except RuntimeError:
+        return False
+    torch.autograd.graph.increment_version((*targets, *copies))
+    return True
 
 
 def _as_list(name: str, tensors: Any) -> list[Any]:
