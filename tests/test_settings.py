@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,25 +95,37 @@ def test_use_tile_budget_nests_and_restores_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("mb", [64, 1, 0.01, 1e-7])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "mps"])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 100_000), (100_000, 1), (4096, 4096), (1025, 70_001)])
 @pytest.mark.parametrize("itemsize", [2, 4, 64])
 def test_panels_cover_the_matrix_within_the_workspace(
     mb: float, device: str, rows: int, cols: int, itemsize: int
 ) -> None:
     with ssl_kernels.use_workspace(mb):
-        m, n = panel_shape(rows, cols, 64, itemsize, device)
+        m, n = panel_shape(rows, cols, 64, itemsize, torch.device(device))
     assert 1 <= m <= rows
     assert 1 <= n <= cols
     assert m * n * itemsize <= max(mb * 2**20, itemsize)
 
 
 def test_preferred_panels() -> None:
-    assert panel_shape(4096, 4096, 512, 4, "cpu") == (1024, 1024)
-    assert panel_shape(1025, 2100, 512, 4, "cpu") == (528, 1056)  # near-equal panels, not 1024 + 1
-    assert panel_shape(16_384, 16_384, 512, 2, "cuda") == (4096, 4096)
-    assert panel_shape(256, 65_536, 512, 4, "cpu") == (256, 4096)  # few rows: longer panels of the same size
-    assert panel_shape(1, 2**20, 1024, 4, "cpu") == (1, 2**14)  # but not so long that their features outgrow 64 MB
+    cpu = torch.device("cpu")
+    assert panel_shape(4096, 4096, 512, 4, cpu) == (1024, 1024)
+    assert panel_shape(1025, 2100, 512, 4, cpu) == (528, 1056)  # near-equal panels, not 1024 + 1
+    assert panel_shape(256, 65_536, 512, 4, cpu) == (256, 4096)  # few rows: longer panels of the same size
+    assert panel_shape(1, 2**20, 1024, 4, cpu) == (1, 2**14)  # but not so long that their features outgrow 64 MB
+
+
+@pytest.mark.parametrize(
+    ("l2_mb", "half", "full"), [(50, 4096, 2816), (40, 3584, 2560), (4, 1024, 768), (0, 4096, 2816)]
+)
+def test_panels_of_a_gpu_stay_in_its_cache(l2_mb: int, half: int, full: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = SimpleNamespace(L2_cache_size=l2_mb * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr(torch.version, "hip", None)
+    device = torch.device("cuda", 90 + l2_mb)  # what is known of a device is kept
+    for itemsize, side in ((2, half), (4, full)):
+        assert panel_shape(100 * side, 100 * side, 512, itemsize, device) == (side, side)
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ Where Y is X, the tiles below the diagonal mirror those above it and are not vis
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -24,18 +25,19 @@ from ssl_kernels.settings import workspace_bytes
 PanelFunction = Callable[[Tensor, Tensor, Tensor, int, int], Tensor | None]
 
 _SIDE_CPU = 1024  # 1024 x 1024 fp32 is 4 MB: in the last-level cache, with long enough inner products
-_SIDE_GPU = 4096  # 4096 x 4096 in 16 bits is 32 MB: within the L2 of an H100, with few launches
+_L2_BYTES = 50 * 2**20  # of a GPU that does not say, as of an H100
+_GPU_MULTIPLE = 256  # a whole number of the tiles of every kernel
 _SYMMETRIC_PANELS = 8  # at least so many where size allows: tiles on the diagonal are visited whole, 1/8 of the work
 
 
 def panel_shape(
-    rows: int, cols: int, width: int, bytes_per_element: int, device_type: str, symmetric: bool = False
+    rows: int, cols: int, width: int, bytes_per_element: int, device: torch.device, symmetric: bool = False
 ) -> tuple[int, int]:
     """Rows and columns of a panel: square by preference, evened out over the matrix. The tile fits the workspace, and
     so does a panel of ``width`` features in fp32, which a conversion or a product may have to hold."""
     limit = max(1, workspace_bytes() // bytes_per_element)
     longest = max(1, workspace_bytes() // (4 * max(1, width)))
-    side = min(_SIDE_CPU if device_type == "cpu" else _SIDE_GPU, math.isqrt(limit))
+    side = min(_cached_side(device, bytes_per_element), math.isqrt(limit))
     if symmetric:
         side = min(side, max(256, rows // _SYMMETRIC_PANELS))
     panel_rows = _even_split(rows, min(side, longest))
@@ -43,6 +45,22 @@ def panel_shape(
         return panel_rows, panel_rows
     panel_cols = _even_split(cols, min(side * side // panel_rows, longest))
     return panel_rows, panel_cols
+
+
+@functools.cache
+def _cached_side(device: torch.device, bytes_per_element: int) -> int:
+    """The side of a square tile that stays in cache until both gradients have been made of it.
+
+    On a GPU it has two thirds of the L2, 4096 x 4096 in 16 bits on an H100. A ROCm device tells of the L2 of one of its
+    dies, not of the cache of 256 MB behind them, so it gets what an H100 does.
+    """
+    if device.type == "cpu":
+        return _SIDE_CPU
+    l2 = _L2_BYTES
+    if device.type == "cuda" and torch.version.hip is None:
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size or l2
+    side = math.isqrt(l2 * 2 // 3 // bytes_per_element)
+    return max(side // _GPU_MULTIPLE, 1) * _GPU_MULTIPLE
 
 
 def _even_split(size: int, limit: int) -> int:
@@ -101,7 +119,7 @@ def run_panels(
         return stats, dx, dy_t.t()
 
     bytes_per_element = tiles * compute_dtype.itemsize
-    panel_rows, panel_cols = panel_shape(rows, cols, width, bytes_per_element, device.type, symmetric)
+    panel_rows, panel_cols = panel_shape(rows, cols, width, bytes_per_element, device, symmetric)
     row_panels, col_panels = _cut(rows, panel_rows, seam), _cut(cols, panel_cols, seam)
     if symmetric and want_dy:
         dy_t[:, col_panels[0]] = 0  # nothing lies above the first tile
