@@ -2,17 +2,47 @@
 
 ssl_kernels._C       torch ops against LibTorch's stable ABI and Python's limited API: one binary serves every
                      torch >= 2.10 and every Python >= 3.10.
+ssl_kernels._C_cuda  ops on CUDA tensors, against the same interfaces; in an object of its own, since it loads into CUDA
+                     builds of torch only. Built where nvcc and such a torch are, whatever GPUs are. SSL_KERNELS_CUDA=0
+                     leaves it out, SSL_KERNELS_CUDA=1 makes its absence an error; TORCH_CUDA_ARCH_LIST says for which
+                     architectures.
 ssl_kernels._native  the same kernels on NumPy arrays (pybind11), for the Python that builds it.
 """
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from glob import glob
 from pathlib import Path
 
 import pybind11
 import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+
+def find_cuda() -> str | None:
+    """The toolkit's folder as nvcc knows it, which may itself be a script in another."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(nvcc).exists():
+        return None
+    told = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    return str(Path(top[1]).resolve()) if top else home
+
+
+CUDA_HOME = find_cuda()
+if CUDA_HOME:
+    os.environ["CUDA_HOME"] = CUDA_HOME  # read by the import that follows
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+PATHS = [
+    f"-ffile-prefix-map={Path(__file__).resolve().parent}/=",
+    f"-ffile-prefix-map={Path(torch.__file__).parent}/=torch/",
+]
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -24,11 +54,59 @@ CXX_FLAGS = [
     "-Wextra",
     "-Wno-psabi",
     "-g0",  # no debug information, and no path of the machine that builds
-    f"-ffile-prefix-map={Path(__file__).resolve().parent}/=",
-    f"-ffile-prefix-map={Path(torch.__file__).parent}/=torch/",
+    *PATHS,
 ]
+STABLE_FLAGS = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CPU_SOURCES = sorted(glob("csrc/cpu/*.cpp"))
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+
+
+def cuda_extensions() -> list[Extension]:
+    """ssl_kernels._C_cuda, or nothing and a line about the reason."""
+    wanted = os.environ.get("SSL_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"SSL_KERNELS_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return []
+    release = nvcc_release()
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is not a CUDA build"
+    elif release is None:
+        missing = "nvcc was not found: CUDA_HOME names the folder of the CUDA toolkit"
+    elif release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        missing = f"nvcc {release} is of another major version than the CUDA {torch.version.cuda} of torch"
+    else:
+        return [cuda_extension(release)]
+    if wanted == "1":
+        sys.exit(f"SSL_KERNELS_CUDA=1: {missing}")
+    print(f"ssl_kernels._C_cuda is left out: {missing}", file=sys.stderr)
+    return []
+
+
+def nvcc_release() -> str | None:
+    if CUDA_HOME is None:
+        return None
+    told = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+\.\d+)", told)
+    return match[1] if match else None
+
+
+def cuda_extension(release: str) -> Extension:
+    blackwell = tuple(map(int, release.split("."))) >= (12, 8)
+    newest = "9.0;10.0+PTX" if blackwell else "9.0+PTX"  # newer GPUs compile the PTX when they first load it
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.6;8.9;{newest}")
+    host = ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-g0", *PATHS]  # nvcc's stubs use none
+    return CUDAExtension(
+        "ssl_kernels._C_cuda",
+        [*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/library.cpp"],
+        depends=HEADERS,
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *STABLE_FLAGS, f'-DSSLK_CUDA_BUILD="nvcc {release} for {architectures}"'],
+            "nvcc": ["-std=c++17", "-O3", "-DUSE_CUDA", *STABLE_FLAGS, *(f"-Xcompiler={flag}" for flag in host)],
+        },
+        py_limited_api=True,
+    )
+
 
 setup(
     ext_modules=[
@@ -36,7 +114,7 @@ setup(
             "ssl_kernels._C",
             [*CPU_SOURCES, *sorted(glob("csrc/torch/*.cpp"))],
             depends=HEADERS,
-            extra_compile_args=[*CXX_FLAGS, "-DPy_LIMITED_API=0x030a0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+            extra_compile_args=[*CXX_FLAGS, *STABLE_FLAGS],
             py_limited_api=True,
         ),
         Extension(
@@ -47,6 +125,7 @@ setup(
             extra_compile_args=CXX_FLAGS,
             language="c++",
         ),
+        *cuda_extensions(),
     ],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

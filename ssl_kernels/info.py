@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import ssl_kernels
-from ssl_kernels import _C, settings
+from ssl_kernels import _C, _cuda, settings
 from ssl_kernels.ops.matmul import onednn_is_faster
 
 OPS = (
@@ -28,6 +28,8 @@ OPS = (
     "enqueue_",
     "ema_update_",
 )
+IN_CUDA = ("enqueue_", "ema_update_")
+"""Ops with a kernel in CUDA C++."""
 
 
 def native_build_info() -> dict[str, Any] | str:
@@ -49,6 +51,7 @@ def collect() -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "Triton": _triton_version(),
+        "CUDA C++ kernels": _cuda.missing or f"built by {_cuda.build}",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "instruction set": f"{_C.active_isa()} (SSL_KERNELS_ISA overrides)",
     }
@@ -62,7 +65,7 @@ def collect() -> dict[str, str]:
     report["workspace"] = f"{settings.workspace_bytes() / 2**20:g} MB (SSL_KERNELS_WORKSPACE_MB overrides)"
     report["kept tiles"] = f"{settings.tile_budget_bytes() / 2**20:g} MB (SSL_KERNELS_TILE_BUDGET_MB overrides)"
     for op in OPS:
-        report[op] = ", ".join(f"{case}: {backend}" for case, backend in _backends().items())
+        report[op] = ", ".join(f"{case}: {backend}" for case, backend in _backends(op in IN_CUDA).items())
     return report
 
 
@@ -75,7 +78,7 @@ def _triton_version() -> str:
         return "not installed"
 
 
-def _backends() -> dict[str, str]:
+def _backends(in_cuda: bool) -> dict[str, str]:
     """What an op will use for features of each kind."""
     cases = {
         "CPU fp32/bf16/fp16": ("cpu", torch.float32),
@@ -86,7 +89,7 @@ def _backends() -> dict[str, str]:
     chosen = {}
     for case, (device, dtype) in cases.items():
         try:
-            chosen[case] = settings.choose_backend(device, dtype)
+            chosen[case] = settings.choose_backend(device, dtype, in_cuda=in_cuda)
         except ValueError as error:
             chosen[case] = str(error)
     return chosen

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-BACKENDS = ("auto", "reference", "eager", "cpu", "triton")
+from ssl_kernels import _cuda
+
+BACKENDS = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 """``reference`` is plain dense PyTorch and defines each op; ``eager`` is the memory-linear panel driver with PyTorch
-epilogues, on any device; ``cpu`` the C++ kernels; ``triton`` the GPU kernels. ``auto`` chooses by device and dtype."""
+epilogues, on any device; ``cpu`` the C++ kernels; ``triton`` the GPU kernels; ``cuda`` those in CUDA C++, which
+``ema_update_`` and ``enqueue_`` have. ``auto`` chooses by device and dtype."""
 
 
 def _check_backend(name: str, origin: str) -> str:
@@ -115,19 +118,31 @@ def default_backend() -> str:
     return _backend
 
 
-def choose_backend(device: str, dtype: torch.dtype) -> str:
-    """The backend that an op will use for features of ``dtype`` on a device of type ``device``."""
+def choose_backend(device: str, dtype: torch.dtype, *, in_cuda: bool = False) -> str:
+    """The backend that an op will use for features of ``dtype`` on a device of type ``device``.
+
+    ``in_cuda`` tells that the op has a kernel in CUDA C++.
+    """
     double = dtype == torch.float64
     if _backend == "auto":
         if double or device not in ("cpu", "cuda"):
             return "eager"
-        return "cpu" if device == "cpu" else "triton"
-    if _backend in ("cpu", "triton") and double:
+        if device == "cpu":
+            return "cpu"
+        return "cuda" if in_cuda and not _cuda.missing else "triton"
+    if _backend in ("cpu", "triton", "cuda") and double:
         raise ValueError(f"backend {_backend!r} has no float64 kernels: use 'eager' or 'reference'")
     if _backend == "cpu" and device != "cpu":
         raise ValueError(f"backend 'cpu': expected CPU tensors, got {device}")
     if _backend == "triton" and device != "cuda" and not (device == "cpu" and _interpreting()):
         raise ValueError(f"backend 'triton': expected CUDA tensors, got {device}")
+    if _backend == "cuda":
+        if not in_cuda:
+            raise ValueError("backend 'cuda': this op has no kernel in CUDA C++: use 'auto' or 'triton'")
+        if _cuda.missing:
+            raise ValueError(f"backend 'cuda': {_cuda.missing}")
+        if device != "cuda":
+            raise ValueError(f"backend 'cuda': expected CUDA tensors, got {device}")
     return _backend
 
 

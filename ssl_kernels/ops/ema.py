@@ -44,7 +44,7 @@ def ema_update_(
         if any(_is_sharded(t) for t in into):
             into, towards, beside = ([_local(t) for t in tensors] for tensors in (into, towards, beside))
         double = any(t.dtype == torch.float64 for t in (*into, *towards, *beside))
-        backend = choose_backend(device.type, torch.float64 if double else torch.float32)
+        backend = choose_backend(device.type, torch.float64 if double else torch.float32, in_cuda=True)
         if backend == "reference":
             reference(into, towards, beside, m)
         else:
@@ -52,15 +52,15 @@ def ema_update_(
 
 
 def _update_plain(targets: list[Any], sources: list[Any], copies: list[Any], momentum: Any) -> bool:
-    """The usual case at a third of the overhead: plain tensors on the CPU straight to the kernel, which checks them.
+    """The usual case at a third of the overhead: plain tensors straight to the kernel in C++, which checks them.
 
     Returns False without having written anything if there is more to it, be it an argument that is wrong.
     """
     if torch.compiler.is_compiling() or type(momentum) is not float or type(next(iter(targets), None)) not in _PLAIN:
         return False
-    if targets[0].device.type != "cpu" or choose_backend("cpu", torch.float32) != "cpu":
-        return False
-    if len(copies) != len(targets):
+    kind = targets[0].device.type
+    backend = choose_backend(kind, torch.float32, in_cuda=True) if kind in ("cpu", "cuda") else ""
+    if backend not in ("cpu", "cuda") or len(copies) != len(targets):
         return False
     if all(copy is None for copy in copies):
         copies = []
@@ -69,7 +69,10 @@ def _update_plain(targets: list[Any], sources: list[Any], copies: list[Any], mom
             return False
     try:
         with torch.no_grad():
-            torch.ops.ssl_kernels.ema_update_(targets, sources, copies, momentum)
+            if backend == "cpu":
+                torch.ops.ssl_kernels.ema_update_(targets, sources, copies, momentum)
+            else:
+                torch.ops.ssl_kernels.ema_update_cuda_(targets, sources, copies, momentum, None)
     except RuntimeError:
         return False
     torch.autograd.graph.increment_version((*targets, *copies))
@@ -144,7 +147,7 @@ def _as_momentum(momentum: Tensor | float, device: torch.device) -> Tensor:
     if not isinstance(momentum, Tensor):
         _checks.check_fraction("momentum", momentum)
         # As a product it stays a variable of a compiled graph; torch.full would compile anew for each value.
-        return torch.ones((), dtype=torch.float64) * momentum
+        return torch.ones((), dtype=torch.float64, device="cpu") * momentum
     if momentum.numel() != 1 or not momentum.is_floating_point():
         got = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
         raise ValueError(f"momentum: expected a float or a floating tensor of one element, got {got}")
@@ -164,12 +167,15 @@ def _as_number(momentum: Tensor) -> Tensor | float:
 
 def reference(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
     """The definition. The first targets have copies; 0 and 1 are exact whatever the numbers, infinities included."""
-    _as_number(momentum)
+    m = _as_number(momentum)
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         dtype = _checks.accumulation_dtype(torch.promote_types(target.dtype, source.dtype))
-        m, weight = (value.to(target.device, dtype) for value in (momentum, 1 - momentum))
         old, new = target.to(dtype), source.to(dtype)
-        target.copy_(torch.where(m == 1, old, torch.where(m == 0, new, m * old + weight * new)))
+        if isinstance(m, float):  # a number: to copy it to the device would wait for that
+            target.copy_(old if m == 1 else new if m == 0 else m * old + (1 - m) * new)
+        else:
+            m_, weight = m.to(dtype), (1 - m).to(dtype)
+            target.copy_(torch.where(m_ == 1, old, torch.where(m_ == 0, new, m_ * old + weight * new)))
         if i < len(copies):
             copies[i].copy_(target)
 
@@ -193,8 +199,11 @@ def _update_eager(targets: list[Tensor], sources: list[Tensor], copies: list[Ten
         copy.copy_(target)
 
 
-def _update_cpu(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
-    lists = (targets, sources, copies)
+def _dense(
+    targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The lists as contiguous tensors; those that cannot be are updated here and left out."""
+    lists: tuple[list[Tensor], list[Tensor], list[Tensor]] = (targets, sources, copies)
     if not all(tensor.is_contiguous() for tensors in lists for tensor in tensors):
         lists = ([], [], [])
         for i, target in enumerate(targets):
@@ -206,12 +215,33 @@ def _update_cpu(targets: list[Tensor], sources: list[Tensor], copies: list[Tenso
                     tensors.append(tensor)
             else:
                 _update_eager(entry[:1], entry[1:2], entry[2:], momentum)
+    return lists
+
+
+def _update_cpu(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
+    lists = _dense(targets, sources, copies, momentum)
     if lists[0]:
         torch.ops.ssl_kernels.ema_update_(*lists, _as_number(momentum))
 
 
-# On a GPU, torch's own multi-tensor kernel moves as few bytes as one of ours could.
-_BACKENDS: dict[str, Any] = {"eager": _update_eager, "cpu": _update_cpu, "triton": _update_eager}
+def _update_cuda(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
+    lists, m = _dense(targets, sources, copies, momentum), _as_number(momentum)
+    if not lists[0]:
+        return
+    if isinstance(m, float):
+        torch.ops.ssl_kernels.ema_update_cuda_(*lists, m, None)
+    else:
+        wide = m if m.dtype == torch.float64 else m.float()
+        torch.ops.ssl_kernels.ema_update_cuda_(*lists, 0.0, wide)
+
+
+# Where there is no kernel in CUDA C++, torch's own for lists of tensors moves as few bytes, list by list.
+_BACKENDS: dict[str, Any] = {
+    "eager": _update_eager,
+    "cpu": _update_cpu,
+    "triton": _update_eager,
+    "cuda": _update_cuda,
+}
 
 
 @torch.library.custom_op(

@@ -2,6 +2,10 @@
 
 One pass normalises, casts and writes B rows where the pointer stands, and moves the pointer on its device: no copy of
 the queue, no synchronisation with the host, no condition on the batch size.
+
+On NVIDIA GPUs the kernel is in CUDA C++: it moves the pointer in the launch that writes the rows, and needs no compiler
+at run time, whatever dtypes and strides come; the pointer has to be in [-2^52, 2^52) there. Where it is not built, as
+for ROCm, Triton's writes the rows, and two small kernels of torch move the pointer behind it.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from ssl_kernels.settings import choose_backend
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = False) -> None:
     """Documented at :func:`ssl_kernels.functional.enqueue_`."""
     _check(queue, pointer, keys)
-    backend = choose_backend(queue.device.type, torch.promote_types(queue.dtype, keys.dtype))
+    backend = choose_backend(queue.device.type, torch.promote_types(queue.dtype, keys.dtype), in_cuda=True)
     if backend == "reference":
         with torch.no_grad():
             reference(queue, pointer, keys, normalize)
@@ -68,7 +72,16 @@ def _enqueue_triton(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: boo
     triton_kernels("queue").enqueue(queue, pointer, keys, normalize)
 
 
-_BACKENDS: dict[str, Any] = {"eager": reference, "cpu": _enqueue_cpu, "triton": _enqueue_triton}
+def _enqueue_cuda(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
+    torch.ops.ssl_kernels.enqueue_cuda_(queue, pointer, keys, normalize)
+
+
+_BACKENDS: dict[str, Any] = {
+    "eager": reference,
+    "cpu": _enqueue_cpu,
+    "triton": _enqueue_triton,
+    "cuda": _enqueue_cuda,
+}
 
 
 @torch.library.custom_op(
