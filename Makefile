@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.setup-done
-NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp) setup.py
+NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
-.PHONY: setup demo test lint bench wheel clean
+.PHONY: setup demo test lint bench gpu-check wheel clean
 
 setup: $(SETUP)
 
@@ -33,6 +33,9 @@ bench: setup
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/benchmarks.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/benchmarks.json
+
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py
 
 wheel: setup
 	rm -rf build dist

@@ -383,17 +383,17 @@ def _(gradient: Tensor, factor: Tensor) -> Tensor:
 _scale_gradient.register_autograd(no_double_backward)
 
 
-def _scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The same in place, and nothing at all where the factor is 1."""
-    if gradient.device.type == "cuda":
+def _scale_gradient_(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """The same in place; by a kernel, or on a CPU, nothing at all where the factor is 1."""
+    if backend == "triton":
         triton_kernels("dino").scale_(gradient, factor)
-    elif bool((factor != 1).any()):
+    elif gradient.device.type != "cpu" or bool((factor != 1).any()):  # elsewhere to look would be to wait
         torch.mul(gradient, factor[:, None], out=gradient)
     return gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    students, teachers, *_, scale, mean, _ = inputs
+    students, teachers, *_, scale, mean, ctx.backend = inputs
     _, gradient, teacher_sum = output
     ctx.mark_non_differentiable(teacher_sum)  # and not the gradient: differentiating it again is to meet an error
     ctx.set_materialize_grads(False)
@@ -410,7 +410,10 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     factor = upstream * ctx.unscale
     # Handed over where nobody can ask for it again: not with retain_graph, and not while being traced.
     once = type(gradient) is Tensor and not torch.is_grad_enabled() and not _graph_is_kept()
-    gradient = _scale_gradient_(gradient.detach(), factor) if once else _scale_gradient(gradient, factor)
+    if once:
+        gradient = _scale_gradient_(gradient.detach(), factor, ctx.backend)
+    else:
+        gradient = _scale_gradient(gradient, factor)
     return (list(gradient.split(ctx.crops)), *rest)
 
 

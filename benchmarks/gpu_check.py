@@ -1,0 +1,406 @@
+"""Everything that takes a GPU to know, in one command and within ten minutes: `make gpu-check`.
+
+It builds the extensions, runs tests/gpu on the device (CUDA graphs of each op among them), a few of these tests under
+compute-sanitizer where that is installed, and the benchmarks of gpu_bench.py beside the peers that are installed. One
+JSON and one Markdown report say what was found, and what was left out for lack of time, of memory or of a package.
+
+    python benchmarks/gpu_check.py [--budget SECONDS] [--skip STEP ...] [--output benchmarks/results/gpu_check.json]
+
+The exit status is 0 if all that ran is well, 1 if something of ours is not, and 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET_S = 600.0
+# Of the budget, at most; the benchmarks take what is left.
+SHARES = {"build": 0.2, "tests": 0.4, "sanitizer": 0.15, "benchmarks": 1.0}
+REPORT_S = 2.0
+SANITIZER_TOOLS = ("memcheck", "racecheck")
+SANITIZED = (
+    "test_small and bfloat16 and (sigmoid_contrastive_loss-mean or clip_loss-mean or info_nce_loss-mean or "
+    "dino_loss-centred or sinkhorn_center or koleo_loss-mean or ema_update_-number or enqueue_-normalised)"
+)
+SANITIZER_FOUND = 86  # its exit status then
+TESTS = [f"tests/gpu/test_gpu_{name}.py" for name in ("values", "device", "trainers")]  # first what matters most
+TINY_TESTS = "test_small or test_cuda_graph or test_every_op"
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Step:
+    name: str
+    status: str = "not run"  # ok, failed, skipped, cut
+    seconds: float = 0.0
+    limit_s: float = 0.0
+    detail: str = ""
+
+
+@dataclass
+class Report:
+    device: str
+    tiny: bool
+    budget_s: float
+    elapsed_s: float = 0.0
+    machine: Row = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    tests: Row = field(default_factory=dict)
+    graphs: list[Row] = field(default_factory=list)
+    providers: dict[str, str] = field(default_factory=dict)
+    benchmarks: list[Row] = field(default_factory=list)
+
+
+class Check:
+    """One run of all steps within the budget."""
+
+    def __init__(self, device: str, *, tiny: bool, budget_s: float, skip: Sequence[str] = ()) -> None:
+        self.report = Report(device, tiny, budget_s)
+        self.skip = skip
+        self.at: Row = {}  # what the benchmarks are measuring
+        self.start = time.monotonic()
+
+    def left_s(self) -> float:
+        return self.start + self.report.budget_s - REPORT_S - time.monotonic()
+
+    def run(self) -> Report:
+        steps: dict[str, Callable[[Step], None]] = {
+            "build": self.build, "tests": self.tests, "sanitizer": self.sanitizer, "benchmarks": self.benchmarks,
+        }  # fmt: skip
+        for name, work in steps.items():
+            step = Step(name, limit_s=max(0.0, min(SHARES[name] * self.report.budget_s, self.left_s())))
+            self.report.steps.append(step)
+            before = time.monotonic()
+            if name in self.skip:
+                step.status, step.detail = "skipped", "as asked"
+            elif step.limit_s <= 0:
+                step.status, step.detail = "cut", "no time was left"
+            else:
+                print(f"== {name}, within {step.limit_s:.0f} s", file=sys.stderr, flush=True)
+                work(step)
+            step.seconds = time.monotonic() - before
+        self.report.elapsed_s = time.monotonic() - self.start
+        return self.report
+
+    def build(self, step: Step) -> None:
+        environment, note = build_environment()
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        step.status, output = execute(command, step.limit_s, environment)
+        step.detail = note if step.status == "ok" else f"{note}\n{output}"
+
+    def tests(self, step: Step) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "tests.jsonl"
+            command = [*pytest_command(), "-p", "gpu_tests_log", *TESTS]
+            if self.report.tiny:
+                command += ["-k", TINY_TESTS]
+            step.status, output = execute(command, step.limit_s, self.environment(SSL_KERNELS_TEST_LOG=str(log)))
+            self.report.tests = summarize(log)
+        self.report.graphs = graphs(self.report.tests.pop("all"))
+        found = self.report.tests
+        step.detail = f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped"
+        if found["not_reached"]:
+            step.detail += f", {len(found['not_reached'])} not reached"
+        if step.status == "failed" and not found["failed"]:
+            step.detail += "\n" + output
+
+    def sanitizer(self, step: Step) -> None:
+        tool = sanitizer()
+        if tool is None:
+            step.status, step.detail = "skipped", "compute-sanitizer is not installed"
+            return
+        outcomes, deadline = [], time.monotonic() + step.limit_s
+        for k, name in enumerate(SANITIZER_TOOLS):
+            limit = (deadline - time.monotonic()) / (len(SANITIZER_TOOLS) - k)
+            command = [tool, "--tool", name, "--error-exitcode", str(SANITIZER_FOUND), *pytest_command()]
+            command += [TESTS[0], "-k", SANITIZED]
+            # Memory that the allocator holds on to is within bounds to the tool.
+            status, output = execute(command, limit, self.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+            outcomes.append(status)
+            step.detail += f"{name}: {status}\n" + (f"{output}\n" if status == "failed" else "")
+        step.status = next((s for s in ("failed", "cut") if s in outcomes), "ok")
+
+    def benchmarks(self, step: Step) -> None:
+        """One process for all groups, and another after whatever takes it down, or the context of its device."""
+        waiting, deadline = group_names(), time.monotonic() + step.limit_s
+        total, rows = len(waiting), self.report.benchmarks
+        while waiting and (seconds := deadline - time.monotonic()) > 0:
+            job = {"device": self.report.device, "tiny": self.report.tiny, "seconds": seconds, "groups": waiting}
+            done: list[str] = []
+            self.at = {}
+            command = [sys.executable, __file__, "--worker", json.dumps(job)]
+            listen = functools.partial(self.receive, done)
+            status, output = execute(command, seconds + REPORT_S, self.environment(), listen)
+            waiting = waiting[len(done) :]
+            if status != "ok" and waiting:
+                reason = "out of time" if status == "cut" else f"its process ended: {last_line(output)}"
+                at = self.at if self.at.get("group") == waiting[0] else whole(waiting[0])
+                rows.append(at | {"status": status, "detail": reason})
+                waiting = waiting[1:]
+        rows += [whole(group) | {"status": "cut", "detail": "no time was left"} for group in waiting]
+        cut = sum(row["status"] == "cut" for row in rows)
+        wrong = [r for r in rows if r["status"] in ("failed", "outputs differ") and r["provider"] in ("ours", "all")]
+        step.status = "failed" if wrong else "cut" if cut else "ok"
+        step.detail = f"{total - len(waiting)} of {total} groups, {cut} measurements cut"
+        if wrong:
+            step.detail += "; wrong: " + ", ".join(f"{row['op']} {row.get('shape', '')}" for row in wrong)
+
+    def receive(self, done: list[str], line: str) -> None:
+        """A line of the worker's: of the machine, of an attempt, of a measurement, or the end of a group."""
+        try:
+            entry = json.loads(line)
+        except ValueError:  # printed by somebody else
+            return
+        if not isinstance(entry, dict):
+            return
+        if "machine" in entry:
+            self.report.machine, self.report.providers = entry["machine"], entry["providers"]
+        elif "done" in entry:
+            done.append(entry["done"])
+        elif entry.get("status") == "started":
+            self.at = entry
+        elif "provider" in entry:
+            self.report.benchmarks.append(entry)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        here = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+        path = os.pathsep.join(filter(None, here))
+        return {"PYTHONPATH": path, "SSL_KERNELS_TEST_DEVICE": self.report.device, **more}
+
+
+def whole(group: str) -> Row:
+    """What stands for all of a group's measurements."""
+    return {"op": group.partition(",")[0], "group": group, "provider": "all"}
+
+
+def build_environment() -> tuple[dict[str, str], str]:
+    """On NVIDIA with a toolkit, its absence from the build is an error; elsewhere it is said."""
+    if torch.version.cuda is None:
+        return {}, f"without CUDA C++: torch {torch.__version__} is no CUDA build"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = [shutil.which("nvcc"), *([f"{home}/bin/nvcc"] if home else []), "/usr/local/cuda/bin/nvcc"]
+    if any(nvcc and Path(nvcc).exists() for nvcc in found):
+        return {"SSL_KERNELS_CUDA": "1"}, "with CUDA C++"
+    return {}, "without CUDA C++: nvcc was not found"
+
+
+def sanitizer() -> str | None:
+    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return found if Path(found).exists() else None
+
+
+def pytest_command() -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+
+
+def execute(
+    command: Sequence[str], limit_s: float, environment: dict[str, str], receive: Callable[[str], None] | None = None
+) -> tuple[str, str]:
+    """ "ok", "failed" or, past the limit, "cut"; and the end of what it printed. ``receive`` gets each line at once."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    cut = threading.Event()
+
+    def stop() -> None:
+        cut.set()
+        with contextlib.suppress(ProcessLookupError):  # with whatever it has started
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(max(0.1, limit_s), stop)
+    timer.start()
+    lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if receive is not None:
+                receive(lines[-1])
+        code = process.wait()
+    finally:
+        timer.cancel()
+    status = "ok" if code == 0 else "cut" if cut.is_set() else "failed"
+    return status, "\n".join(lines)[-4000:]
+
+
+def last_line(output: str) -> str:
+    return next((line for line in reversed(output.splitlines()) if line.strip()), "it printed nothing")[:300]
+
+
+def summarize(log: Path) -> Row:
+    """Of the plugin's log: counts, what failed and why, what was skipped and why, and what was not reached."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    collected = [test for entry in entries for test in entry.get("collected", [])]
+    ended = [entry for entry in entries if "test" in entry]
+    by_outcome = {o: [e for e in ended if e["outcome"] == o] for o in ("passed", "failed", "skipped")}
+    reached = {entry["test"] for entry in ended}
+    return {
+        "collected": len(collected),
+        "passed": len(by_outcome["passed"]),
+        "failed": [{"test": e["test"], "detail": e["detail"]} for e in by_outcome["failed"]],
+        "skipped": [{"test": e["test"], "detail": e["detail"]} for e in by_outcome["skipped"]],
+        "not_reached": [test for test in collected if test not in reached],
+        "all": ended,
+    }
+
+
+def graphs(tests: list[Row]) -> list[Row]:
+    """How the capture of each op went."""
+    captured = [test for test in tests if "::test_cuda_graph[" in test["test"]]
+    return [
+        {"op": t["test"].partition("[")[2].rstrip("]"), **{k: t[k] for k in ("outcome", "detail")}} for t in captured
+    ]
+
+
+def group_names() -> list[str]:
+    import gpu_bench
+
+    return [group.name for group in gpu_bench.GROUPS]
+
+
+def work(job: Row) -> None:
+    """In a process of its own: measure the groups, and print a line of JSON to each finding."""
+    import gpu_bench
+
+    def say(**entry: Any) -> None:
+        print(json.dumps(entry), flush=True)
+
+    device, deadline = torch.device(job["device"]), time.monotonic() + job["seconds"]
+    say(machine=gpu_bench.machine(device), providers={p: gpu_bench.installed(p) for p in gpu_bench.PACKAGES})
+    groups = {group.name: group for group in gpu_bench.GROUPS}
+    for name in job["groups"]:
+        for row in gpu_bench.measure(groups[name], device, tiny=job["tiny"], deadline=deadline):
+            say(**row)
+        say(done=name)
+
+
+# ---- the report
+
+
+def markdown(report: Report) -> str:
+    head = ", ".join(f"{name} {value}" for name, value in report.machine.items() if value is not None)
+    lines = ["# gpu-check", "", head or "The benchmarks did not start, and said nothing of the machine.", ""]
+    if report.tiny:
+        lines += ["Tiny sizes: this shows that the check runs, not how fast anything is.", ""]
+    lines += [
+        f"{report.elapsed_s:.0f} s of {report.budget_s:.0f} s.",
+        "",
+        "| step | outcome | s | at most | |",
+        "|---|---|---:|---:|---|",
+    ]
+    for step in report.steps:
+        first = step.detail.splitlines()[0] if step.detail else ""
+        lines.append(f"| {step.name} | {step.status} | {step.seconds:.0f} | {step.limit_s:.0f} | {first} |")
+    for step in report.steps:
+        if step.status == "failed" and "\n" in step.detail:
+            lines += ["", f"{step.name}:", "", "```", step.detail[-3000:], "```"]
+    lines += ["", "## Tests", ""]
+    tests = report.tests
+    if not tests:
+        lines.append("They did not run.")
+    for failure in tests.get("failed", []):
+        lines += [f"- failed: `{failure['test']}`", "", "```", failure["detail"][-1000:], "```", ""]
+    reasons: dict[str, int] = {}
+    for skipped in tests.get("skipped", []):
+        reasons[skipped["detail"]] = reasons.get(skipped["detail"], 0) + 1
+    lines += [f"- skipped {count}: {reason}" for reason, count in reasons.items()]
+    if tests.get("not_reached"):
+        lines.append("- A second run gets further: kernels that were compiled are kept in Triton's cache.")
+        lines.append(f"- not reached, for time: {', '.join(f'`{t}`' for t in tests['not_reached'])}")
+    lines += ["", "## CUDA graphs", ""]
+    failed = [g["op"] for g in report.graphs if g["outcome"] == "failed"]
+    counts = {o: sum(g["outcome"] == o for g in report.graphs) for o in ("passed", "failed", "skipped")}
+    lines.append(
+        ", ".join(f"{n} {o}" for o, n in counts.items()) + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    for op in dict.fromkeys(row["op"] for row in report.benchmarks):
+        lines += ["", f"## {op}", "", *table([row for row in report.benchmarks if row["op"] == op])]
+    lines += ["", "## Peers", ""]
+    lines += [f"- {name}: {found}" for name, found in report.providers.items()]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: list[Row]) -> list[str]:
+    """A line to each provider, shape and mode: times as times longer than ours in the same process."""
+    ours = {
+        (r["group"], r["shape"], r["mode"]): r for r in rows if r["provider"] == "ours" and r["status"] == "measured"
+    }
+    lines = ["| mode | shape | | ms | time in ours | of matrix rate | of bandwidth | peak MB | relative error |"]
+    lines.append("|---|---|---|" + "---:|" * 6)
+    seen: set[tuple[Any, ...]] = set()
+    for row in (r for r in rows if r["status"] == "measured"):
+        key = (row["provider"], row["shape"], row["mode"])
+        if key in seen:  # ours again, beside another peer
+            continue
+        seen.add(key)
+        beside = ours.get((row["group"], row["shape"], row["mode"]))
+        cells = [row["mode"], row["shape"], row["provider"], f"{row['ms']:.3g}"]
+        cells.append(f"{row['ms'] / beside['ms']:.2f}x" if beside else "")
+        cells += [f"{row[name]:.2f}" if name in row else "" for name in ("of_matrix_rate", "of_bandwidth")]
+        cells.append("" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}")
+        lines.append("| " + " | ".join([*cells, f"{row['error']:.1g}"]) + " |")
+    others = {
+        f"- {r['provider']} {r.get('shape', '')}: {explained(r)}": None for r in rows if r["status"] != "measured"
+    }
+    return [*lines, "", *others] if others else lines
+
+
+def explained(row: Row) -> str:
+    return row["status"] + (f": {row['detail']}" if row["detail"] else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu-check", description="Checks and measures ssl_kernels on a GPU.")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_S, help="seconds for all steps; what they cut is reported"
+    )
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(SHARES), help="steps to leave out")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu_check.json")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: for the tests of this file
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        work(options.worker)
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        built = (
+            f"CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else f"ROCm {torch.version.hip}"
+            if torch.version.hip
+            else "CPUs"
+        )
+        print(f"gpu-check: no GPU: torch {torch.__version__}, built for {built}, finds none here", file=sys.stderr)
+        return 2
+    report = Check(options.device, tiny=options.tiny, budget_s=options.budget, skip=options.skip).run()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    text = markdown(report)
+    options.output.with_suffix(".md").write_text(text)
+    print(text)
+    return 1 if any(step.status == "failed" for step in report.steps) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

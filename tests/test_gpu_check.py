@@ -1,0 +1,227 @@
+"""`make gpu-check` on a CPU, at sizes that say nothing about speed: its steps, its report, and what goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("needs the checkout, whose benchmarks these are", allow_module_level=True)
+
+import gpu_bench  # noqa: E402
+import gpu_check  # noqa: E402
+from gpu_check import Check, Report, Step  # noqa: E402
+
+PEERS = {  # by what they are imported as: how pip calls them, and their code
+    "siglip_kernel": ("siglip-kernel", "import os\nprint('it is about to end', flush=True)\nos._exit(7)"),
+    "memeff": ("memeff", "class MemoryEfficientCLIPLoss:\n    def __init__(self, temperature): ..."),
+    "inf_cl": ("inf-cl", "raise RuntimeError('no driver here')"),
+    "cut_cross_entropy": (
+        "cut-cross-entropy",
+        "def linear_cross_entropy(e, c, targets, *, filter_eps): return 2 * (e * c).sum()",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], str]:
+    """All but the build, beside peers that each fail in a way of its own, with a sanitizer that finds nothing."""
+    folder = tmp_path_factory.mktemp("gpu_check")
+    for module, (distribution, code) in PEERS.items():
+        (folder / f"{module}.py").write_text(code + "\n")
+        metadata = folder / f"{distribution.replace('-', '_')}-9.9.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 9.9\n")
+    tool = folder / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
+    tool.chmod(0o755)
+    output = folder / "results" / "gpu_check.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.setattr(gpu_check, "sanitizer", lambda: str(tool))
+        patch.setattr(gpu_check, "TINY_TESTS", "test_small and float16-clip or test_cuda_graph or test_every_op")
+        patch.setattr(gpu_check, "SANITIZED", "test_small and bfloat16-clip")
+        status = gpu_check.main(["--device", "cpu", "--tiny", "--skip", "build", "--output", str(output)])
+    return status, json.loads(output.read_text()), output.with_suffix(".md").read_text()
+
+
+def measured(report: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in report["benchmarks"] if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def test_every_step_and_the_tests_are_reported(run: tuple[int, dict[str, Any], str]) -> None:
+    _, report, text = run
+    steps = {step["name"]: step for step in report["steps"]}
+    assert [steps[name]["status"] for name in ("build", "tests", "sanitizer")] == ["skipped", "ok", "ok"]
+    assert steps["sanitizer"]["detail"] == "memcheck: ok\nracecheck: ok\n"
+    assert report["tests"]["passed"] >= 6
+    assert report["tests"]["failed"] == report["tests"]["not_reached"] == []
+    assert "needs a GPU, and the tests run on cpu" in text
+    assert {entry["op"].partition("-")[2].partition("-")[0] for entry in report["graphs"]} >= {"clip_loss", "enqueue_"}
+    assert all(entry["outcome"] == "skipped" for entry in report["graphs"])
+    assert report["elapsed_s"] < report["budget_s"] == gpu_check.BUDGET_S
+    assert report["machine"]["torch"] == torch.__version__
+    assert "Tiny sizes" in text
+
+
+def test_every_op_is_measured_beside_the_others(run: tuple[int, dict[str, Any], str]) -> None:
+    _, report, text = run
+    for group in gpu_bench.GROUPS:
+        if group.name == "sigmoid, siglip-kernel":  # its process ended
+            continue
+        ours = measured(report, group=group.name, provider="ours", status="measured")
+        assert {row["mode"] for row in ours} in ({"update"}, {"forward", "forward+backward"})
+        for row in ours:
+            assert row["ms"] > 0
+            assert row["error"] < 1e-4
+            limit = "of_matrix_rate" if "gflop" in row else "of_bandwidth"
+            assert 0 < row[limit] < 1.5
+            if group.name == group.op:  # the first of its op
+                assert f"| {row['mode']} | {row['shape']} | ours | {row['ms']:.3g} | 1.00x |" in text
+    assert measured(report, op="clip", provider="eager", status="measured")
+    for op in ("sigmoid", "clip", "dino", "ema", "queue", "info_nce", "nt_xent"):
+        assert f"\n## {op}\n" in text
+
+
+def test_peers_that_fail_are_said_to_and_stop_nothing(run: tuple[int, dict[str, Any], str]) -> None:
+    status, report, text = run
+    (call,) = measured(report, provider="memeff")
+    assert call["status"] == "failed"
+    assert call["detail"].startswith("TypeError: MemoryEfficientCLIPLoss.__init__() got an unexpected keyword argument")
+    (imported,) = measured(report, provider="Inf-CL")
+    assert (imported["status"], imported["detail"]) == ("import failed", "RuntimeError: no driver here")
+    (wrong,) = measured(report, provider="cut-cross-entropy")
+    assert wrong["status"] == "outputs differ"
+    assert "ms" not in wrong
+    (lost,) = measured(report, provider="siglip-kernel")
+    assert (lost["status"], lost["detail"]) == ("failed", "its process ended: it is about to end")
+    for row in (call, imported, wrong, lost):
+        assert row["detail"] in text
+    assert report["providers"]["memeff"] == "9.9"
+    # Ours has done nothing wrong.
+    assert {step["name"]: step["status"] for step in report["steps"]}["benchmarks"] == "ok"
+    assert status == 0
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 2
+    assert capsys.readouterr().err.startswith(f"gpu-check: no GPU: torch {torch.__version__}, built for ")
+
+
+def test_make_knows_it() -> None:
+    commands = subprocess.run(["make", "-n", "gpu-check"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    assert commands.rstrip().endswith("python benchmarks/gpu_check.py")
+
+
+# ---- time
+
+
+def test_what_the_budget_cuts_is_named() -> None:
+    report = Check("cpu", tiny=True, budget_s=gpu_check.REPORT_S).run()
+    assert [step.status for step in report.steps] == ["cut"] * 4
+    assert gpu_check.markdown(report).count("| cut | 0 | 0 | no time was left |") == 4
+
+
+def test_a_command_past_its_limit_ends_with_all_that_it_started() -> None:
+    start = time.monotonic()
+    child = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+    assert gpu_check.execute([sys.executable, "-c", child], 5.0, {}) == ("cut", "begun")
+    assert time.monotonic() - start < 20
+    assert gpu_check.execute([sys.executable, "-c", "print('x'); raise SystemExit(3)"], 60, {}) == ("failed", "x")
+
+
+def test_groups_past_the_deadline_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(gpu_bench.measure(gpu_bench.GROUPS[0], torch.device("cpu"), tiny=True, deadline=time.monotonic()))
+    assert [row["provider"] for row in rows] == list(gpu_bench.GROUPS[0].providers)
+    assert {row["status"] for row in rows} == {"cut"}
+
+    def one_group(command: Any, limit_s: float, environment: Any, receive: Any = None) -> tuple[str, str]:
+        receive(json.dumps({"done": gpu_bench.GROUPS[0].name}))
+        return "cut", ""
+
+    monkeypatch.setattr(gpu_check, "execute", one_group)
+    check, step = Check("cpu", tiny=True, budget_s=60), Step("benchmarks", limit_s=0.05)
+    monkeypatch.setattr(gpu_check.time, "monotonic", ticking(0.04))
+    check.benchmarks(step)
+    assert step.status == "cut"
+    cut = [row["group"] for row in check.report.benchmarks]
+    assert cut == [group.name for group in gpu_bench.GROUPS[1:]]
+
+
+def ticking(by: float) -> Any:
+    """A clock that moves on at each look."""
+    now = iter(range(10**6))
+    return lambda: next(now) * by
+
+
+def test_tests_that_were_not_reached(tmp_path: Path) -> None:
+    log = tmp_path / "tests.jsonl"
+    entries = [
+        {"collected": ["a", "b::test_cuda_graph[x]", "c", "d"]},
+        {"test": "a", "outcome": "passed", "detail": ""},
+        {"test": "b::test_cuda_graph[x]", "outcome": "failed", "detail": "AssertionError: 1 != 2"},
+        {"test": "c", "outcome": "skipped", "detail": "needs two GPUs"},
+    ]
+    log.write_text("\n".join(map(json.dumps, entries)))
+    found = gpu_check.summarize(log)
+    graphs = gpu_check.graphs(found.pop("all"))
+    assert (found["collected"], found["passed"], found["not_reached"]) == (4, 1, ["d"])
+    assert graphs == [{"op": "x", "outcome": "failed", "detail": "AssertionError: 1 != 2"}]
+    text = gpu_check.markdown(Report("cpu", tiny=True, budget_s=1, tests=found, graphs=graphs))
+    for part in (
+        "failed: `b::test_cuda_graph[x]`",
+        "1 != 2",
+        "skipped 1: needs two GPUs",
+        "not reached, for time: `d`",
+    ):
+        assert part in text
+    assert gpu_check.summarize(tmp_path / "none")["collected"] == 0
+
+
+# ---- what is wrong is not passed over
+
+
+def test_a_failed_step_is_the_exit_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "execute", lambda *_: ("failed", "nvcc: error"))
+    monkeypatch.setattr(gpu_check, "sanitizer", lambda: "compute-sanitizer")
+    output = tmp_path / "report.json"
+    assert gpu_check.main(["--device", "cpu", "--tiny", "--output", str(output)]) == 1
+    assert {step["status"] for step in json.loads(output.read_text())["steps"]} == {"failed"}
+    assert "nvcc: error" in output.with_suffix(".md").read_text()
+
+
+def test_wrong_numbers_of_ours_fail_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = dataclasses.replace(gpu_bench.GROUPS[0], providers=("ours",))
+
+    class Wrong:
+        def __call__(self, *args: Any) -> torch.Tensor:
+            return 1.01 * gpu_bench._eager_sigmoid(*args)
+
+    import ssl_kernels
+
+    monkeypatch.setattr(ssl_kernels, "SigLipLoss", Wrong)
+    rows = list(gpu_bench.measure(group, torch.device("cpu"), tiny=True, deadline=time.monotonic() + 60))
+    (ours,) = [row for row in rows if row["status"] != gpu_bench.STARTED]
+    assert ours["status"] == "outputs differ"
+
+    def worker(command: Any, limit_s: float, environment: Any, receive: Any = None) -> tuple[str, str]:
+        receive(json.dumps(ours))
+        for name in gpu_check.group_names():
+            receive(json.dumps({"done": name}))
+        return "ok", ""
+
+    monkeypatch.setattr(gpu_check, "execute", worker)
+    step = Step("benchmarks", limit_s=60)
+    Check("cpu", tiny=True, budget_s=60).benchmarks(step)
+    assert step.status == "failed"
+    assert step.detail.endswith("wrong: sigmoid B=32 D=128")
