@@ -795,7 +795,7 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = 
     Args:
         queue: [K, D], float32, bfloat16, float16 or float64, with rows that are contiguous in memory.
         pointer: int64 tensor of one element on the device of ``queue``: the row that the next key goes to. It moves on
-            by B, modulo K, without synchronising the device with the host.
+            by B, modulo K, without synchronising the device with the host. On a GPU, it lies in [-2^52, 2^52).
         keys: [B, D] of any of these dtypes, any strides and any B; of more than K keys the last K remain. They are
             taken as constants, cast to the dtype of ``queue``.
         normalize: divide each key by its norm first, as ``torch.nn.functional.normalize`` does, in float32.
