@@ -28,7 +28,8 @@ Budget: the teachers are read three times and the students twice, and the gradie
 10 students of 16 bits 72 bytes for each of B K. What else is read comes from cache: the centre, as a program visits the
 same columns of several samples, and teachers once more for each student that leaves one out. Partial results are 16
 bytes for a block of up to 4096 elements. One exponential per element of a student and visit, and one per element of a
-teacher each time that it is read.
+teacher each time that it is read. Compiled for sm_90 and followed through the code, not timed: 16 instructions per
+element of a student of 16 bits in the forward pass with 2 teachers and 10 students, those of the teachers included.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls

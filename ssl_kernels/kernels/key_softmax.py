@@ -21,7 +21,9 @@ rounded to 16 bits for the second product only where queries have 16 bits, and l
 Budget, in units of 2 M K D FLOP: 2 for D up to 256, as one program then accumulates the whole mean, one for each
 further 256. Where D is at most 128 a key is also read but once, for both products. The rest per element of M x K is
 about 7 instructions (multiplication, selection, maximum, subtraction, ex2, addition, conversion) and, in global memory,
-D / block_m elements of keys, most of which come from L2, as the programs of the same keys are neighbours.
+D / block_m elements of keys, most of which come from L2, as the programs of the same keys are neighbours. Compiled for
+sm_90 and followed through the code, not timed: 17 instructions per element of M x K in bf16 for D = 128, addresses and
+both products included. No similarity is written to memory.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls

@@ -29,6 +29,7 @@ from ssl_kernels.kernels.tiles import (
     choose_config,
     locate_tile,
     on_device,
+    operands,
     product_kind,
     similarities,
 )
@@ -42,7 +43,7 @@ _MERGE_ROWS = 256
 # The sizes change from panel to panel and batch to batch: specialising on them would recompile.
 @triton.jit(do_not_specialize=["m", "n"])
 def _koleo_panel_kernel(
-    X,  # [m, D]
+    X,  # [m, D]; this and Y perhaps as descriptors, see operands
     Y,  # [n, D]
     ROW_BEST,  # [cdiv(n, BLOCK_N), m] fp32
     ROW_PLACE,  # likewise int32: columns of the panel
@@ -147,7 +148,8 @@ def koleo_panel(
     col_best, col_place = (None, None) if on_diagonal else _slots(blocks_m, n, x)
     with on_device(x.device):
         _koleo_panel_kernel[(blocks_m * blocks_n,)](
-            x, y, row_best, row_place, col_best, col_place, m, n, width, *x.stride(), *y.stride(),
+            *operands(config, x, y, None)[:2], row_best, row_place, col_best, col_place, m, n, width,
+            *x.stride(), *y.stride(),
             **kernel_constants(config, product_kind(x), width, on_diagonal),
             num_warps=NUM_WARPS, num_stages=config.num_stages,
         )  # fmt: skip

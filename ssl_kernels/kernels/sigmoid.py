@@ -12,31 +12,35 @@ and the upstream gradient multiply the fp32 products made of it, never G itself.
 loss, d scale and d bias) go to a buffer with one slot per column block and are added in a fixed order: the result is
 bitwise reproducible.
 
-Derivation of the epilogue: one exponential and one reciprocal square root per element, no logarithm, no division.
-With e = exp(-|s|) in (0, 1] and r = (1 + e)^(-1/2),
+Derivation of the epilogue: one exponential per element, for the gradient one reciprocal square root as well, no
+logarithm, no division. With e = exp(s) and r = (1 + e)^(-1/2),
 
-    sigma(s)    = r^2 where s >= 0, e r^2 elsewhere
-    softplus(s) = max(s, 0) + log(1 + e)
-    log(1 + e)  = 2 asinh(e r / 2),        because sinh(log(1 + e) / 2) = (sqrt(1 + e) - 1 / sqrt(1 + e)) / 2 = e r / 2
+    sigma(s) = e r^2          sum_j softplus(s_j) = log prod_j (1 + e_j)
 
-asinh is odd and its nearest singularity is +-i, so with w = e r in (0, 0.71] three terms of log(1 + e) = w P(w^2),
-P(t) = 1 + c1 t + c2 t^2 + c3 t^3, give a relative error of 5.6e-8 for every e, however small: P(0) is exactly 1, so
-log(1 + e) -> e. A polynomial in e itself needs degree 8 for as much, since log(1 + e) is singular at e = -1. No term
-cancels: a confident positive has a small e and the loss e, not softplus(z) - z. The exponent |s| keeps NaN, and e = NaN
-reaches loss and G whichever way the comparisons fall.
+so the loss of a row takes two instructions per element: q <- q + (q e + e) keeps prod (1 + e) - 1 with full relative
+precision however small the e are, and one log(1 + q) follows for the row. No term cancels: a confident positive has a
+small e and the loss e, not softplus(z) - z. The product holds 2^120 at most, which takes logits that add up to 83 in
+one row of the block. If any row has more, or a NaN, the block is worked out element by element with e = exp(-|s|), r as
+before, sigma = r^2 where s >= 0 and e r^2 elsewhere, and softplus = max(s, 0) + log(1 + e).
+
+For e in (0, 1], log(1 + e) = 2 asinh(e r / 2), because sinh(log(1 + e) / 2) = (sqrt(1 + e) - 1 / sqrt(1 + e)) / 2 =
+e r / 2. asinh is odd and its nearest singularity is +-i, so with w = e r in (0, 0.71] three terms of log(1 + e) =
+w P(w^2), P(t) = 1 + c1 t + c2 t^2 + c3 t^3, give a relative error of 5.6e-8 for every e, however small: P(0) is exactly
+1, so log(1 + e) -> e. A polynomial in e itself needs degree 8 for as much, since log(1 + e) is singular at e = -1. The
+logarithm of a row's product is that of its fraction in [1, 2), plus its binary exponent times log 2.
 
 The instructions round a little: ex2 and rsqrt of the hardware err by 2^-22 or so, hence loss and G by a few 1e-7.
 
-Budget per element of the tile, with everything wanted (compiled, not timed; tests/triton_kernels/ keeps the figures):
+Budget per element, compiled for sm_90 and followed through the code, not timed: a tile of 256 x 128 in bf16, D = 768,
+that meets neither an edge nor the diagonal (tests/triton_kernels/ keeps the figures):
 
     matrix product       2 D FLOP on the tensor cores
-    softplus and sigma   13 instructions, of which 2 are special functions (ex2, rsqrt). For comparison, compiled alike
-                         for sm_90: a polynomial of degree 8 in e with a reciprocal 20, the logarithm of a running
-                         product of 32 factors (1 + e) with a series for small e 24, `tl.log` 33, the formula 40
-    the rest             about 5: z, three row sums, conversion and store. At 18 in all an H100 issues the epilogue in
-                         the time in which its tensor cores advance by 290 of D in 16 bits
+    instructions         14 for the loss alone, 1 of them a special function: 2 before the product, 5 in its loop, 7 of
+                         epilogue. 23 with the gradient and all sums, 2 of them special functions; 15 of epilogue
     global memory        (1 / block_m + 1 / block_n) D elements read, shared in L2 by the grouped order of the programs;
-                         one element of G written; 12 / block_n bytes of row sums
+                         one element of G written, once; 12 / block_n bytes of row sums
+
+At 128 instructions and 4096 FLOP per cycle and multiprocessor, 23 instructions are issued in the time of 368 of D.
 
 Positive pairs of the diagonal and the ragged edge are dealt with where they are, behind branches that are uniform over
 the program, so that most tiles pay nothing for them; with ids every pair is compared, in 64 bits.
@@ -57,32 +61,92 @@ from ssl_kernels.kernels.tiles import (
     CONFIGS,
     Config,
     choose_config,
+    device_traits,
     locate_tile,
+    narrowed,
     on_device,
+    operands,
     product_kind,
     similarities,
     split_columns,
 )
 
-__all__ = ["CONFIGS", "Config", "gradient_scale", "kernel_constants", "sigmoid_panel"]
+__all__ = ["CONFIGS", "Config", "config_for", "gradient_scale", "kernel_constants", "sigmoid_panel"]
 
 # log(1 + e) = w P(w^2), w = e / sqrt(1 + e): minimax in relative error over e in (0, 1], P(0) = 1
 _C1 = tl.constexpr(-0.04166441038250923)
 _C2 = tl.constexpr(0.004659461788833141)
 _C3 = tl.constexpr(-0.0005965688033029437)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LARGEST_PRODUCT = tl.constexpr(2.0**120)
 _FP16_GRADIENT_SCALE = tl.constexpr(2.0**15)
 
 
 @triton.jit
-def _softplus_and_sigma(s):
-    """softplus(s) and sigma(s), as derived at the top of the module."""
-    e = tl.exp2(tl.abs(s) * -1.4426950408889634)  # log2(e)
-    r = tl.rsqrt(1.0 + e)
-    w = e * r
+def _log1p(w):
+    """log(1 + e) of w = e / sqrt(1 + e), for e in [0, 1]."""
     t = w * w
-    softplus = w * (((_C3 * t + _C2) * t + _C1) * t + 1.0) + tl.maximum(s, 0.0)
+    return w * (((_C3 * t + _C2) * t + _C1) * t + 1.0)
+
+
+@triton.jit
+def _softplus_and_sigma(s):
+    """softplus(s) and sigma(s) one by one, as derived at the top of the module."""
+    e = tl.exp2(tl.abs(s) * -_LOG2_E)
+    r = tl.rsqrt(1.0 + e)
     positive_sigma = r * r
-    return softplus, tl.where(s >= 0.0, positive_sigma, e * positive_sigma)
+    return _log1p(e * r) + tl.maximum(s, 0.0), tl.where(s >= 0.0, positive_sigma, e * positive_sigma)
+
+
+@triton.jit
+def _times(p, q):
+    """(1 + p) (1 + q) - 1, without the loss of what is small beside 1."""
+    return p + (p * q + q)
+
+
+@triton.jit
+def _log_of_product(q):
+    """log(1 + q) for q from 0 to _LARGEST_PRODUCT."""
+    bits = (1.0 + q).to(tl.int32, bitcast=True)
+    is_small = q <= 1.0
+    e = tl.where(is_small, q, ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0)
+    exponent = tl.where(is_small, 0, (bits >> 23) - 127)
+    return _log1p(e * tl.rsqrt(1.0 + e)) + exponent.to(tl.float32) * _LN_2
+
+
+@triton.jit
+def _uncounted(row, col, cols_left, delta, POSITIVE_IDS: tl.constexpr):
+    """Pairs beyond the panel and, without ids, on the diagonal. Made anew in each branch: over them it would be held in
+    registers, and made in every tile."""
+    beyond = (col >= cols_left)[None, :]
+    return beyond if POSITIVE_IDS else beyond | (col[None, :] == (row + delta)[:, None])
+
+
+@triton.jit
+def _exponents(
+    raw,
+    scale,
+    bias,
+    positive,
+    same_id,
+    row,
+    col,
+    cols_left,
+    delta,
+    has_uncounted,
+    POSITIVE_IDS: tl.constexpr,
+    IGNORE_SAME_ID: tl.constexpr,
+):
+    """s of a block, -inf where a pair is not to be counted here, which makes e, loss and G zero."""
+    s = raw * scale + bias
+    if POSITIVE_IDS:
+        s = tl.where(positive, -s, s)
+    if has_uncounted:
+        s = tl.where(_uncounted(row, col, cols_left, delta, POSITIVE_IDS), float("-inf"), s)
+    if IGNORE_SAME_ID:
+        s = tl.where(same_id, float("-inf"), s)
+    return s
 
 
 @triton.jit
@@ -93,11 +157,11 @@ def _epilogue(
     Y_IDS,
     scale,
     bias,
-    m,
-    n,
-    diagonal,
     first_row,
     first_col,
+    rows_left,  # within the block everything is counted in 32 bits from its first row and column
+    cols_left,
+    delta,  # column of the first row's positive
     stride_gm,
     HAS_IDS: tl.constexpr,
     IGNORE_SAME_ID: tl.constexpr,
@@ -106,53 +170,54 @@ def _epilogue(
     BLOCK_N: tl.constexpr,
 ):
     """Write G of a block of similarities and return its row sums of loss, G raw and G, each [BLOCK_M]."""
-    # Within the block everything is counted in 32 bits from its first row and column.
     row = tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_N)
-    row_ok = row < tl.minimum(m - first_row, BLOCK_M).to(tl.int32)
-    cols_left = tl.maximum(tl.minimum(n - first_col, BLOCK_N), 0).to(tl.int32)
+    row_ok = row < rows_left
+    cols_left = tl.minimum(cols_left, BLOCK_N)
     is_edge = cols_left < BLOCK_N
-    # Column of the first row's positive, clamped to where the diagonal no longer meets the block.
-    delta = tl.minimum(tl.maximum(diagonal + first_row - first_col, -BLOCK_M), BLOCK_N).to(tl.int32)
     has_diagonal = (delta > -BLOCK_M) & (delta < cols_left)
     POSITIVE_IDS: tl.constexpr = HAS_IDS and not IGNORE_SAME_ID
 
-    # A pair that is not to be counted here gets s = -inf, which makes e, loss and G zero, and raw = 0, since 0 times a
-    # NaN or an infinity would count. Without ids a row has at most one positive: its product is taken out of the block,
-    # and what it adds is worked out on vectors [BLOCK_M].
-    s = raw * scale + bias
-    positive_raw = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    has_uncounted = is_edge if POSITIVE_IDS else is_edge | has_diagonal
+
+    same_id = False
+    positive = False
     if HAS_IDS:
         x_id = tl.load(X_IDS + first_row + row, mask=row_ok, other=0)
         y_id = tl.load(Y_IDS + first_col + col, mask=col < cols_left, other=0)
         same_id = x_id[:, None] == y_id[None, :]
     if POSITIVE_IDS:
         positive = same_id | (col[None, :] == (row + delta)[:, None])
-        s = tl.where(positive, -s, s)
-        if is_edge:
-            beyond = (col >= cols_left)[None, :]
-            s = tl.where(beyond, float("-inf"), s)
-            raw = tl.where(beyond, 0.0, raw)
-    else:
-        if is_edge | has_diagonal:
-            on_diagonal = col[None, :] == (row + delta)[:, None]
-            positive_raw = tl.sum(tl.where(on_diagonal, raw, 0.0), axis=1)
-            elsewhere = on_diagonal | (col >= cols_left)[None, :]
-            s = tl.where(elsewhere, float("-inf"), s)
-            raw = tl.where(elsewhere, 0.0, raw)
+    # Without ids a row has at most one positive: its product is taken out of the block, and what it adds is worked out
+    # on vectors [BLOCK_M]. Where a pair is not counted raw is 0, since 0 times a NaN or an infinity would count.
+    positive_raw = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    if has_uncounted:
+        if not POSITIVE_IDS:
+            positive_raw = tl.sum(tl.where(col[None, :] == (row + delta)[:, None], raw, 0.0), axis=1)
+        raw = tl.where(_uncounted(row, col, cols_left, delta, POSITIVE_IDS), 0.0, raw)
     if IGNORE_SAME_ID:
-        s = tl.where(same_id, float("-inf"), s)
         raw = tl.where(same_id, 0.0, raw)
 
-    loss, g = _softplus_and_sigma(s)
+    s = _exponents(
+        raw, scale * _LOG2_E, bias * _LOG2_E, positive, same_id, row, col, cols_left, delta, has_uncounted,
+        POSITIVE_IDS, IGNORE_SAME_ID,
+    )  # fmt: skip
+    e = tl.exp2(s)
+    r = tl.rsqrt(1.0 + e)
+    g = e * r * r
+    product = tl.reduce(e, 1, _times)
+    row_loss = _log_of_product(product)
+    if tl.sum((product <= _LARGEST_PRODUCT).to(tl.int32), axis=0) < BLOCK_M:
+        s = _exponents(
+            raw, scale, bias, positive, same_id, row, col, cols_left, delta, has_uncounted,
+            POSITIVE_IDS, IGNORE_SAME_ID,
+        )  # fmt: skip
+        loss, g = _softplus_and_sigma(s)
+        row_loss = tl.sum(loss, axis=1)
     if POSITIVE_IDS:
         g = tl.where(positive, -g, g)
-    row_loss = tl.sum(loss, axis=1)
     row_g_raw = tl.sum(g * raw, axis=1)
     row_g = tl.sum(g, axis=1)
-    if WITH_GRAD:
-        GRAD_SCALE: tl.constexpr = _FP16_GRADIENT_SCALE if GRAD.dtype.element_ty == tl.float16 else 1.0
-        g = (g * GRAD_SCALE).to(GRAD.dtype.element_ty)
     if not POSITIVE_IDS:  # noqa: SIM102  (decided when compiled; the next one when run)
         if has_diagonal:
             has_positive = (row + delta >= 0) & (row + delta < cols_left)
@@ -162,15 +227,18 @@ def _epilogue(
             row_loss += tl.where(has_positive, positive_loss, 0.0)
             row_g_raw += positive_g * positive_raw
             row_g += positive_g
-            if WITH_GRAD:
-                on_diagonal = col[None, :] == (row + delta)[:, None]
-                g = tl.where(on_diagonal, (positive_g * GRAD_SCALE).to(g.dtype)[:, None], g)
+            g = tl.where(col[None, :] == (row + delta)[:, None], positive_g[:, None], g)
     if WITH_GRAD:
-        grad_at = GRAD + first_col + (first_row + row)[:, None] * stride_gm + col[None, :]
-        if is_edge:
-            tl.store(grad_at, g, mask=row_ok[:, None] & (col < cols_left)[None, :])
-        else:  # a mask that is constant along the row leaves the stores wide
-            tl.store(grad_at, g, mask=row_ok[:, None])
+        dtype: tl.constexpr = GRAD.dtype if isinstance(GRAD, tl.tensor_descriptor) else GRAD.dtype.element_ty
+        g = (g * (_FP16_GRADIENT_SCALE if dtype == tl.float16 else 1.0)).to(dtype)
+        if isinstance(GRAD, tl.tensor_descriptor):
+            GRAD.store([first_row.to(tl.int32), first_col.to(tl.int32)], g)
+        else:
+            grad_at = GRAD + first_col + (first_row + row)[:, None] * stride_gm + col[None, :]
+            if is_edge:
+                tl.store(grad_at, g, mask=row_ok[:, None] & (col < cols_left)[None, :])
+            else:  # a mask that is constant along the row leaves the stores wide
+                tl.store(grad_at, g, mask=row_ok[:, None])
     return row_loss, row_g_raw, row_g
 
 
@@ -179,7 +247,7 @@ def _epilogue(
 # the rows is what makes loads wide, so those do specialise (at most three variants each).
 @triton.jit(do_not_specialize=["m", "n", "diagonal"])
 def _sigmoid_panel_kernel(
-    X,  # [m, D]
+    X,  # [m, D]; this, Y and GRAD perhaps as descriptors, see operands
     Y,  # [n, D]
     GRAD,  # [m, n], or None without WITH_GRAD
     PARTIALS,  # [cdiv(n, BLOCK_N), 1 if LOSS_ONLY else 3, m] fp32
@@ -211,6 +279,7 @@ def _sigmoid_panel_kernel(
     block_m, block_n = locate_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     first_row = block_m.to(tl.int64) * BLOCK_M
     first_col = block_n.to(tl.int64) * BLOCK_N
+    tl.assume(D > 0)  # or zeros would be made twice
     raw = similarities(
         X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
         EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -218,15 +287,20 @@ def _sigmoid_panel_kernel(
 
     scale = tl.load(SCALE)
     bias = tl.load(BIAS)
+    rows_left = tl.minimum(m - first_row, BLOCK_M).to(tl.int32)
+    cols_left = tl.minimum(n - first_col, BLOCK_N).to(tl.int32)  # of the right half perhaps less than none
+    # Clamped to where the diagonal no longer meets the tile.
+    delta = tl.minimum(tl.maximum(diagonal + first_row - first_col, -BLOCK_M), BLOCK_N).to(tl.int32)
     if HALVES:  # the left columns and then the right: half as much of the epilogue is in registers at a time
         WIDTH: tl.constexpr = BLOCK_N // 2
         left, right = split_columns(raw, BLOCK_M, BLOCK_N)
         row_loss, row_g_raw, row_g = _epilogue(
-            left, GRAD, X_IDS, Y_IDS, scale, bias, m, n, diagonal, first_row, first_col, stride_gm,
+            left, GRAD, X_IDS, Y_IDS, scale, bias, first_row, first_col, rows_left, cols_left, delta, stride_gm,
             HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, BLOCK_M, WIDTH,
         )  # fmt: skip
         right_loss, right_g_raw, right_g = _epilogue(
-            right, GRAD, X_IDS, Y_IDS, scale, bias, m, n, diagonal, first_row, first_col + WIDTH, stride_gm,
+            right, GRAD, X_IDS, Y_IDS, scale, bias, first_row, first_col + WIDTH, rows_left, cols_left - WIDTH,
+            delta - WIDTH, stride_gm,
             HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, BLOCK_M, WIDTH,
         )  # fmt: skip
         row_loss += right_loss
@@ -234,7 +308,7 @@ def _sigmoid_panel_kernel(
         row_g += right_g
     else:
         row_loss, row_g_raw, row_g = _epilogue(
-            raw, GRAD, X_IDS, Y_IDS, scale, bias, m, n, diagonal, first_row, first_col, stride_gm,
+            raw, GRAD, X_IDS, Y_IDS, scale, bias, first_row, first_col, rows_left, cols_left, delta, stride_gm,
             HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -285,7 +359,7 @@ def sigmoid_panel(
         config: an entry of CONFIGS, by default the one that :func:`choose_config` names.
     """
     m, n, width = x.shape[0], y.shape[0], x.shape[1]
-    config = config or choose_config(x, y, grad)
+    config = config_for(config or choose_config(x, y, grad), device_traits(x.device)[0], x_ids is not None)
     columns = triton.cdiv(n, config.block_n)
     partials = torch.empty(columns, stats.shape[1], m, dtype=torch.float32, device=x.device)
     constants = kernel_constants(
@@ -294,9 +368,7 @@ def sigmoid_panel(
     grid = (triton.cdiv(m, config.block_m) * columns,)
     with on_device(x.device):
         _sigmoid_panel_kernel[grid](
-            x,
-            y,
-            grad,
+            *operands(config, x, y, grad),
             partials,
             scale,
             bias,
@@ -314,6 +386,11 @@ def sigmoid_panel(
             num_stages=config.num_stages,
         )
     stats += partials.sum(dim=0, dtype=torch.float64).t()
+
+
+def config_for(config: Config, family: str, has_ids: bool) -> Config:
+    """The masks of ids take registers that the largest tiles do not leave."""
+    return narrowed(config, 64 if family == "sm_90" else 32) if has_ids and config.descriptors else config
 
 
 def kernel_constants(

@@ -18,7 +18,8 @@ two values of 16 bits is all but exact.
 
 Budget, in reads of the logits: one for row statistics, one for the statistics of columns, two for column sums, of which
 the first is for the rows, two and a write for the probabilities. A program keeps its part of the centre in registers
-over many rows.
+over many rows. Compiled for sm_90 and followed through the code, not timed: 10 instructions per element for the
+statistics of rows of 16 bits, 9 for those of columns, 8 for the probabilities.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls

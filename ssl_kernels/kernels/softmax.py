@@ -37,6 +37,15 @@ The maximum that is kept for a row or column is that of the tiles that it met: a
 The partial statistics of each block go to a buffer with one slot per block, which a second, small launch merges into
 the running statistics in float64, in a fixed order: the result is bitwise reproducible.
 
+Budget per element, compiled for sm_90 and followed through the code, not timed: a tile of 256 x 128 in bf16, D = 768,
+that meets neither an edge nor a diagonal, 2 D FLOP on the tensor cores each (tests/triton_kernels/ keeps the figures):
+
+    statistics   21 instructions, 5 of them in the loop of the product, 14 where columns are not wanted. Written: for
+                 label smoothing 24, else 16 bytes times 1 / block_m + 1 / block_n
+    gradient     18 instructions, 6 of them in the loop of the product. Written: one element of G, once, in the dtype of
+                 the features; 4 / block_n bytes of row sums
+    both         (1 / block_m + 1 / block_n) D elements read, shared in L2 by the grouped order of the programs
+
 Masks are made in the tile, from positions and ids. Diagonals and ragged edges are dealt with where they are, behind
 branches that are uniform over the program; with ids every pair is compared, in 64 bits.
 """
@@ -45,7 +54,6 @@ branches that are uniform over the program; with ids every pair is compared, in 
 # (the parameters of jitted functions are Triton's, not Python's; every other function here is annotated)
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +67,9 @@ from ssl_kernels.kernels.tiles import (
     choose_config,
     device_traits,
     locate_tile,
+    narrowed,
     on_device,
+    operands,
     product_kind,
     similarities,
     split_columns,
@@ -228,7 +238,7 @@ def _stats_epilogue(
 # vectors begin: specialising on those would recompile in the middle of training. Strides and D are fixed by the model.
 @triton.jit(do_not_specialize=["m", "n", "positive", "excluded"], do_not_specialize_on_alignment=["X_IDS", "Y_IDS"])
 def _softmax_stats_kernel(
-    X,  # [m, D]
+    X,  # [m, D]; this and Y perhaps as descriptors, see operands
     Y,  # [n, D]
     ROW_PARTIALS,  # [cdiv(n, BLOCK_N), STATS, m] fp32
     COL_PARTIALS,  # [cdiv(m, BLOCK_M), STATS, n] fp32, or None without WITH_COLS
@@ -359,10 +369,9 @@ def _load_lse(LSE, WEIGHT, at, ok):
 
 
 @triton.jit
-def _subtract_targets(g, is_positive, ROW_TARGET, COL_TARGET, row, col, row_ok, col_ok):
-    row_target = tl.load(ROW_TARGET + row, mask=row_ok, other=0.0)
-    col_target = tl.load(COL_TARGET + col, mask=col_ok, other=0.0)
-    return tl.where(is_positive, g - (row_target[:, None] + col_target[None, :]), g)
+def _factors(lse, weight, highest):
+    """What 2^(z - highest) is multiplied by for the sake of a row or column."""
+    return weight * tl.exp2(tl.where(highest == float("-inf"), float("-inf"), highest - lse))
 
 
 @triton.jit
@@ -380,6 +389,10 @@ def _grad_epilogue(
     ROW_UNIFORM,
     COL_UNIFORM,
     scale,
+    highest,  # log-sum-exp of the tile, in base 2
+    is_narrow,  # whether the factors are of use
+    row_factor,  # [BLOCK_M]
+    col_factor,  # [BLOCK_N]
     m,
     n,
     positive,
@@ -407,20 +420,12 @@ def _grad_epilogue(
     has_positive = (positive_at > -BLOCK_M) & (positive_at < cols_left)
     has_excluded = (excluded_at > -BLOCK_M) & (excluded_at < cols_left)
 
-    row_lse, row_weight, row_counts = _load_lse(ROW_LSE, ROW_WEIGHT, first_row + row, row_ok)
-    col_lse, col_weight, col_counts = _load_lse(COL_LSE, COL_WEIGHT, first_col + col, col_ok)
-    highest = tl.maximum(
-        tl.max(tl.where(row_counts, row_lse, float("-inf")), axis=0),
-        tl.max(tl.where(col_counts, col_lse, float("-inf")), axis=0),
-    )
-    lowest = tl.minimum(tl.min(row_lse, axis=0), tl.min(col_lse, axis=0))
-    if highest - lowest <= _WIDEST_RANGE:
-        nothing = highest == float("-inf")
-        row_factor = row_weight * tl.exp2(tl.where(nothing, float("-inf"), highest - row_lse))
-        col_factor = col_weight * tl.exp2(tl.where(nothing, float("-inf"), highest - col_lse))
-        e = tl.exp2(raw * scale - tl.where(nothing, float("inf"), highest))
+    if is_narrow:
+        e = tl.exp2(raw * scale - tl.where(highest == float("-inf"), float("inf"), highest))
         g = e * (row_factor[:, None] + col_factor[None, :])
     else:
+        row_lse, row_weight, _ = _load_lse(ROW_LSE, ROW_WEIGHT, first_row + row, row_ok)
+        col_lse, col_weight, _ = _load_lse(COL_LSE, COL_WEIGHT, first_col + col, col_ok)
         z = raw * scale
         g = row_weight[:, None] * tl.exp2(z - row_lse[:, None]) + col_weight[None, :] * tl.exp2(z - col_lse[None, :])
     if HAS_UNIFORM:
@@ -437,15 +442,17 @@ def _grad_epilogue(
             kept = kept & (is_positive | (same_id == 0))
         else:
             is_positive = is_positive | same_id
-        g = _subtract_targets(g, is_positive, ROW_TARGET, COL_TARGET, first_row + row, first_col + col, row_ok, col_ok)
+        row_target = tl.load(ROW_TARGET + first_row + row, mask=row_ok, other=0.0)
+        col_target = tl.load(COL_TARGET + first_col + col, mask=col_ok, other=0.0)
+        g = tl.where(is_positive, g - (row_target[:, None] + col_target[None, :]), g)
         g = tl.where(kept, g, 0.0)
         raw = tl.where(kept, raw, 0.0)
     else:
         if has_positive:
-            is_positive = col[None, :] == (row + positive_at)[:, None]
-            g = _subtract_targets(
-                g, is_positive, ROW_TARGET, COL_TARGET, first_row + row, first_col + col, row_ok, col_ok
-            )
+            ok = row_ok & (row + positive_at >= 0) & (row + positive_at < cols_left)
+            target = tl.load(ROW_TARGET + first_row + row, mask=ok, other=0.0)
+            target += tl.load(COL_TARGET + first_col + row + positive_at, mask=ok, other=0.0)
+            g = tl.where(col[None, :] == (row + positive_at)[:, None], g - target[:, None], g)
         if is_edge | has_excluded:
             kept = col_ok[None, :] & (col[None, :] != (row + excluded_at)[:, None])
             g = tl.where(kept, g, 0.0)
@@ -453,13 +460,16 @@ def _grad_epilogue(
 
     row_g_raw = tl.sum(g * raw, axis=1)
     if WITH_GRAD:
-        GRAD_SCALE: tl.constexpr = _FP16_GRADIENT_SCALE if GRAD.dtype.element_ty == tl.float16 else 1.0
-        g = (g * GRAD_SCALE).to(GRAD.dtype.element_ty)
-        grad_at = GRAD + first_col + (first_row + row)[:, None] * stride_gm + col[None, :]
-        if is_edge:
-            tl.store(grad_at, g, mask=row_ok[:, None] & col_ok[None, :])
-        else:  # a mask that is constant along the row leaves the stores wide
-            tl.store(grad_at, g, mask=row_ok[:, None])
+        dtype: tl.constexpr = GRAD.dtype if isinstance(GRAD, tl.tensor_descriptor) else GRAD.dtype.element_ty
+        g = (g * (_FP16_GRADIENT_SCALE if dtype == tl.float16 else 1.0)).to(dtype)
+        if isinstance(GRAD, tl.tensor_descriptor):
+            GRAD.store([first_row.to(tl.int32), first_col.to(tl.int32)], g)
+        else:
+            grad_at = GRAD + first_col + (first_row + row)[:, None] * stride_gm + col[None, :]
+            if is_edge:
+                tl.store(grad_at, g, mask=row_ok[:, None] & col_ok[None, :])
+            else:  # a mask that is constant along the row leaves the stores wide
+                tl.store(grad_at, g, mask=row_ok[:, None])
     return row_g_raw
 
 
@@ -471,7 +481,7 @@ def _grad_epilogue(
     ],
 )  # fmt: skip
 def _softmax_grad_kernel(
-    X,  # [m, D]
+    X,  # [m, D]; this, Y and GRAD perhaps as descriptors, see operands
     Y,  # [n, D]
     GRAD,  # [m, n], or None without WITH_GRAD
     PARTIALS,  # [cdiv(n, BLOCK_N), m] fp32
@@ -517,24 +527,37 @@ def _softmax_grad_kernel(
     )  # fmt: skip
 
     scale = tl.load(SCALE) * _LOG2_E
+    row = first_row + tl.arange(0, BLOCK_M)
+    col = first_col + tl.arange(0, BLOCK_N)
+    row_lse, row_weight, row_counts = _load_lse(ROW_LSE, ROW_WEIGHT, row, row < m)
+    col_lse, col_weight, col_counts = _load_lse(COL_LSE, COL_WEIGHT, col, col < n)
+    highest = tl.maximum(
+        tl.max(tl.where(row_counts, row_lse, float("-inf")), axis=0),
+        tl.max(tl.where(col_counts, col_lse, float("-inf")), axis=0),
+    )
+    lowest = tl.minimum(tl.min(row_lse, axis=0), tl.min(col_lse, axis=0))
+    is_narrow = highest - lowest <= _WIDEST_RANGE
+    row_factor = _factors(row_lse, row_weight, highest)
+    col_factor = _factors(col_lse, col_weight, highest)
     if HALVES:
         WIDTH: tl.constexpr = BLOCK_N // 2
         left, right = split_columns(raw, BLOCK_M, BLOCK_N)
+        left_factor, right_factor = tl.split(tl.permute(tl.reshape(col_factor, (2, WIDTH)), (1, 0)))
         row_g_raw = _grad_epilogue(
             left, GRAD, X_IDS, Y_IDS, ROW_LSE, COL_LSE, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
-            COL_UNIFORM, scale, m, n, positive, excluded, first_row, first_col, stride_gm,
-            HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
+            COL_UNIFORM, scale, highest, is_narrow, row_factor, left_factor, m, n, positive, excluded, first_row,
+            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
         )  # fmt: skip
         row_g_raw += _grad_epilogue(
             right, GRAD, X_IDS, Y_IDS, ROW_LSE, COL_LSE, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
-            COL_UNIFORM, scale, m, n, positive, excluded, first_row, first_col + WIDTH, stride_gm,
-            HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
+            COL_UNIFORM, scale, highest, is_narrow, row_factor, right_factor, m, n, positive, excluded, first_row,
+            first_col + WIDTH, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
         )  # fmt: skip
     else:
         row_g_raw = _grad_epilogue(
             raw, GRAD, X_IDS, Y_IDS, ROW_LSE, COL_LSE, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
-            COL_UNIFORM, scale, m, n, positive, excluded, first_row, first_col, stride_gm,
-            HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, BLOCK_N,
+            COL_UNIFORM, scale, highest, is_narrow, row_factor, col_factor, m, n, positive, excluded, first_row,
+            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     partial_at = PARTIALS + block_n.to(tl.int64) * m + first_row + tl.arange(0, BLOCK_M)
     tl.store(partial_at, row_g_raw, mask=first_row + tl.arange(0, BLOCK_M) < m)
@@ -592,8 +615,7 @@ def softmax_stats(
         col_partials = torch.empty(blocks_m, stats, n, dtype=torch.float32, device=x.device)
     with on_device(x.device):
         _softmax_stats_kernel[(blocks_m * blocks_n,)](
-            x,
-            y,
+            *operands(config, x, y, None)[:2],
             row_partials,
             col_partials,
             scale,
@@ -669,9 +691,7 @@ def softmax_grad(
     )
     with on_device(x.device):
         _softmax_grad_kernel[(triton.cdiv(m, config.block_m) * columns,)](
-            x,
-            y,
-            grad,
+            *operands(config, x, y, grad),
             partials,
             scale,
             x_ids,
@@ -700,10 +720,10 @@ def softmax_grad(
 
 
 def config_for(config: Config, family: str, has_ids: bool) -> Config:
-    """The masks of ids take the registers of half a tile, but on AMD, whose wider wavefronts have some to spare."""
-    if has_ids and family != "gfx9" and (config.halves or config.num_warps == 4):
-        return replace(config, block_n=config.block_n // 2, halves=False)
-    return config
+    """The masks of ids take registers, but on AMD, whose wider wavefronts have some to spare."""
+    if not has_ids or family == "gfx9":
+        return config
+    return narrowed(config, 32 if config.halves or config.num_warps == 8 else 16)
 
 
 def _within(diagonal: int, m: int, n: int) -> int:

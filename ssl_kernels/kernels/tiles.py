@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Config:
     num_stages: int
     halves: bool = False  # run the epilogue on one half of the columns after the other: fewer registers
     group_m: int = 8  # row blocks that are visited before the next column block
+    descriptors: bool = False  # rows that are aligned are loaded and stored by the chip's engine for tensors (TMA)
 
 
 # Every shipped configuration, by chip family and by kind of product: each is emulated by the tests, and compiled with
@@ -39,11 +41,11 @@ CONFIGS: dict[tuple[str, str], tuple[Config, Config]] = {
     ("sm_80", "half"): (Config(128, 128, 32, 8, 3, halves=True), Config(64, 64, 64, 4, 3)),
     ("sm_80", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
     ("sm_80", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 32, 16, 4, 2)),
-    ("sm_90", "half"): (Config(128, 128, 64, 8, 3, halves=True), Config(64, 64, 64, 4, 3)),
-    ("sm_90", "tf32"): (Config(128, 128, 32, 8, 3, halves=True), Config(64, 64, 32, 4, 3)),
+    ("sm_90", "half"): (Config(256, 128, 128, 8, 2, halves=True, descriptors=True), Config(64, 64, 64, 4, 3)),
+    ("sm_90", "tf32"): (Config(128, 128, 64, 8, 2, halves=True, descriptors=True), Config(64, 64, 32, 4, 3)),
     ("sm_90", "ieee"): (Config(128, 64, 16, 8, 3), Config(64, 32, 16, 4, 2)),
-    ("sm_100", "half"): (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3)),
-    ("sm_100", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
+    ("sm_100", "half"): (Config(128, 128, 128, 8, 3, halves=True, descriptors=True), Config(64, 64, 64, 4, 3)),
+    ("sm_100", "tf32"): (Config(128, 128, 64, 8, 3, halves=True, descriptors=True), Config(64, 64, 32, 4, 3)),
     ("sm_100", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 32, 16, 4, 2)),
     ("gfx9", "half"): (Config(128, 128, 64, 8, 2), Config(64, 64, 64, 4, 2)),
     ("gfx9", "tf32"): (Config(128, 64, 32, 8, 2), Config(64, 64, 32, 4, 2)),
@@ -65,8 +67,8 @@ def locate_tile(program, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GRO
 
 @triton.jit
 def similarities(
-    X,  # [m, D]
-    Y,  # [n, D]
+    X,  # [m, D], or a descriptor of it in blocks [BLOCK_M, BLOCK_D]
+    Y,  # [n, D], likewise in blocks [BLOCK_N, BLOCK_D]
     m,
     n,
     D,
@@ -82,25 +84,37 @@ def similarities(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """x_i . y_j of a tile, [BLOCK_M, BLOCK_N] fp32; zero beyond the panel, unless infinity meets the padding there."""
-    rows = first_row + tl.arange(0, BLOCK_M)
-    cols = first_col + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_D)
-    row_ok = rows < m
-    col_ok = cols < n
-    x_at = X + rows[:, None] * stride_xm + depth[None, :].to(tl.int64) * stride_xd
-    y_at = Y + cols[None, :] * stride_yn + depth[:, None].to(tl.int64) * stride_yd
+    """x_i . y_j of a tile, [BLOCK_M, BLOCK_N] fp32; zero beyond the panel, unless infinity meets the padding there.
+
+    By pointers each step of the product costs a thread addresses, masks and copies: 22 instructions per element of a
+    tile of 128 x 128 at D = 768 on sm_90, more than all of the sigmoid loss. By descriptors it costs 5, of a tile of
+    256 x 128, and zeros beyond the panel are filled in.
+    """
     raw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for d in range(0, D, BLOCK_D):
-        if EVEN_D:
-            x = tl.load(x_at, mask=row_ok[:, None], other=0.0)
-            y = tl.load(y_at, mask=col_ok[None, :], other=0.0)
-        else:
-            x = tl.load(x_at, mask=row_ok[:, None] & (depth < D - d)[None, :], other=0.0)
-            y = tl.load(y_at, mask=col_ok[None, :] & (depth < D - d)[:, None], other=0.0)
-        raw = tl.dot(x, y, raw, input_precision=INPUT_PRECISION)
-        x_at += BLOCK_D * tl.cast(stride_xd, tl.int64)
-        y_at += BLOCK_D * tl.cast(stride_yd, tl.int64)
+    if isinstance(X, tl.tensor_descriptor):
+        tl.assume(D > 0)  # or zeros would be made twice
+        for d in range(0, D, BLOCK_D):
+            x = X.load([first_row.to(tl.int32), d])
+            y = Y.load([first_col.to(tl.int32), d])
+            raw = tl.dot(x, tl.trans(y), raw, input_precision=INPUT_PRECISION)
+    else:
+        rows = first_row + tl.arange(0, BLOCK_M)
+        cols = first_col + tl.arange(0, BLOCK_N)
+        depth = tl.arange(0, BLOCK_D)
+        row_ok = rows < m
+        col_ok = cols < n
+        x_at = X + rows[:, None] * stride_xm + depth[None, :].to(tl.int64) * stride_xd
+        y_at = Y + cols[None, :] * stride_yn + depth[:, None].to(tl.int64) * stride_yd
+        for d in range(0, D, BLOCK_D):
+            if EVEN_D:
+                x = tl.load(x_at, mask=row_ok[:, None], other=0.0)
+                y = tl.load(y_at, mask=col_ok[None, :], other=0.0)
+            else:
+                x = tl.load(x_at, mask=row_ok[:, None] & (depth < D - d)[None, :], other=0.0)
+                y = tl.load(y_at, mask=col_ok[None, :] & (depth < D - d)[:, None], other=0.0)
+            raw = tl.dot(x, y, raw, input_precision=INPUT_PRECISION)
+            x_at += BLOCK_D * tl.cast(stride_xd, tl.int64)
+            y_at += BLOCK_D * tl.cast(stride_yd, tl.int64)
     return raw
 
 
@@ -151,6 +165,29 @@ def choose_config(x: Tensor, y: Tensor, grad: Tensor | None) -> Config:
     return large if aligned and tiles >= multiprocessors else small
 
 
+def narrowed(config: Config, held: int) -> Config:
+    """The configuration with at most 128 rows and so few columns that a thread of NVIDIA holds at most so many
+    similarities, all at a time if they are 32."""
+    rows = min(config.block_m, 128)
+    columns = min(config.block_n, held * 32 * config.num_warps // rows)
+    return replace(config, block_m=rows, block_n=columns, halves=config.halves and held > 32)
+
+
 def is_aligned(matrix: Tensor) -> bool:
-    """Whether each row starts at a multiple of 16 bytes and elements and is contiguous."""
-    return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0
+    """Whether each row starts at a multiple of 16 bytes and elements, and is contiguous and beside the others."""
+    rows_apart = matrix.stride(0) % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
+    return matrix.stride(1) == 1 and rows_apart and matrix.data_ptr() % 16 == 0
+
+
+def operands(
+    config: Config, x: Tensor, y: Tensor, grad: Tensor | None
+) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor | TensorDescriptor | None]:
+    """The three as a kernel takes them: as descriptors of their blocks, or as they are."""
+    if not config.descriptors or not all(t is None or is_aligned(t) for t in (x, y, grad)):
+        return x, y, grad
+    width = config.block_n // 2 if config.halves else config.block_n
+    return (
+        TensorDescriptor.from_tensor(x, [config.block_m, config.block_d]),
+        TensorDescriptor.from_tensor(y, [config.block_n, config.block_d]),
+        None if grad is None else TensorDescriptor.from_tensor(grad, [config.block_m, width]),
+    )

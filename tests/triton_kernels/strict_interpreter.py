@@ -46,12 +46,15 @@ def strict_interpreter() -> Iterator[None]:
     """Make Triton's interpreter strict for as long as the context lasts."""
     builder = interpreter.interpreter_builder
     stock_builder, stock_executor = builder.__class__, interpreter.GridExecutor
+    stock_reduce = interpreter.ReduceOps.generic_reduce
     builder.__class__, interpreter.GridExecutor = _StrictBuilder, _StrictGridExecutor
+    interpreter.ReduceOps.generic_reduce = _reduce
     builder.regions = []
     try:
         yield
     finally:
         builder.__class__, interpreter.GridExecutor = stock_builder, stock_executor
+        interpreter.ReduceOps.generic_reduce = stock_reduce
 
 
 @dataclass
@@ -221,6 +224,22 @@ class _StrictBuilder(interpreter.InterpreterBuilder):
         if to_nearest and not (src.dtype.scalar.is_fp8() or dst_type.scalar.is_fp8()):
             return self.cast_impl(src, dst_type)
         return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+
+def _reduce(self: Any, inputs: Any) -> list[Any]:
+    """A reduction by a function of the kernel's own, along one axis, all lanes at once: the stock interpreter calls the
+    function element by element."""
+    assert self.axis is not None
+    assert not self.keep_dims
+    steps = [
+        tuple(self.to_tensor(np.take(t.handle.data, k, self.axis), t.dtype) for t in inputs)
+        for k in range(inputs[0].handle.data.shape[self.axis])
+    ]
+    total, *others = steps
+    for step in others:
+        combined = self.combine_fn.fn(*total, *step)
+        total = combined if isinstance(combined, tuple) else (combined,)
+    return list(total)
 
 
 def _any_bf16(*handles: Any) -> bool:

@@ -11,10 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from panels import features, round_to_tf32, rows_far_apart, shipped
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import ssl_kernels
 import ssl_kernels.functional as K
+from ssl_kernels.kernels import koleo
 from ssl_kernels.kernels.koleo import CONFIGS, Config, koleo_panel
+from ssl_kernels.kernels.tiles import operands
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -60,6 +63,17 @@ def test_every_config_in_tf32(config):
     rows = config.block_m + config.block_n + 7
     check(features(rows, config.block_d + 9, torch.float32), [0, config.block_m + 3], is_tf32=True, config=config)
     check_exactly(torch.randint(-2, 3, (rows, 5)).float(), [0, config.block_m + 3], config)
+
+
+@pytest.mark.usefixtures("tf32")
+def test_descriptors(monkeypatch):
+    used = []
+    monkeypatch.setattr(koleo, "operands", lambda *args: used.append(operands(*args)) or used[-1])
+    for config in dict.fromkeys(c for c in shipped(CONFIGS, "tf32") if c.descriptors):
+        rows, width = config.block_m + config.block_n + 7, config.block_d + 16
+        check(features(rows, width, torch.float32), [0, config.block_m + 3], is_tf32=True, config=config)
+    assert used
+    assert all(isinstance(x, TensorDescriptor) for operand in used for x in operand[:2])
 
 
 @pytest.mark.parametrize(("rows", "width"), [(2, 1), (3, 17), (17, 3), (150, 64), (70, 33)])

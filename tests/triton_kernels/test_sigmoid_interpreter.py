@@ -29,8 +29,11 @@ from panels import (
     shipped,
 )
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ssl_kernels.kernels import sigmoid
 from ssl_kernels.kernels.sigmoid import CONFIGS, Config, gradient_scale, sigmoid_panel
+from ssl_kernels.kernels.tiles import operands
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -126,6 +129,44 @@ def test_every_config_in_tf32(config, ids):
         features(m, d, torch.float32), features(n, d, torch.float32), config=config, diagonal=4, is_tf32=True,
         ids=make_ids(ids, m, n), ignore_same_id=ids == "ignore",
     )  # fmt: skip
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("kind", ["half", "tf32"])
+def test_descriptors(kind, ids, monkeypatch):
+    used = []
+    monkeypatch.setattr(sigmoid, "operands", lambda *args: used.append(operands(*args)) or used[-1])
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    for config in dict.fromkeys(c for c in shipped(CONFIGS, kind) if c.descriptors):
+        m, n, d = config.block_m + 3, 2 * config.block_n + 5, config.block_d + 16
+        wide = torch.full((m, 2 * config.block_n + 16), 7.0, dtype=dtype)
+        ids_of = make_ids(ids, m, n)
+        check(
+            features(m, d, dtype), features(n, d, dtype), config=config, diagonal=config.block_n // 2 - 3,
+            ids=ids_of, ignore_same_id=ids == "ignore", grad=wide[:, :n], is_tf32=kind == "tf32",
+        )  # fmt: skip
+        assert (wide[:, n:] == 7).all()
+        check(
+            features(m, d, dtype), features(n, d, dtype), config=config, with_grad=False, loss_only=True,
+            is_tf32=kind == "tf32",
+        )  # fmt: skip
+    assert used
+    assert all(isinstance(x, TensorDescriptor) for operand in used for x in operand if x is not None)
+
+
+def test_rows_that_lie_upon_each_other_are_not_described():
+    x = torch.zeros(1, 64, dtype=torch.bfloat16).expand(40, 64)
+    config = next(c for c in shipped(CONFIGS, "half") if c.descriptors)
+    assert operands(config, x, x.contiguous(), None)[0] is x
+
+
+@pytest.mark.parametrize("bias", [10.0, 40.0, 80.0, -80.0])
+def test_rows_whose_product_is_beyond_the_range(bias):
+    m, n = 70, 130  # 130 factors of 1 + exp(10) are beyond fp32, and so are two of 1 + exp(80)
+    x, y = features(m, 8, torch.float32), features(n, 8, torch.float32)
+    x[3] = 0
+    check(x, y, scale=5.0, bias=bias)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -28,8 +28,11 @@ from panels import (
     shipped,
 )
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ssl_kernels.kernels import softmax
 from ssl_kernels.kernels.softmax import CONFIGS, Config, gradient_scale, softmax_grad, softmax_stats
+from ssl_kernels.kernels.tiles import operands
 
 pytestmark = pytest.mark.usefixtures("strict")
 INF = float("inf")
@@ -224,6 +227,22 @@ def test_every_config_in_tf32(config):
         features(m, d, torch.float32), features(n, d, torch.float32), config=config, positive=4, excluded=-2,
         ids=make_ids("ignore", m, n), ignore_same_id=True, is_tf32=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("ids", ["none", "positive"])
+def test_descriptors(ids, monkeypatch):
+    used = []
+    monkeypatch.setattr(softmax, "operands", lambda *args: used.append(operands(*args)) or used[-1])
+    for config in dict.fromkeys(c for c in shipped(CONFIGS, "half") if c.descriptors):
+        m, n, d = config.block_m + 3, 2 * config.block_n + 5, config.block_d + 16
+        x, y = features(m, d, torch.bfloat16), features(n, d, torch.bfloat16)
+        options = {"config": config, "positive": config.block_n // 2 - 3, "excluded": 4, "ids": make_ids(ids, m, n)}
+        wide = torch.full((m, 2 * config.block_n + 16), 7.0, dtype=torch.bfloat16)
+        check_stats(x, y, width=6, **options)
+        check_grad(x, y, grad=wide[:, :n], **options)
+        assert (wide[:, n:] == 7).all()
+    assert used
+    assert all(isinstance(x, TensorDescriptor) for operand in used for x in operand if x is not None)
 
 
 @pytest.mark.parametrize(
