@@ -38,7 +38,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_kernels.kernels.tiles import device_traits, is_aligned, on_device, product_kind
+from ssl_kernels.kernels.configs import device_traits, is_aligned, product_kind
+from ssl_kernels.kernels.tiles import on_device
 
 __all__ = ["CONFIGS", "Config", "key_softmax"]
 

@@ -23,16 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_kernels.kernels.tiles import (
-    CONFIGS,
-    Config,
-    choose_config,
-    locate_tile,
-    on_device,
-    operands,
-    product_kind,
-    similarities,
-)
+from ssl_kernels.kernels.configs import CONFIGS, Config, choose_config, product_kind
+from ssl_kernels.kernels.tiles import locate_tile, on_device, operands, similarities
 
 __all__ = ["CONFIGS", "NUM_WARPS", "Config", "kernel_constants", "koleo_panel"]
 
@@ -142,19 +134,26 @@ def koleo_panel(
     """
     (m, width), n = x.shape, y.shape[0]
     on_diagonal = first_row == first_col
-    config = config or choose_config(x, y, None)
-    blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
-    row_best, row_place = _slots(blocks_n, m, x)
-    col_best, col_place = (None, None) if on_diagonal else _slots(blocks_m, n, x)
+
+    def launch(config: Config) -> tuple[Tensor, ...]:
+        """The best of each row by column block and their places, and those of the columns by row block."""
+        blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
+        rows, cols = _slots(blocks_n, m, x), () if on_diagonal else _slots(blocks_m, n, x)
+        with on_device(x.device):
+            _koleo_panel_kernel[(blocks_m * blocks_n,)](
+                *operands(config, x, y, None)[:2], *rows, *(cols or (None, None)), m, n, width,
+                *x.stride(), *y.stride(),
+                **kernel_constants(config, product_kind(x), width, on_diagonal),
+                num_warps=NUM_WARPS, num_stages=config.num_stages,
+            )  # fmt: skip
+        return (*rows, *cols)
+
+    config = config or choose_config("koleo", x, y, None, launch)
+    row_best, row_place, *cols = launch(config)
     with on_device(x.device):
-        _koleo_panel_kernel[(blocks_m * blocks_n,)](
-            *operands(config, x, y, None)[:2], row_best, row_place, col_best, col_place, m, n, width,
-            *x.stride(), *y.stride(),
-            **kernel_constants(config, product_kind(x), width, on_diagonal),
-            num_warps=NUM_WARPS, num_stages=config.num_stages,
-        )  # fmt: skip
         _merge(row_best, row_place, best[first_row:], neighbor[first_row:], first_col)
-        if col_best is not None and col_place is not None:
+        if cols:
+            col_best, col_place = cols
             _merge(col_best, col_place, best[first_col:], neighbor[first_col:], first_row)
 
 

@@ -57,19 +57,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_kernels.kernels.tiles import (
-    CONFIGS,
-    Config,
-    choose_config,
-    device_traits,
-    locate_tile,
-    narrowed,
-    on_device,
-    operands,
-    product_kind,
-    similarities,
-    split_columns,
-)
+from ssl_kernels.kernels.configs import CONFIGS, Config, choose_config, device_traits, narrowed, product_kind
+from ssl_kernels.kernels.tiles import locate_tile, on_device, operands, similarities, split_columns
 
 __all__ = ["CONFIGS", "Config", "config_for", "gradient_scale", "kernel_constants", "sigmoid_panel"]
 
@@ -358,34 +347,39 @@ def sigmoid_panel(
         diagonal: (i, j) is positive, whatever the ids, where j = i + diagonal.
         config: an entry of CONFIGS, by default the one that :func:`choose_config` names.
     """
-    m, n, width = x.shape[0], y.shape[0], x.shape[1]
-    config = config_for(config or choose_config(x, y, grad), device_traits(x.device)[0], x_ids is not None)
-    columns = triton.cdiv(n, config.block_n)
-    partials = torch.empty(columns, stats.shape[1], m, dtype=torch.float32, device=x.device)
-    constants = kernel_constants(
-        config, product_kind(x), width, x_ids is not None, ignore_same_id, stats.shape[1] == 1, grad is not None
-    )
-    grid = (triton.cdiv(m, config.block_m) * columns,)
-    with on_device(x.device):
-        _sigmoid_panel_kernel[grid](
-            *operands(config, x, y, grad),
-            partials,
-            scale,
-            bias,
-            x_ids,
-            y_ids,
-            m,
-            n,
-            width,
-            max(min(diagonal, n), -m),  # beyond these no pair of the panel is on the diagonal
-            *x.stride(),
-            *y.stride(),
-            0 if grad is None else grad.stride(0),
-            **constants,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+    m, n, width, has_ids = x.shape[0], y.shape[0], x.shape[1], x_ids is not None
+
+    def launch(config: Config) -> Tensor:
+        """Row sums by column block."""
+        config = config_for(config, device_traits(x.device)[0], has_ids)
+        columns = triton.cdiv(n, config.block_n)
+        partials = torch.empty(columns, stats.shape[1], m, dtype=torch.float32, device=x.device)
+        constants = kernel_constants(
+            config, product_kind(x), width, has_ids, ignore_same_id, stats.shape[1] == 1, grad is not None
         )
-    stats += partials.sum(dim=0, dtype=torch.float64).t()
+        with on_device(x.device):
+            _sigmoid_panel_kernel[(triton.cdiv(m, config.block_m) * columns,)](
+                *operands(config, x, y, grad),
+                partials,
+                scale,
+                bias,
+                x_ids,
+                y_ids,
+                m,
+                n,
+                width,
+                max(min(diagonal, n), -m),  # beyond these no pair of the panel is on the diagonal
+                *x.stride(),
+                *y.stride(),
+                0 if grad is None else grad.stride(0),
+                **constants,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        return partials
+
+    config = config or choose_config("sigmoid", x, y, grad, launch, has_ids=has_ids)
+    stats += launch(config).sum(dim=0, dtype=torch.float64).t()
 
 
 def config_for(config: Config, family: str, has_ids: bool) -> Config:

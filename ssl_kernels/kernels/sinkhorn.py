@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_kernels.kernels.tiles import device_traits, on_device
+from ssl_kernels.kernels.configs import device_traits
+from ssl_kernels.kernels.tiles import on_device
 
 __all__ = ["centered_softmax", "column_lse", "column_sums", "row_stats"]
 

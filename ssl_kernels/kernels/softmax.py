@@ -61,19 +61,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_kernels.kernels.tiles import (
-    CONFIGS,
-    Config,
-    choose_config,
-    device_traits,
-    locate_tile,
-    narrowed,
-    on_device,
-    operands,
-    product_kind,
-    similarities,
-    split_columns,
-)
+from ssl_kernels.kernels.configs import CONFIGS, Config, choose_config, device_traits, narrowed, product_kind
+from ssl_kernels.kernels.tiles import locate_tile, on_device, operands, similarities, split_columns
 
 __all__ = ["CONFIGS", "Config", "gradient_scale", "softmax_grad", "softmax_stats"]
 
@@ -605,34 +594,43 @@ def softmax_stats(
         excluded: (i, j) is left out where j = i + excluded, whatever else holds; out of range, nowhere.
         config: an entry of CONFIGS, by default the one that ``choose_config`` names.
     """
-    m, n, width = x.shape[0], y.shape[0], x.shape[1]
-    config = config_for(config or choose_config(x, y, None), device_traits(x.device)[0], x_ids is not None)
-    blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
+    m, n, width, has_ids = x.shape[0], y.shape[0], x.shape[1], x_ids is not None
     stats = row_stats.shape[1]
-    row_partials = torch.empty(blocks_n, stats, m, dtype=torch.float32, device=x.device)
-    col_partials = None
-    if col_stats is not None:
-        col_partials = torch.empty(blocks_m, stats, n, dtype=torch.float32, device=x.device)
+
+    def launch(config: Config) -> tuple[Tensor, Tensor | None]:
+        """Statistics of the rows by column block, and of the columns by row block."""
+        config = config_for(config, device_traits(x.device)[0], has_ids)
+        blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
+        row_partials = torch.empty(blocks_n, stats, m, dtype=torch.float32, device=x.device)
+        col_partials = None
+        if col_stats is not None:
+            col_partials = torch.empty(blocks_m, stats, n, dtype=torch.float32, device=x.device)
+        constants = stats_constants(config, product_kind(x), width, has_ids, ignore_same_id, col_stats is not None)
+        with on_device(x.device):
+            _softmax_stats_kernel[(blocks_m * blocks_n,)](
+                *operands(config, x, y, None)[:2],
+                row_partials,
+                col_partials,
+                scale,
+                x_ids,
+                y_ids,
+                m,
+                n,
+                width,
+                _within(positive, m, n),
+                _within(excluded, m, n),
+                *x.stride(),
+                *y.stride(),
+                **constants,
+                STATS=stats,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        return row_partials, col_partials
+
+    config = config or choose_config("softmax_stats", x, y, None, launch, has_ids=has_ids)
+    row_partials, col_partials = launch(config)
     with on_device(x.device):
-        _softmax_stats_kernel[(blocks_m * blocks_n,)](
-            *operands(config, x, y, None)[:2],
-            row_partials,
-            col_partials,
-            scale,
-            x_ids,
-            y_ids,
-            m,
-            n,
-            width,
-            _within(positive, m, n),
-            _within(excluded, m, n),
-            *x.stride(),
-            *y.stride(),
-            **stats_constants(config, product_kind(x), width, x_ids is not None, ignore_same_id, col_stats is not None),
-            STATS=stats,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
         for partials, running in ((row_partials, row_stats), (col_partials, col_stats)):
             if partials is None or running is None:
                 continue
@@ -682,41 +680,47 @@ def softmax_grad(
         row_uniform: [m], subtracted from every kept pair; or None, together with ``col_uniform``.
         col_uniform: [n], likewise.
     """
-    m, n, width = x.shape[0], y.shape[0], x.shape[1]
-    config = config_for(config or choose_config(x, y, grad), device_traits(x.device)[0], x_ids is not None)
-    columns = triton.cdiv(n, config.block_n)
-    partials = torch.empty(columns, m, dtype=torch.float32, device=x.device)
-    constants = grad_constants(
-        config, product_kind(x), width, x_ids is not None, ignore_same_id, row_uniform is not None, grad is not None
-    )
-    with on_device(x.device):
-        _softmax_grad_kernel[(triton.cdiv(m, config.block_m) * columns,)](
-            *operands(config, x, y, grad),
-            partials,
-            scale,
-            x_ids,
-            y_ids,
-            row_lse,
-            col_lse,
-            row_weight,
-            col_weight,
-            row_target,
-            col_target,
-            row_uniform,
-            col_uniform,
-            m,
-            n,
-            width,
-            _within(positive, m, n),
-            _within(excluded, m, n),
-            *x.stride(),
-            *y.stride(),
-            0 if grad is None else grad.stride(0),
-            **constants,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+    m, n, width, has_ids = x.shape[0], y.shape[0], x.shape[1], x_ids is not None
+
+    def launch(config: Config) -> Tensor:
+        """Row sums by column block."""
+        config = config_for(config, device_traits(x.device)[0], has_ids)
+        columns = triton.cdiv(n, config.block_n)
+        partials = torch.empty(columns, m, dtype=torch.float32, device=x.device)
+        constants = grad_constants(
+            config, product_kind(x), width, has_ids, ignore_same_id, row_uniform is not None, grad is not None
         )
-    stats[:, 0] += partials.sum(dim=0, dtype=torch.float64)
+        with on_device(x.device):
+            _softmax_grad_kernel[(triton.cdiv(m, config.block_m) * columns,)](
+                *operands(config, x, y, grad),
+                partials,
+                scale,
+                x_ids,
+                y_ids,
+                row_lse,
+                col_lse,
+                row_weight,
+                col_weight,
+                row_target,
+                col_target,
+                row_uniform,
+                col_uniform,
+                m,
+                n,
+                width,
+                _within(positive, m, n),
+                _within(excluded, m, n),
+                *x.stride(),
+                *y.stride(),
+                0 if grad is None else grad.stride(0),
+                **constants,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        return partials
+
+    config = config or choose_config("softmax_grad", x, y, grad, launch, has_ids=has_ids)
+    stats[:, 0] += launch(config).sum(dim=0, dtype=torch.float64)
 
 
 def config_for(config: Config, family: str, has_ids: bool) -> Config:

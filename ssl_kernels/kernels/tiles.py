@@ -10,8 +10,6 @@ configurations serves all of them.
 from __future__ import annotations
 
 import contextlib
-import functools
-from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -19,38 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
-@dataclass(frozen=True)
-class Config:
-    """How one program of a kernel is cut."""
-
-    block_m: int
-    block_n: int
-    block_d: int  # depth of one step of the matrix product
-    num_warps: int
-    num_stages: int
-    halves: bool = False  # run the epilogue on one half of the columns after the other: fewer registers
-    group_m: int = 8  # row blocks that are visited before the next column block
-    descriptors: bool = False  # rows that are aligned are loaded and stored by the chip's engine for tensors (TMA)
-
-
-# Every shipped configuration, by chip family and by kind of product: each is emulated by the tests, and compiled with
-# no spills. The first of a pair is for full panels of features whose rows are aligned; the second, with a smaller tile,
-# for the rest (see choose_config). One thread holds 32 similarities, or 64 where it can take them half by half.
-CONFIGS: dict[tuple[str, str], tuple[Config, Config]] = {
-    ("sm_80", "half"): (Config(128, 128, 32, 8, 3, halves=True), Config(64, 64, 64, 4, 3)),
-    ("sm_80", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
-    ("sm_80", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 32, 16, 4, 2)),
-    ("sm_90", "half"): (Config(256, 128, 128, 8, 2, halves=True, descriptors=True), Config(64, 64, 64, 4, 3)),
-    ("sm_90", "tf32"): (Config(128, 128, 64, 8, 2, halves=True, descriptors=True), Config(64, 64, 32, 4, 3)),
-    ("sm_90", "ieee"): (Config(128, 64, 16, 8, 3), Config(64, 32, 16, 4, 2)),
-    ("sm_100", "half"): (Config(128, 128, 128, 8, 3, halves=True, descriptors=True), Config(64, 64, 64, 4, 3)),
-    ("sm_100", "tf32"): (Config(128, 128, 64, 8, 3, halves=True, descriptors=True), Config(64, 64, 32, 4, 3)),
-    ("sm_100", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 32, 16, 4, 2)),
-    ("gfx9", "half"): (Config(128, 128, 64, 8, 2), Config(64, 64, 64, 4, 2)),
-    ("gfx9", "tf32"): (Config(128, 64, 32, 8, 2), Config(64, 64, 32, 4, 2)),
-    ("gfx9", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 64, 16, 4, 2)),
-}
+from ssl_kernels.kernels.configs import Config, is_aligned
 
 
 @triton.jit
@@ -124,59 +91,9 @@ def split_columns(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
-@functools.cache
-def device_traits(device: torch.device) -> tuple[str, bool, int]:
-    """(chip family in CONFIGS, whether the chip multiplies tf32, multiprocessors)."""
-    if device.type != "cuda":
-        return "sm_80", True, 1  # the interpreter
-    properties = torch.cuda.get_device_properties(device)
-    multiprocessors = properties.multi_processor_count
-    if torch.version.hip is not None:
-        return "gfx9", properties.gcnArchName.startswith("gfx942"), multiprocessors
-    # Chips between and beyond the three (Ada, consumer Blackwell) take what suits sm_80: its configurations also fit
-    # into their 99 KB of shared memory.
-    return {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80"), properties.major >= 8, multiprocessors
-
-
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Kernels launched inside go to ``device``, whichever is current."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def product_kind(features: Tensor) -> str:
-    """How features are multiplied: "half" if of 16 bits, else as torch multiplies fp32 just now: "ieee" or "tf32"."""
-    if features.dtype != torch.float32:
-        return "half"
-    # Set by torch.set_float32_matmul_precision too, whose getter raises once this newer setting has been used.
-    wanted = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if wanted and device_traits(features.device)[1] else "ieee"
-
-
-def choose_config(x: Tensor, y: Tensor, grad: Tensor | None) -> Config:
-    """The entry of CONFIGS for these panels.
-
-    The large tile needs rows that are aligned for wide loads and stores, which keep addresses in few registers, and
-    enough tiles to occupy the chip. A model meets these two tiles only, so nothing is compiled after the first steps.
-    """
-    family, _, multiprocessors = device_traits(x.device)
-    large, small = CONFIGS[family, product_kind(x)]
-    tiles = triton.cdiv(x.shape[0], large.block_m) * triton.cdiv(y.shape[0], large.block_n)
-    aligned = all(t is None or is_aligned(t) for t in (x, y, grad))
-    return large if aligned and tiles >= multiprocessors else small
-
-
-def narrowed(config: Config, held: int) -> Config:
-    """The configuration with at most 128 rows and so few columns that a thread of NVIDIA holds at most so many
-    similarities, all at a time if they are 32."""
-    rows = min(config.block_m, 128)
-    columns = min(config.block_n, held * 32 * config.num_warps // rows)
-    return replace(config, block_m=rows, block_n=columns, halves=config.halves and held > 32)
-
-
-def is_aligned(matrix: Tensor) -> bool:
-    """Whether each row starts at a multiple of 16 bytes and elements, and is contiguous and beside the others."""
-    rows_apart = matrix.stride(0) % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
-    return matrix.stride(1) == 1 and rows_apart and matrix.data_ptr() % 16 == 0
 
 
 def operands(

@@ -410,10 +410,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     factor = upstream * ctx.unscale
     # Handed over where nobody can ask for it again: not with retain_graph, and not while being traced.
     once = type(gradient) is Tensor and not torch.is_grad_enabled() and not _graph_is_kept()
-    if once:
-        gradient = _scale_gradient_(gradient.detach(), factor, ctx.backend)
-    else:
-        gradient = _scale_gradient(gradient, factor)
+    gradient = _scale_gradient_(gradient.detach(), factor, ctx.backend) if once else _scale_gradient(gradient, factor)
     return (list(gradient.split(ctx.crops)), *rest)
 
 

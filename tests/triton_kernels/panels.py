@@ -68,6 +68,7 @@ def pair_masks(
 
 
 def shipped(configs: dict[tuple[str, str], Any], kind: str) -> list[Any]:
-    """Every shape of tile for a kind of product. Warps and stages mean nothing to the interpreter."""
+    """Every shape of tile for a kind of product. Warps, stages and blocks mean nothing to the interpreter."""
     found = [c for (_, its_kind), choices in configs.items() if its_kind == kind for c in choices]
-    return list(dict.fromkeys(replace(c, num_warps=4, num_stages=2) for c in found))
+    unseen = {"num_warps": 4, "num_stages": 2} | ({"blocks": 1} if hasattr(found[0], "blocks") else {})
+    return list(dict.fromkeys(replace(c, **unseen) for c in found))
