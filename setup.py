@@ -28,9 +28,17 @@ def find_cuda() -> str | None:
     nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).exists():
         return None
-    told = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    top = re.search(r"^#\$ TOP=(.+)$", ask(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull), re.MULTILINE)
     return str(Path(top[1]).resolve()) if top else home
+
+
+def ask(*command: str) -> str:
+    """What it says; nothing where it cannot be run, as a script whose compiler was removed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr
 
 
 CUDA_HOME = find_cuda()
@@ -86,15 +94,16 @@ def cuda_extensions() -> list[Extension]:
 def nvcc_release() -> str | None:
     if CUDA_HOME is None:
         return None
-    told = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"release (\d+\.\d+)", told)
+    match = re.search(r"release (\d+\.\d+)", ask(f"{CUDA_HOME}/bin/nvcc", "--version"))
     return match[1] if match else None
 
 
 def cuda_extension(release: str) -> Extension:
     blackwell = tuple(map(int, release.split("."))) >= (12, 8)
-    newest = "9.0;10.0+PTX" if blackwell else "9.0+PTX"  # newer GPUs compile the PTX when they first load it
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.6;8.9;{newest}")
+    newest = "9.0;10.0+PTX;12.0" if blackwell else "9.0+PTX"  # other new GPUs compile the PTX when they first load it
+    # The oldest that every toolkit and CUDA build of torch knows: what is chosen for a GPU must not lack its code.
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or f"7.5;8.0;8.6;8.9;{newest}"
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # read by what compiles; empty, it would look for GPUs here
     host = ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-g0", *PATHS]  # nvcc's stubs use none
     return CUDAExtension(
         "ssl_kernels._C_cuda",

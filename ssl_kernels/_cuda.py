@@ -15,7 +15,8 @@ def _load() -> tuple[str, str]:
         return "", f"torch {torch.__version__} is not a CUDA build"
     if importlib.util.find_spec("ssl_kernels._C_cuda") is None:
         major = torch.version.cuda.split(".")[0]
-        return "", f"not built; a build from source where nvcc of CUDA {major} is installed includes them"
+        how = "pip install --no-build-isolation, so that this torch is built for"
+        return "", f"not built; a build from source where nvcc of CUDA {major} is installed includes them ({how})"
     try:
         module = importlib.import_module("ssl_kernels._C_cuda")
     except (ImportError, OSError) as error:

@@ -70,6 +70,14 @@ def test_what_another_process_found_meanwhile_stays(launches: list[str], tmp_pat
     assert json.loads(file.read_text()).keys() == {"sigmoid 64 x 64", "koleo 64 x 64", "sigmoid 8 x 8"}
 
 
+def test_a_process_keeps_to_what_it_has_used(launches: list[str], tmp_path: Path) -> None:
+    fastest(launches.append)
+    (file,) = (tmp_path / "ssl_kernels").iterdir()
+    file.write_text(json.dumps({"sigmoid 64 x 64": "deep"}))
+    fastest(launches.append, shapes="8 x 8")
+    assert fastest(launches.append) == "narrow"
+
+
 def test_a_configuration_that_is_no_longer_shipped_is_measured_anew(launches: list[str], tmp_path: Path) -> None:
     fastest(launches.append)
     (file,) = (tmp_path / "ssl_kernels").iterdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], 
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 9.9\n")
     tool = folder / "compute-sanitizer"
-    tool.write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
+    tool.write_text('#!/bin/sh\nshift 6\nexec "$@"\n')
     tool.chmod(0o755)
     output = folder / "results" / "gpu_check.json"
     with pytest.MonkeyPatch.context() as patch:
@@ -140,6 +141,19 @@ def test_a_command_past_its_limit_ends_with_all_that_it_started() -> None:
     assert gpu_check.execute([sys.executable, "-c", "print('x'); raise SystemExit(3)"], 60, {}) == ("failed", "x")
 
 
+def test_an_interrupt_ends_what_it_had_started() -> None:
+    def interrupt(line: str) -> None:
+        started.append(int(line))
+        raise KeyboardInterrupt
+
+    started: list[int] = []
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.execute([sys.executable, "-c", child], 60, {}, interrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
+
+
 def test_groups_past_the_deadline_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list(gpu_bench.measure(gpu_bench.GROUPS[0], torch.device("cpu"), tiny=True, deadline=time.monotonic()))
     assert [row["provider"] for row in rows] == list(gpu_bench.GROUPS[0].providers)
@@ -198,6 +212,46 @@ def test_a_failed_step_is_the_exit_status(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert gpu_check.main(["--device", "cpu", "--tiny", "--output", str(output)]) == 1
     assert {step["status"] for step in json.loads(output.read_text())["steps"]} == {"failed"}
     assert "nvcc: error" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(("outcome", "status"), [("passed", "cut"), ("failed", "failed")])
+def test_a_test_that_failed_before_the_time_was_up(outcome: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(command: Any, limit_s: float, environment: dict[str, str]) -> tuple[str, str]:
+        entries = [{"collected": ["a", "b"]}, {"test": "a", "outcome": outcome, "detail": ""}]
+        Path(environment["SSL_KERNELS_TEST_LOG"]).write_text("\n".join(map(json.dumps, entries)))
+        return "cut", ""
+
+    monkeypatch.setattr(gpu_check, "execute", cut)
+    step = Step("tests", limit_s=60)
+    Check("cpu", tiny=True, budget_s=60).tests(step)
+    assert step.status == status
+    assert step.detail.endswith("1 not reached")
+
+
+def test_a_process_that_ends_early_fails_whatever_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "execute", lambda *_: ("ok", "bye"))
+    check, step = Check("cpu", tiny=True, budget_s=60), Step("benchmarks", limit_s=5)
+    check.benchmarks(step)
+    assert step.status == "failed"
+    assert [row["group"] for row in check.report.benchmarks] == gpu_check.group_names()
+    assert {row["detail"] for row in check.report.benchmarks} == {"its process ended: bye"}
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is not a CUDA build")
+@pytest.mark.parametrize("major", ["", "9", (torch.version.cuda or "").partition(".")[0]])
+def test_only_a_toolkit_of_torch_s_cuda_must_build(major: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    if major:
+        nvcc = tmp_path / "bin/nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {major}.1, V{major}.1.2\n")
+        nvcc.chmod(0o755)
+    environment, note = gpu_check.build_environment()
+    if major in ("", "9"):
+        assert environment == {}
+        assert note.startswith("without CUDA C++: nvcc " + ("is of CUDA 9" if major else "was not found"))
+    else:
+        assert environment == {"SSL_KERNELS_CUDA": "1"}
 
 
 def test_wrong_numbers_of_ours_fail_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

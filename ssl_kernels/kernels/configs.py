@@ -164,6 +164,7 @@ def product_kind(features: Tensor) -> str:
 
 
 def is_aligned(matrix: Tensor) -> bool:
-    """Whether each row starts at a multiple of 16 bytes and elements, and is contiguous and beside the others."""
-    rows_apart = matrix.stride(0) % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
-    return matrix.stride(1) == 1 and rows_apart and matrix.data_ptr() % 16 == 0
+    """Whether each row starts at a multiple of 16 bytes and elements, and is contiguous, beside the others and not
+    empty."""
+    (_, width), (rows_apart, features_apart) = matrix.shape, matrix.stride()
+    return features_apart == 1 and rows_apart % 16 == 0 and rows_apart >= width > 0 and matrix.data_ptr() % 16 == 0

@@ -54,6 +54,8 @@ class Kernel:
 
 @functools.cache
 def kernels(source: str, chip: str) -> tuple[Kernel, ...]:
+    if chip.replace("sm", "compute") not in run("nvcc", "--list-gpu-arch").split():
+        pytest.skip(f"{compiler()} does not know {chip}")
     with tempfile.TemporaryDirectory() as folder:
         binary = f"{folder}/{source}.cubin"
         run(

@@ -15,7 +15,9 @@ CUDA = torch.version.cuda or ""
 cuda_torch = pytest.mark.skipif(not CUDA, reason="torch is not a CUDA build")
 
 
-def setup(home: Path, wanted: str | None = None, release: str | None = None) -> subprocess.CompletedProcess[str]:
+def setup(
+    home: Path, wanted: str | None = None, release: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Reads setup.py beside a toolkit of that release, which prints the extensions' names after its own lines."""
     if release:
         nvcc = home / "bin/nvcc"
@@ -27,6 +29,7 @@ def setup(home: Path, wanted: str | None = None, release: str | None = None) -> 
     environment.pop("SSL_KERNELS_CUDA", None)
     if wanted is not None:
         environment["SSL_KERNELS_CUDA"] = wanted
+    environment.update(variables)
     code = """
 import setuptools
 setuptools.setup = lambda ext_modules, **rest: [print(e.name, e.extra_compile_args) for e in ext_modules]
@@ -61,8 +64,32 @@ def test_a_toolkit_of_another_major_version(tmp_path: Path) -> None:
 def test_a_toolkit_is_enough(tmp_path: Path) -> None:
     done = setup(tmp_path, release=CUDA)
     assert done.returncode == 0, done.stderr
-    assert f"nvcc {CUDA} for 8.0;8.6;8.9;9.0" in done.stdout
+    assert f"nvcc {CUDA} for 7.5;8.0;8.6;8.9;9.0" in done.stdout
+    assert "+PTX" in done.stdout
     assert "left out" not in done.stderr
+
+
+@cuda_torch
+def test_architectures_are_those_asked_for(tmp_path: Path) -> None:
+    done = setup(tmp_path, release=CUDA, TORCH_CUDA_ARCH_LIST="8.6")
+    assert f'nvcc {CUDA} for 8.6"' in done.stdout
+
+
+@cuda_torch
+def test_none_asked_for_are_not_those_of_this_machine(tmp_path: Path) -> None:
+    done = setup(tmp_path, release=CUDA, TORCH_CUDA_ARCH_LIST="")
+    assert f"nvcc {CUDA} for 7.5;8.0;" in done.stdout
+
+
+@pytest.mark.parametrize("wanted", ["", "0"])
+def test_a_compiler_that_cannot_be_run_is_none(tmp_path: Path, wanted: str) -> None:
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/nowhere/sh\n")
+    nvcc.chmod(0o755)
+    done = setup(tmp_path, wanted=wanted)
+    assert done.returncode == 0, done.stderr
+    assert "_C_cuda" not in done.stdout
 
 
 @cuda_torch

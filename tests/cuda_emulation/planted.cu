@@ -142,6 +142,44 @@ __global__ void race_of_read_and_write(const float*, float* out) {
   out[blockIdx.x * kThreads + threadIdx.x] = other;
 }
 
+// In all blocks by the thread of the same index.
+template <bool kBug>
+__global__ void read_before_write(const float*, float* out) {
+  out[1 + blockIdx.x] = kBug ? *out : 1.f;
+  if (blockIdx.x == 1) *out = 1;
+}
+
+template <bool kBug>
+__global__ void read_among_atomics(const float*, float* out) {
+  atomicAdd(out, 1.f);
+  if (kBug && blockIdx.x == 1) out[1] = *out;
+}
+
+template <bool kBug>
+__global__ void write_among_atomics(const float*, float* out) {
+  if (atomicAdd(out, 1.f) < 1) return;
+  if (kBug) {
+    *out = 5;
+  } else {
+    atomicAdd(out, 3.f);
+  }
+}
+
+// What another warp may still have to read.
+template <bool kBug>
+__global__ void syncwarp_for_barrier(const float*, float* out) {
+  __shared__ float value;
+  if (threadIdx.x == 0) value = 1;
+  __syncthreads();
+  out[threadIdx.x] = value;
+  if (kBug) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) value = 2;
+}
+
 template <bool kBug>
 __global__ void count_threads(const float*, float* out) {
   if (kBug) {
@@ -254,6 +292,10 @@ SSLK_PLANTED(uninitialised_dynamic, 2, kThreads, kThreads * sizeof(float), 0, 2 
 SSLK_PLANTED(misaligned_vector, 1, 1, 0, 8, 1)
 SSLK_PLANTED(race_of_blocks, 2, kThreads, 0, 0, 2 * kThreads)
 SSLK_PLANTED(race_of_read_and_write, 2, kThreads, 0, 0, 2 * kThreads)
+SSLK_PLANTED(read_before_write, 2, 1, 0, 0, 3)
+SSLK_PLANTED(read_among_atomics, 2, 1, 0, 0, 2)
+SSLK_PLANTED(write_among_atomics, 2, 1, 0, 0, 1)
+SSLK_PLANTED(syncwarp_for_barrier, 1, kThreads, 0, 0, kThreads)
 SSLK_PLANTED(count_threads, 3, 40, 0, 0, 1)
 SSLK_PLANTED(spin_for_other_block, 2, 1, 0, 0, 1)
 SSLK_PLANTED(global_out_of_bounds, 2, 24, 0, 0, 48)

@@ -2,9 +2,9 @@
 //
 // g++ announces every access to memory through the functions below: -fsanitize=thread calls those of ThreadSanitizer,
 // of which only the names are used here, not its library, and -fsanitize=alignment calls one when an address does not
-// suit the type. For each byte the latest write and two reads are kept. Two accesses of which one is a write race
-// unless they are of one thread, or both atomic, or ordered: within a block by __syncthreads, within a warp by
-// __syncwarp. A shuffle orders no memory, and blocks of one launch are never ordered. It is found whatever order the
+// suit the type. For each byte the latest write, two atomic ones and two reads are kept. Two accesses of which one is a
+// write race unless they are of one thread, or both atomic, or ordered: within a block by __syncthreads, within a warp
+// by __syncwarp. A shuffle orders no memory, and blocks of one launch are never ordered. It is found whatever order the
 // threads happened to run in. A thread that spins on memory, for a block that will never run beside it, is ended.
 #include "emulator.h"
 
@@ -25,12 +25,11 @@ constexpr bool kWatching = true;
 struct Access {
   uint32_t block;  // from 1; 0 is none
   uint16_t thread;
-  bool atomic;
   uint32_t epoch, clock;
 };
 
 struct Cell {
-  Access write, read, other_read;
+  Access write, atomic, other_atomic, read, other_read;
 };
 
 constexpr uintptr_t kPageBytes = 4096;
@@ -54,11 +53,25 @@ Cell& cell_of(uintptr_t address) {
   return recent->cells[address % kPageBytes];
 }
 
+bool in_one_warp(const Access& a, const Access& b) {
+  return a.block == b.block && a.thread / kWarp == b.thread / kWarp;
+}
+
 bool is_ordered(const Access& earlier, const Access& now) {
-  if (earlier.block == 0 || (earlier.atomic && now.atomic)) return true;
+  if (earlier.block == 0) return true;
   if (earlier.block != now.block) return false;
   if (earlier.thread == now.thread || earlier.epoch < now.epoch) return true;
-  return earlier.thread / kWarp == now.thread / kWarp && running->seen[earlier.thread % kWarp] >= earlier.clock;
+  return in_one_warp(earlier, now) && running->seen[earlier.thread % kWarp] >= earlier.clock;
+}
+
+// Two that nothing orders are enough to catch whoever races with a third, if they are of two warps where any are: what
+// is ordered after both has passed a barrier.
+void remember(Access& first, Access& second, const Access& now) {
+  if (is_ordered(first, now)) {
+    first = now;
+  } else if (second.block == 0 || in_one_warp(first, second) || !in_one_warp(first, now)) {
+    second = now;
+  }
 }
 
 std::string describe(const void* address, size_t bytes) {
@@ -78,7 +91,7 @@ std::string describe(const void* address, size_t bytes) {
 
 void watch(const void* address, size_t bytes, bool is_write, bool atomic) {
   if (!kWatching || !running || on_a_stack(address)) return;
-  const Access now{uint32_t(block_number()) + 1, uint16_t(running->thread), atomic, epoch,
+  const Access now{uint32_t(block_number()) + 1, uint16_t(running->thread), epoch,
                    running->seen[running->thread % kWarp]};
   const char* does = is_write ? "writes" : "reads";
   if (accesses_left-- == 0) {
@@ -86,19 +99,21 @@ void watch(const void* address, size_t bytes, bool is_write, bool atomic) {
   }
   for (size_t i = 0; i < bytes; ++i) {
     Cell& cell = cell_of(reinterpret_cast<uintptr_t>(address) + i);
-    if (!is_ordered(cell.write, now)) fail_race(cell.write, "wrote", does, address, bytes);
-    if (is_write) {
-      for (const Access& read : {cell.read, cell.other_read}) {
-        if (!is_ordered(read, now)) fail_race(read, "read", does, address, bytes);
-      }
-      cell = {now, {}, {}};
+    for (const Access* other : {&cell.write, atomic ? nullptr : &cell.atomic, atomic ? nullptr : &cell.other_atomic}) {
+      if (other && !is_ordered(*other, now)) fail_race(*other, "wrote", does, address, bytes);
+    }
+    for (const Access* other : {&cell.read, &cell.other_read}) {
+      if (is_write && !is_ordered(*other, now)) fail_race(*other, "read", does, address, bytes);
+    }
+    if (atomic) {
+      remember(cell.atomic, cell.other_atomic, now);
+    } else if (is_write) {
+      cell = {now, {}, {}, {}, {}};
     } else {
-      if (cell.write.block == 0 && shared_variable(address)) {
+      if (cell.write.block == 0 && cell.atomic.block == 0 && shared_variable(address)) {
         fail("reads " + describe(address, bytes) + ", of which nobody has written byte " + std::to_string(i));
       }
-      // Two readers of different threads are enough to catch a third who writes, and either of the two.
-      const bool replaces = cell.read.thread == now.thread || is_ordered(cell.read, now);
-      (replaces ? cell.read : cell.other_read) = now;
+      remember(cell.read, cell.other_read, now);
     }
   }
 }

@@ -44,6 +44,10 @@ CASES: dict[str, tuple[list[float], str]] = {
     "misaligned_vector": ([1.0], "expected an address that is a multiple of 16 for 'const struct float4', got 0x"),
     "race_of_blocks": ([1.0] * 256, "writes 4 bytes of global memory at 0x.*" + RACE.format("[01]", "wrote")),
     "race_of_read_and_write": ([1.0] * 256, "4 bytes of global memory at 0x.*" + RACE.format("[01]", "(wrote|read)")),
+    "read_before_write": ([1.0] * 3, "4 bytes of global memory at 0x.*" + RACE.format("[01]", "(wrote|read)")),
+    "read_among_atomics": ([2.0, 0.0], "4 bytes of global memory at 0x.*" + RACE.format("[01]", "(wrote|read)")),
+    "write_among_atomics": ([5.0], "writes 4 bytes of global memory at 0x.*" + RACE.format("[01]", "wrote")),
+    "syncwarp_for_barrier": ([1.0] * 128, "shared variable value" + RACE.format(0, "(wrote|read)")),
     "count_threads": ([120.0], "reads 4 bytes of global memory at 0x.*" + RACE.format(r"\d", "wrote")),
     "spin_for_other_block": ([1.0], "runs on and on without a wait"),
 }
