@@ -15,12 +15,15 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import gcn
 import pytest
+import sass
 import triton
+from flow import Executed
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,12 +40,44 @@ class Chip:
     matrix: str  # regular expression for the opcode of a matrix product
 
 
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What limits the blocks that are on it at a time."""
+
+    warps: int
+    blocks: int
+    registers: int  # of 32 bits
+    register_unit: int  # in which a thread's registers are handed out
+    shared_bytes: int
+    reserved_bytes: int  # of shared memory, for each block
+    warp_size: int = 32
+    parts: int = 4  # that have their own registers
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD's CDNA 3 instruction set reference
+# and the hardware description of the HIP documentation.
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(64, 32, 65536, 8, 164 * 1024, 1024),
+    "sm_90": Multiprocessor(64, 32, 65536, 8, 228 * 1024, 1024),
+    "sm_100": Multiprocessor(64, 32, 65536, 8, 228 * 1024, 1024),
+    "gfx942": Multiprocessor(32, 32, 131072, 8, 64 * 1024, 0, warp_size=64),
+}
 CHIPS = {
     # An A100 has 163 KiB, but the consumer chips that run the same configurations have less.
     "sm_80": Chip("sm_80", GPUTarget("cuda", 80, 32), 99 * 1024, r"[HIQ]MMA"),
     "sm_90": Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, r"[HIQ]?G?MMA"),
     "sm_100": Chip("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024, r"UT\w*MMA|[HIQ]MMA"),
     "gfx942": Chip("gfx9", GPUTarget("hip", "gfx942", 64), 64 * 1024, r"v_mfma_\w+"),
+}
+_FIRST_ARGUMENT = {"sm_80": 0x160, "sm_90": 0x210, "sm_100": 0x380}  # in constant bank 0
+WIDTH = 768  # of features, for which instructions are counted; 3 more where rows are not aligned
+PANEL = 8192  # rows and columns
+_NEW_MATRIX = {"sm_90": r"[HIQ]GMMA", "sm_100": r"UT\w*MMA"}
+FIGURES = {
+    "instructions": "",
+    "special_functions": r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_",
+    "global_memory": r"LDG\b|STG|LDGSTS|UTMALDG|UTMASTG|(global|buffer)_(load|store)",
+    "shared_memory": r"LDS|STS|LDTM|STTM|ds_(read|write)",
 }
 KINDS = ("half", "tf32", "ieee")  # of matrix product
 
@@ -56,6 +91,9 @@ class Resources:
     shared_bytes: int
     opcodes: collections.Counter[str]  # static counts, with modifiers
     text: str
+    tensor_columns: int  # of the block, in the tensor memory of sm_100
+    arguments: dict[str, tuple[int, int]]  # those that are known at run time: offset among them, and bytes
+    num_warps: int
 
     @property
     def instructions(self) -> int:
@@ -97,10 +135,26 @@ def build(
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     compiled = triton.compile(source, target=chip.target, options={"num_warps": num_warps, "num_stages": num_stages})
     read = _read_amd if chip.target.backend == "hip" else _read_nvidia
-    return read(compiled)
+    return read(compiled, _layout({name: types[name] for name in names if name in types}), num_warps)
 
 
-def _read_nvidia(compiled: Any) -> Resources:
+def _layout(types: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """Offset and bytes of each argument, aligned as in C."""
+    places, at = {}, 0
+    for name, kind in types.items():
+        if kind.startswith("tensordesc"):  # the descriptor itself, and what it was made of
+            at = -(-at // 64) * 64
+            places[name] = at, 128
+            at += 128 + 2 * 4 + 2 * 8
+            continue
+        size = 4 if kind in ("i32", "fp32") else 8
+        at = -(-at // size) * size
+        places[name] = at, size
+        at += size
+    return places
+
+
+def _read_nvidia(compiled: Any, arguments: dict[str, tuple[int, int]], num_warps: int) -> Resources:
     text = _disassemble(compiled.asm["cubin"])
 
     def figure(name: str) -> int:
@@ -114,8 +168,11 @@ def _read_nvidia(compiled: Any) -> Resources:
         registers=figure("REG"),
         spills=figure("STACK") + figure("LOCAL"),
         shared_bytes=compiled.metadata.shared,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         opcodes=_strip_padding(opcodes),
         text=text,
+        arguments=arguments,
+        num_warps=num_warps,
     )
 
 
@@ -135,7 +192,7 @@ def _disassemble(cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _read_amd(compiled: Any) -> Resources:
+def _read_amd(compiled: Any, arguments: dict[str, tuple[int, int]], num_warps: int) -> Resources:
     text = compiled.asm["amdgcn"]
 
     def figure(name: str) -> int:
@@ -149,8 +206,11 @@ def _read_amd(compiled: Any) -> Resources:
         # Scalar registers spill into lanes of vector registers, not into memory, so those are not counted.
         spills=figure("vgpr_spill_count") + figure("private_segment_fixed_size"),
         shared_bytes=compiled.metadata.shared,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         opcodes=collections.Counter(opcodes),
         text=text,
+        arguments=arguments,
+        num_warps=num_warps,
     )
 
 
@@ -175,6 +235,64 @@ def assert_sizes_do_not_recompile(kernel: Any, names: Iterable[str]) -> None:
         assert parameters[name].annotation_type == "i64"  # whatever the value, which otherwise picks the type
 
 
+def blocks_per_multiprocessor(made: Resources, chip: str) -> int:
+    """How many blocks a multiprocessor holds at a time."""
+    has = MULTIPROCESSORS[chip]
+    registers = -(-made.registers // has.register_unit) * has.register_unit
+    warps = has.parts * min(has.warps // has.parts, has.registers // has.parts // (registers * has.warp_size))
+    limits = [has.blocks, warps // made.num_warps]
+    if made.shared_bytes + has.reserved_bytes:
+        limits.append(has.shared_bytes // (made.shared_bytes + has.reserved_bytes))
+    if made.tensor_columns:
+        limits.append(512 // made.tensor_columns)
+    return min(limits)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of a kernel: what decides the way that one of its programs takes."""
+
+    arguments: Mapping[str, int]  # the integers; pointers need no value
+    elements: int  # of the program's share of the work, by which counts are divided
+    program: tuple[int, int, int] = (0, 0, 0)
+    exponentials: float = 0  # of an element, at least
+
+
+def panel_launch(config: Any, aligned: bool, exponentials: float = 0) -> Launch:
+    """Of a kernel that visits a panel tile by tile: a tile that meets neither an edge nor a diagonal."""
+    width = WIDTH if aligned else WIDTH + 3
+    sizes = dict.fromkeys(("m", "n", "stride_gm"), PANEL) | dict.fromkeys(("D", "stride_xm", "stride_yn"), width)
+    diagonals = {"diagonal": 0, "positive": 0, "excluded": PANEL}
+    strides = {"stride_xd": 1, "stride_yd": 1}
+    return Launch(sizes | diagonals | strides, config.block_m * config.block_n, (5, 0, 0), exponentials)
+
+
+def operand_types(config: Any, dtype: str, aligned: bool) -> dict[str, str]:
+    """How the launcher of such a kernel hands over features and gradient tile."""
+    if not (aligned and config.descriptors):
+        return dict.fromkeys(("X", "Y", "GRAD"), f"*{dtype}")
+    width = config.block_n // 2 if config.halves else config.block_n
+    blocks = {"X": (config.block_m, config.block_d), "Y": (config.block_n, config.block_d)}
+    blocks |= {"GRAD": (config.block_m, width)}
+    return {name: f"tensordesc<{dtype}[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()}
+
+
+def execute(made: Resources, chip: str, launch: Launch) -> Executed:
+    """Follow the usual way of one program through the code."""
+    words: dict[int, int] = {}
+    for number, (name, (at, size)) in enumerate(made.arguments.items()):
+        value = launch.arguments.get(name, number + 1 << 40 if size == 8 else None)
+        if value is not None:
+            words |= {at + 4 * i: value >> 32 * i & 0xFFFFFFFF for i in range(size // 4)}
+    if chip == "gfx942":
+        exponentials = launch.exponentials * launch.elements / CHIPS[chip].target.warp_size
+        return gcn.run(made.text, words, launch.program, made.num_warps, exponentials)
+    first = _FIRST_ARGUMENT[chip]
+    if any(size == 128 for _, size in made.arguments.values()):
+        first = -(-first // 64) * 64
+    return sass.run(made.text, {first + at: word for at, word in words.items()}, launch.program, made.num_warps)
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel of tiles as the launcher would specialise it. Its fields are its name, and its key in the budget."""
@@ -194,26 +312,60 @@ class Case:
         raise NotImplementedError
 
     @property
-    def elements_per_thread(self) -> float:
-        threads = self.config.num_warps * CHIPS[self.chip].target.warp_size
-        return self.config.block_m * self.config.block_n / threads
+    def launch(self) -> Launch:
+        """Of the usual program of a usual launch."""
+        raise NotImplementedError
 
     @property
-    def instructions_per_element(self) -> float:
-        """Static: loops count once, and rare tiles count as much as the usual ones."""
-        return compiled(self).instructions / self.elements_per_thread
+    def elements_per_thread(self) -> float:
+        threads = self.config.num_warps * CHIPS[self.chip].target.warp_size
+        return float(self.config.block_m * self.config.block_n / threads)
+
+    def per_element(self, pattern: str = "") -> float:
+        """Instructions of a thread, executed for an element of the launch, whose opcode matches ``pattern``."""
+        per = CHIPS[self.chip].target.warp_size / self.launch.elements
+        return float(executed(self).count(pattern) * per)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {name: self.per_element(pattern) for name, pattern in FIGURES.items()}
+
+    def record(self) -> dict[str, Any]:
+        """All that the budget and the report say of it."""
+        made, run = compiled(self), executed(self)
+        per = CHIPS[self.chip].target.warp_size / self.launch.elements
+        products = [opcode for opcode in run.opcodes if re.match(CHIPS[self.chip].matrix, opcode)]
+        return {
+            **{name: round(figure, 2) for name, figure in self.figures.items()},
+            **{phase: round(run.phases[phase] * per, 2) for phase in ("before", "loop", "after")},
+            "undecided": len(run.undecided),
+            "registers": made.registers,
+            "spills": made.spills,
+            "shared_bytes": made.shared_bytes,
+            "blocks": blocks_per_multiprocessor(made, self.chip),
+            "matrix": max(products, key=run.opcodes.__getitem__) if products else "",
+        }
+
+    @property
+    def intended_blocks(self) -> int:
+        """Of a multiprocessor, at least."""
+        return 1
 
     def check_resources(self) -> Resources:
         """What every such kernel must fulfil. Returns the resources, for what is asked of some of them only."""
         chip, made = CHIPS[self.chip], compiled(self)
         assert_sound(made)
         assert made.shared_bytes <= chip.shared_bytes
+        assert blocks_per_multiprocessor(made, self.chip) >= self.intended_blocks
         products = made.count(chip.matrix)
         if self.chip == "gfx942":  # its matrix unit also multiplies fp32 exactly
             assert products > 0
             assert (made.count(r"v_mfma_f32_\w*_xf32") > 0) == (self.kind == "tf32")
         else:
             assert (products > 0) == (self.kind != "ieee")
+            if self.chip in _NEW_MATRIX and self.kind != "ieee":  # the tensor cores' own path, not that of older chips
+                assert made.count(_NEW_MATRIX[self.chip]) > 0
+                assert made.count(r"[HIQ]MMA") == 0
         assert made.count(r"MUFU\.LG2|v_log_f32") == 0
         return made
 
@@ -223,8 +375,13 @@ def compiled(case: Case) -> Resources:
     return case.build()
 
 
+@functools.cache
+def executed(case: Case) -> Executed:
+    return execute(compiled(case), case.chip, case.launch)
+
+
 class Budget:
-    """The size of the code of each case, as recorded with one compiler in <op>_budget.json."""
+    """What each case executes per element, as recorded with one compiler in <op>_budget.json."""
 
     def __init__(self, op: str) -> None:
         self.path = pathlib.Path(__file__).with_name(f"{op}_budget.json")
@@ -233,10 +390,11 @@ class Budget:
         recorded = json.loads(self.path.read_text())
         if recorded["compiler"] != compiler_version():
             pytest.skip(f"recorded with {recorded['compiler']}, this is {compiler_version()}")
-        figure = recorded["instructions_per_element"][str(case)]
-        assert case.instructions_per_element == pytest.approx(figure, rel=0.05)
+        figures = recorded["cases"][str(case)]
+        assert case.figures == pytest.approx({name: figures[name] for name in FIGURES}, rel=0.05, abs=0.01)
+        assert blocks_per_multiprocessor(compiled(case), case.chip) >= figures["blocks"]
 
     def write(self, cases: Iterable[Case]) -> None:
-        figures = {str(case): round(case.instructions_per_element, 1) for case in cases}
-        record = {"compiler": compiler_version(), "instructions_per_element": figures}
-        self.path.write_text(json.dumps(record, indent=2) + "\n")
+        lines = ",\n".join(f"    {json.dumps(str(case))}: {json.dumps(case.record())}" for case in cases)
+        compiler = json.dumps(compiler_version())
+        self.path.write_text(f'{{\n  "compiler": {compiler},\n  "cases": {{\n{lines}\n  }}\n}}\n')

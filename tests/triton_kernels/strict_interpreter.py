@@ -5,7 +5,8 @@ not. Inside `strict_interpreter()`
 
 - bf16 arithmetic is right: operands are widened to fp32 and the result rounded to nearest even. The stock interpreter
   keeps bf16 as uint16 and adds or multiplies the bit patterns;
-- tf32 products round their operands to 10 bits of mantissa, as the tensor cores do;
+- tf32 products drop all but 10 bits of their operands' mantissa: Triton hands over fp32, whose other bits tensor cores
+  do not read;
 - an access outside of every tensor argument raises `OutOfBoundsError`, as does one into the gap between two rows or
   columns of a strided argument. Every lane is checked, and what is there in memory is not touched;
 - two programs that touch an element, one of them at least with a plain store, raise `RaceError`, whatever the order
@@ -207,7 +208,7 @@ class _StrictBuilder(interpreter.InterpreterBuilder):
             return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
         left, right = _wide(a), _wide(b)
         if left.dtype == np.float32 and str(input_precision).rsplit(".", 1)[-1].lower() == "tf32":
-            left, right = _round_to_tf32(left), _round_to_tf32(right)
+            left, right = _cut_to_tf32(left), _cut_to_tf32(right)
         accumulator = d.data.dtype
         return TensorHandle(np.matmul(left.astype(accumulator), right.astype(accumulator)) + d.data, d.dtype.scalar)
 
@@ -264,9 +265,9 @@ def _narrow(values: np.ndarray) -> Any:
     return TensorHandle(np.where(np.isnan(values), np.uint16(0x7FC0), rounded), tl.bfloat16)
 
 
-def _round_to_tf32(values: np.ndarray) -> np.ndarray:
+def _cut_to_tf32(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values).view(np.uint32)
-    return np.where(np.isfinite(values), ((bits + 0x1000) & 0xFFFFE000).view(np.float32), values)
+    return np.where(np.isfinite(values), (bits & 0xFFFFE000).view(np.float32), values)
 
 
 def _poison(element: Any) -> tuple[Any, np.dtype]:

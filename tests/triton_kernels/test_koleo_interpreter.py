@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from panels import features, round_to_tf32, rows_far_apart, shipped
+from panels import cut_to_tf32, features, rows_far_apart, shipped
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -34,7 +34,7 @@ def search(u: Tensor, cuts: list[int], config: Config | None = None) -> tuple[Te
 
 def check(u: Tensor, cuts: list[int], *, is_tf32: bool = False, config: Config | None = None) -> None:
     best, neighbor = search(u, cuts, config)
-    read = (round_to_tf32(u) if is_tf32 else u).double()
+    read = (cut_to_tf32(u) if is_tf32 else u).double()
     similarity = (read @ read.t()).fill_diagonal_(-torch.inf)
     largest = similarity.amax(1)
     error = 3e-7 * read.norm(dim=1) * read.norm(dim=1).max()

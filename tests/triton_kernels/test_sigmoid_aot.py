@@ -1,9 +1,10 @@
 """Every shipped configuration of the sigmoid kernel, compiled for chips that need not be there.
 
 Asserted of each: no spills, shared memory within the chip's limit, matrix instructions where the products are to run on
-the tensor cores and none where fp32 is to stay fp32, one exponential and one reciprocal square root per element and no
-logarithm, wide loads and stores where rows are aligned. The size of the code is compared with sigmoid_budget.json;
-`python tests/triton_kernels/test_sigmoid_aot.py` writes that file anew, for a new compiler or a change that is meant.
+the tensor cores and none where fp32 is to stay fp32, one exponential per element, one reciprocal square root where the
+gradient is wanted, and no logarithm, wide loads and stores where rows are aligned. What a usual program executes is
+compared with sigmoid_budget.json, which `python tests/triton_kernels/report.py` writes anew, for a new compiler or a
+change that is meant.
 """
 
 from __future__ import annotations
@@ -16,9 +17,16 @@ import aot
 import pytest
 import triton
 import triton.language as tl
-from aot import CHIPS, KINDS, Budget, Resources, build
+from aot import CHIPS, KINDS, Budget, Launch, Resources, build
 
-from ssl_kernels.kernels.sigmoid import CONFIGS, Config, _sigmoid_panel_kernel, _softplus_and_sigma, kernel_constants
+from ssl_kernels.kernels.sigmoid import (
+    CONFIGS,
+    Config,
+    _sigmoid_panel_kernel,
+    _softplus_and_sigma,
+    config_for,
+    kernel_constants,
+)
 
 BUDGET = Budget("sigmoid")
 
@@ -35,7 +43,17 @@ class Case(aot.Case):
 
     @property
     def config(self) -> Config:
-        return CONFIGS[CHIPS[self.chip].family, self.kind][self.size == "small"]
+        family = CHIPS[self.chip].family
+        return config_for(CONFIGS[family, self.kind][self.size == "small"], family, self.variant.endswith("_ids"))
+
+    @property
+    def intended_blocks(self) -> int:
+        return self.config.blocks
+
+    @property
+    def launch(self) -> Launch:
+        """A tile that meets neither an edge nor the diagonal."""
+        return aot.panel_launch(self.config, aligned=self.aligned)
 
     def build(self) -> Resources:
         has_ids, ignored, loss_only = (self.variant.endswith(s) for s in ("_ids", "ignored_ids", "loss_only"))
@@ -43,14 +61,15 @@ class Case(aot.Case):
         fixed: dict[str, Any] = kernel_constants(
             self.config, self.kind, width, has_ids, ignored, loss_only, with_grad=True
         )
-        types = dict.fromkeys(("X", "Y", "GRAD"), f"*{self.dtype}") | dict.fromkeys(("X_IDS", "Y_IDS"), "*i64")
-        types |= dict.fromkeys(("PARTIALS", "SCALE", "BIAS"), "*fp32")
+        types = aot.operand_types(self.config, self.dtype, self.aligned)
+        types |= dict.fromkeys(("X_IDS", "Y_IDS"), "*i64") | dict.fromkeys(("PARTIALS", "SCALE", "BIAS"), "*fp32")
         types |= dict.fromkeys(("m", "n", "diagonal"), "i64")
         types |= dict.fromkeys(("D", "stride_xm", "stride_xd", "stride_yn", "stride_yd", "stride_gm"), "i32")
         divisible = {"PARTIALS", "SCALE", "BIAS", "X_IDS", "Y_IDS"}  # allocated whole, or cut at multiples of 16
         if self.aligned:
             fixed |= {"stride_xd": 1, "stride_yd": 1}
-            divisible |= {"X", "Y", "GRAD", "D", "stride_xm", "stride_yn", "stride_gm"}
+            divisible |= {"D", "stride_xm", "stride_yn", "stride_gm"}
+            divisible |= {name for name in ("X", "Y", "GRAD") if types[name].startswith("*")}
         if not has_ids:
             fixed |= {"X_IDS": None, "Y_IDS": None}
         if loss_only:
@@ -74,20 +93,20 @@ def cases() -> list[Case]:
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_resources(case):
     made = case.check_resources()
-    # One of each per element, and some for the vectors of positives.
-    exponentials, roots = made.count(r"MUFU\.EX2|v_exp_f32"), made.count(r"MUFU\.RSQ|v_rsq_f32")
-    assert 1 <= exponentials / case.elements_per_thread <= 1.3
-    assert 1 <= roots / case.elements_per_thread <= 1.3
+    # And some for the vectors of positives and row sums, of which each thread may have its own copy.
+    assert 1 <= case.per_element(r"MUFU\.EX2|v_exp_f32") <= 1.1
+    wanted = 0 if case.variant == "loss_only" else 1
+    assert wanted <= case.per_element(r"MUFU\.RSQ|v_rsq_f32") <= wanted + 0.3
     # What remains is the division of the program number into a row and a column block.
     assert made.count(r"MUFU\.(RCP|SQRT|TANH)|v_(rcp|sqrt)_\w*f32") <= 6
     if case.aligned and case.chip != "gfx942":
-        assert made.count(r"LDGSTS\S*\.128") > 0, "rows are not copied to shared memory 16 bytes at a time"
+        assert made.count(r"LDGSTS\S*\.128|UTMALDG") > 0, "rows are not copied to shared memory 16 bytes at a time"
         if case.variant != "loss_only":
-            assert made.count(r"STG\S*\.128") > 0, "G is not stored 16 bytes at a time"
+            assert made.count(r"STG\S*\.128|UTMASTG") > 0, "G is not stored 16 bytes at a time"
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_instructions_stay_within_the_recorded_budget(case):
+def test_executed_instructions_stay_within_the_recorded_budget(case):
     BUDGET.check(case)
 
 
@@ -119,7 +138,3 @@ def test_softplus_and_sigma_take_13_instructions(chip):
 
 def test_nothing_recompiles_when_sizes_change():
     aot.assert_sizes_do_not_recompile(_sigmoid_panel_kernel, ("m", "n", "diagonal"))
-
-
-if __name__ == "__main__":
-    BUDGET.write(cases())

@@ -2,8 +2,9 @@
 
 Asserted of each: no spills, shared memory within the chip's limit, matrix instructions where the products are to run on
 the tensor cores and none where fp32 is to stay fp32, one exponential per element outside of the branches for wide
-ranges, wide loads and stores where rows are aligned. The size of the code is compared with softmax_budget.json;
-`python tests/triton_kernels/test_softmax_aot.py` writes that file anew, for a new compiler or a change that is meant.
+ranges, wide loads and stores where rows are aligned. What a usual program executes is compared with
+softmax_budget.json, which `python tests/triton_kernels/report.py` writes anew, for a new compiler or a change that is
+meant.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import aot
 import pytest
-from aot import CHIPS, KINDS, Budget, Resources, build
+from aot import CHIPS, KINDS, Budget, Launch, Resources, build
 
 from ssl_kernels.kernels.softmax import (
     CONFIGS,
@@ -45,14 +46,24 @@ class Case(aot.Case):
     @property
     def config(self) -> Config:
         family = CHIPS[self.chip].family
-        return config_for(CONFIGS[family, self.kind][self.size == "small"], family, self.has_ids)
+        shipped = CONFIGS[family, self.kind][self.size == "small"]
+        return config_for(shipped, family, self.has_ids)
+
+    @property
+    def intended_blocks(self) -> int:
+        return self.config.blocks
+
+    @property
+    def launch(self) -> Launch:
+        return aot.panel_launch(self.config, aligned=self.size == "large", exponentials=1)
 
     def build(self) -> Resources:
         aligned = self.size == "large"
         width = self.config.block_d * 8 + (0 if aligned else 3)
         shared = (self.config, self.kind, width, self.has_ids, self.variant == "ignored_ids")
         strides = ["stride_xm", "stride_xd", "stride_yn", "stride_yd"]
-        types = dict.fromkeys(("X", "Y"), f"*{self.dtype}") | dict.fromkeys(("X_IDS", "Y_IDS"), "*i64")
+        types = aot.operand_types(self.config, self.dtype, aligned)
+        types |= dict.fromkeys(("X_IDS", "Y_IDS"), "*i64")
         types |= {"SCALE": "*fp32"} | dict.fromkeys(("m", "n", "positive", "excluded"), "i64")
         fixed: dict[str, Any]
         if self.kernel == "stats":
@@ -63,7 +74,7 @@ class Case(aot.Case):
         else:
             fixed = grad_constants(*shared, has_uniform=self.has_ids, with_grad=True)
             vectors = [f"{side}_{name}" for side in ("ROW", "COL") for name in ("LSE", "WEIGHT", "TARGET", "UNIFORM")]
-            types |= dict.fromkeys(("PARTIALS", *vectors), "*fp32") | {"GRAD": f"*{self.dtype}"}
+            types |= dict.fromkeys(("PARTIALS", *vectors), "*fp32")
             strides.append("stride_gm")
             if not self.has_ids:
                 fixed |= {"ROW_UNIFORM": None, "COL_UNIFORM": None}
@@ -71,7 +82,8 @@ class Case(aot.Case):
         divisible = {"ROW_PARTIALS", "COL_PARTIALS", "PARTIALS", "SCALE"}
         if aligned:
             fixed |= {"stride_xd": 1, "stride_yd": 1}
-            divisible |= {"X", "Y", "GRAD", "D", "stride_xm", "stride_yn", "stride_gm"}
+            divisible |= {"D", "stride_xm", "stride_yn", "stride_gm"}
+            divisible |= {name for name in ("X", "Y", "GRAD") if types[name].startswith("*")}
         if not self.has_ids:
             fixed |= {"X_IDS": None, "Y_IDS": None}
         kernel = _softmax_stats_kernel if self.kernel == "stats" else _softmax_grad_kernel
@@ -96,22 +108,19 @@ def cases() -> list[Case]:
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_resources(case):
     made = case.check_resources()
-    # One exponential per element where ranges are narrow, two in the other branch, and those of the vectors.
-    exponentials = made.count(r"MUFU\.EX2|v_exp_f32") / case.elements_per_thread
-    if case.variant == "rows_only":
-        assert 1 <= exponentials <= 1.3
-    else:
-        assert 3 <= exponentials <= 4.3
+    # Where ranges are narrow, and those of the vectors, of which each thread may have its own copy.
+    copies = 1.2 if case.has_ids or case.chip == "gfx942" else 0.4
+    assert 1 <= case.per_element(r"MUFU\.EX2|v_exp_f32") <= 1 + copies
     # What remains is the division of the program number into a row and a column block.
     assert made.count(r"MUFU\.(RCP|SQRT|RSQ|TANH)|v_(rcp|rsq|sqrt)_\w*f32") <= 6
     if case.size == "large" and case.chip != "gfx942":
-        assert made.count(r"LDGSTS\S*\.128") > 0, "rows are not copied to shared memory 16 bytes at a time"
+        assert made.count(r"LDGSTS\S*\.128|UTMALDG") > 0, "rows are not copied to shared memory 16 bytes at a time"
         if case.kernel == "grad":
-            assert made.count(r"STG\S*\.128") > 0, "G is not stored 16 bytes at a time"
+            assert made.count(r"STG\S*\.128|UTMASTG") > 0, "G is not stored 16 bytes at a time"
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_instructions_stay_within_the_recorded_budget(case):
+def test_executed_instructions_stay_within_the_recorded_budget(case):
     BUDGET.check(case)
 
 
@@ -131,7 +140,3 @@ def test_nothing_recompiles_when_sizes_change(kernel):
     for parameter in kernel.params:
         if re.match(r"(ROW|COL)_(LSE|WEIGHT|TARGET|UNIFORM)|[XY]_IDS", parameter.name):
             assert parameter.do_not_specialize_on_alignment
-
-
-if __name__ == "__main__":
-    BUDGET.write(cases())

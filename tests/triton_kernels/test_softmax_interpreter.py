@@ -1,6 +1,6 @@
 """The Triton kernels of the softmax losses in the strict interpreter, against dense formulas in float64.
 
-The oracle is given the operands that the kernel multiplies (16-bit as they are, fp32 rounded to tf32 where that is
+The oracle is given the operands that the kernel multiplies (16-bit as they are, fp32 cut to tf32 where that is
 asked for), so that what is left is fp32 arithmetic: the bounds are tight. Beside them stands the project's rule: an
 error of at most twice that of the eager formula in fp32, plus the same tolerance.
 """
@@ -20,10 +20,10 @@ from panels import (
     NOWHERE,
     TINY,
     UNIT,
+    cut_to_tf32,
     features,
     make_ids,
     pair_masks,
-    round_to_tf32,
     rows_far_apart,
     shipped,
 )
@@ -88,7 +88,7 @@ def check_stats(
     softmax_stats(x, y, *running, torch.tensor(scale), *options, config=config)
 
     is_positive, kept = pair_masks(m, n, ids, ignore_same_id, positive, excluded)
-    exact = (round_to_tf32(x) if is_tf32 else x).double() @ (round_to_tf32(y) if is_tf32 else y).double().t()
+    exact = (cut_to_tf32(x) if is_tf32 else x).double() @ (cut_to_tf32(y) if is_tf32 else y).double().t()
     eager = x.float() @ y.float().t()
     z_error = 3e-7 * abs(scale) * exact.abs().max().item() + 1e-6
     norms = 2e-7 * (x.double().norm(dim=1).max() * y.double().norm(dim=1).max()).item()
@@ -134,7 +134,7 @@ def check_grad(
     """Run one panel and compare all that it wrote; returns (G, stats)."""
     m, n = x.shape[0], y.shape[0]
     is_positive, kept = pair_masks(m, n, ids, ignore_same_id, positive, excluded)
-    exact = (round_to_tf32(x) if is_tf32 else x).double() @ (round_to_tf32(y) if is_tf32 else y).double().t()
+    exact = (cut_to_tf32(x) if is_tf32 else x).double() @ (cut_to_tf32(y) if is_tf32 else y).double().t()
     eager = x.float() @ y.float().t()
     t = float(torch.tensor(scale))
     z = (t * exact).masked_fill(~kept, -INF)
