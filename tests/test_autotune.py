@@ -126,12 +126,22 @@ def test_a_folder_that_cannot_be_written_is_said(
     assert launches == []
 
 
+def test_while_a_graph_is_captured_what_was_measured_before_holds(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest(launches.append)
+    launches.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert fastest(launches.append) == "narrow"
+    autotune._remembered.clear()  # and in the file
+    assert fastest(launches.append) == "narrow"
+    assert autotune.fastest("sigmoid", "8 x 8", CUDA, list(SPEEDS), launches.append) is None
+    assert launches == []
+
+
 def test_nothing_is_measured_unasked(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert autotune.is_wanted(CUDA)
     assert not autotune.is_wanted(torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not autotune.is_wanted(CUDA)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for value in ("", "0"):
         monkeypatch.setenv("SSL_KERNELS_AUTOTUNE", value)
         assert not autotune.is_wanted(CUDA)

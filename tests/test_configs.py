@@ -77,3 +77,5 @@ def test_measured_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
         ("sigmoid", f"torch.float16 half gradient {shapes}"),
         ("koleo", f"torch.float16 half ids {shapes}"),
     ]
+    monkeypatch.setattr(configs.autotune, "fastest", lambda *arguments: None)
+    assert configs.choose_config("sigmoid", x, y, None, nothing) == configs.modelled("sm_80", "half", 1, 4000, 4096, 64)

@@ -3,7 +3,8 @@
 The first call of a kernel with a class of shapes runs every configuration that fits and keeps the fastest: for this
 process, and in ``$XDG_CACHE_HOME/ssl_kernels/`` (``~/.cache`` if unset) for those that follow, by device and version of
 Triton and of this package. What a sum rounds to depends on the configuration, so that runs repeat bit for bit once the
-file is there. Nothing is measured while a CUDA graph is captured: the model chooses then.
+file is there. Nothing is measured while a CUDA graph is captured: what was measured before holds there as well, so that
+calls before the capture have compiled what it launches; where there were none, the model chooses.
 """
 
 from __future__ import annotations
@@ -33,17 +34,18 @@ _remembered: dict[str, dict[str, str]] = {}  # by device: kernel and class of sh
 
 
 def is_wanted(device: torch.device) -> bool:
-    """Whether to measure, now and on this device."""
+    """Whether measurements are to choose on this device."""
     value = os.environ.get("SSL_KERNELS_AUTOTUNE", "")
     if value not in ("", "0", "1"):
         raise ValueError(f"SSL_KERNELS_AUTOTUNE: expected 0 or 1, got {value!r}")
-    return value == "1" and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return value == "1" and device.type == "cuda"
 
 
 def fastest(
     kernel: str, shapes: str, device: torch.device, configs: Sequence[Config], launch: Callable[[Config], Any]
-) -> Config:
-    """The fastest of ``configs``, as measured now or before.
+) -> Config | None:
+    """The fastest of ``configs``, as measured before or now; None where a CUDA graph is captured, which is no time to
+    measure.
 
     Args:
         kernel: its name.
@@ -60,6 +62,8 @@ def fastest(
     for config in configs:
         if known.get(key) == str(config):
             return config
+    if torch.cuda.is_current_stream_capturing():
+        return None
     times = _measure(configs, launch, device)
     if not times:
         raise RuntimeError(f"{key}: none of {len(configs)} configurations runs on {name}")

@@ -69,7 +69,7 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
 
 
 # Of one multiprocessor of an A100, an H100 SXM, a B200 and an MI300X, per clock. FLOP by kind of product as their data
-# sheets have them; bytes from L2 of the order that microbenchmarks report.
+# sheets have them; bytes from L2 as microbenchmarks reach them, which is less than the peak.
 _FLOP = {
     "sm_80": {"half": 2048, "tf32": 1024, "ieee": 128},
     "sm_90": {"half": 4096, "tf32": 2048, "ieee": 256},
@@ -127,8 +127,10 @@ def choose_config(
     if autotune.is_wanted(x.device):
         wants = f"{x.dtype} {kind}{' ids' if has_ids else ''}{' gradient' if grad is not None else ''}"
         rows, cols = (1 << (size - 1).bit_length() for size in (m, n))
-        configs = CONFIGS[family, kind]
-        return autotune.fastest(kernel, f"{wants} {rows} x {cols} x {width}", x.device, configs, launch)
+        shapes = f"{wants} {rows} x {cols} x {width}"
+        measured = autotune.fastest(kernel, shapes, x.device, CONFIGS[family, kind], launch)
+        if measured is not None:
+            return measured
     return modelled(family, kind, multiprocessors, m, n, width)
 
 

@@ -268,6 +268,7 @@ def _sigmoid_panel_kernel(
     block_m, block_n = locate_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     first_row = block_m.to(tl.int64) * BLOCK_M
     first_col = block_n.to(tl.int64) * BLOCK_N
+    tl.assume(D > 0)  # or zeros would be made twice
     raw = similarities(
         X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
         EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -333,7 +334,7 @@ def sigmoid_panel(
     """Add the row sums of one panel to ``stats`` and write its gradient tile to ``grad``.
 
     Args:
-        x: rows [m, D] in fp32, bf16 or fp16, any strides; m and D at least 1.
+        x: rows [m, D] in fp32, bf16 or fp16, any strides; m at least 1.
         y: columns [n, D], of the same dtype, any strides; n at least 1.
         grad: [m, n] in that dtype with unit stride along n, receives G times :func:`gradient_scale`; None where no
             feature gradient is wanted.
@@ -346,6 +347,8 @@ def sigmoid_panel(
         diagonal: (i, j) is positive, whatever the ids, where j = i + diagonal.
         config: an entry of CONFIGS, by default the one that :func:`choose_config` names.
     """
+    if x.shape[1] == 0:  # the kernel is compiled for at least one feature
+        x, y = x.new_zeros(x.shape[0], 1), y.new_zeros(y.shape[0], 1)
     m, n, width, has_ids = x.shape[0], y.shape[0], x.shape[1], x_ids is not None
 
     def launch(config: Config) -> Tensor:

@@ -24,7 +24,7 @@ log2(e) folded into t.
 
     statistics   e = 2^(z - c) against the maximum c of the tile serves rows and columns alike: multiplication, maximum,
                  subtraction, ex2 and two additions. A sum of at least 2^-90 has lost terms below 2^-126 to underflow,
-                 2^-28 of it at most for 128 terms. If any row or column of the tile has less, the program takes each
+                 2^-28 of it at most for 256 terms. If any row or column of the tile has less, the program takes each
                  against its own maximum instead: exact for every scale, and rare, since it takes logits that are 62
                  apart within one tile. Where column sums are not wanted, rows have their own maximum to begin with.
     gradient     e = 2^(z - c) against the largest c of the tile's log-sum-exps, which no z exceeds; then
@@ -32,7 +32,7 @@ log2(e) folded into t.
                  addition, multiplication. If the log-sum-exps of the tile are more than 60 (41 in natural units)
                  apart, the two exponentials are taken one by one; if not, what underflows is below 2^-66.
 
-The maximum that is kept for a row or column is that of the tiles that it met: at least its own, at most 67 more.
+The maximum that is kept for a row or column is that of the tiles that it met: at least its own, at most 68 more.
 
 The partial statistics of each block go to a buffer with one slot per block, which a second, small launch merges into
 the running statistics in float64, in a fixed order: the result is bitwise reproducible.

@@ -42,9 +42,9 @@ def make_ids(kind: str, m: int, n: int, values: int = 5) -> tuple[Tensor, Tensor
     return torch.randint(values, (m,)) * 2**33, torch.randint(values, (n,)) * 2**33
 
 
-def round_to_tf32(x: Tensor) -> Tensor:
+def cut_to_tf32(x: Tensor) -> Tensor:
     bits = x.numpy().view(np.uint32)
-    return torch.from_numpy(((bits + 0x1000) & 0xFFFFE000).view(np.float32))
+    return torch.from_numpy((bits & 0xFFFFE000).view(np.float32))
 
 
 def pair_masks(
