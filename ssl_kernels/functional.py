@@ -803,8 +803,8 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
 
-    Enqueue strictly after the loss: keys that are in the queue before it are among their own negatives. A queue belongs to
-    one CUDA stream at a time: on another, while a launch runs, the pointer may hold what its blocks count.
+    Enqueue strictly after the loss: keys that are in the queue before it are among their own negatives. A queue belongs
+    to one CUDA stream at a time: on another, while a launch runs, the pointer may hold what its blocks count.
 
     >>> import torch, ssl_kernels.functional as K
     >>> queue, pointer = torch.zeros(4, 1), torch.tensor(3)
