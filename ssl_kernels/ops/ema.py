@@ -54,7 +54,7 @@ def ema_update_(
 def _update_plain(targets: list[Any], sources: list[Any], copies: list[Any], momentum: Any) -> bool:
     """The usual case at a third of the overhead: plain tensors straight to the kernel in C++, which checks them.
 
-    Returns False without having written anything if there is more to it, be it an argument that is wrong.
+    Returns False if there is more to it, be it an argument that is wrong; the kernel checks all before it writes.
     """
     if torch.compiler.is_compiling() or type(momentum) is not float or type(next(iter(targets), None)) not in _PLAIN:
         return False
