@@ -550,14 +550,14 @@ def test_memory_is_the_gradient_and_a_few_rows() -> None:
             loss = K.dino_loss(student, teacher, want_teacher_sum=True)[0]
         assert sum(sizes) in (student.numel() * 4, student.numel() * 4 + 64)  # memory that is held has room to align
         loss.backward()
+        student.grad = None
 
     with ssl_kernels.use_tile_budget(0):
-        assert peak_mb(step) < gradient_mb + 2
+        assert peak_mb(step, calls=3) < gradient_mb + 2
     with torch.no_grad():
-        assert peak_mb(lambda: K.dino_loss(student, teacher)) < 2
+        assert peak_mb(lambda: K.dino_loss(student, teacher), calls=3) < 2
     step()
-    student.grad = None
-    assert peak_mb(step) < 2  # in the memory of the step before
+    assert peak_mb(step, calls=3) < 2  # in the memory of the step before
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -223,9 +223,10 @@ def test_memory_is_the_gradient_and_a_few_rows() -> None:
             loss = K.ibot_patch_loss(student, teacher, weights, center=K.sinkhorn_center(teacher, 0.04))
         assert sum(sizes) == student.numel() * 4
         loss.backward()
+        student.grad = None
 
     with ssl_kernels.use_tile_budget(0):
-        assert peak_mb(step) < student.numel() * 4 / 2**20 + 2
+        assert peak_mb(step, calls=3) < student.numel() * 4 / 2**20 + 2
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_the_center_needs_no_matrix() -> None:
     """Peers copy exp(T / tau) several times, 32 MB each here."""
     teacher = torch.randn(128, 65_536)
     K.sinkhorn_center(teacher[:2], 0.04)
-    assert peak_mb(lambda: K.sinkhorn_center(teacher, 0.04)) < 8
+    assert peak_mb(lambda: K.sinkhorn_center(teacher, 0.04), calls=3) < 8
 
 
 def test_the_module() -> None:
