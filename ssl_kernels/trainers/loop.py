@@ -361,6 +361,9 @@ def fit(
         for name, parameter in model.named_parameters():
             if not bool(parameter.isfinite().all()):  # a checkpoint on disk is a good one
                 raise NonFiniteError(done, f"the updated parameter {_own_name(name)}", last_good())
+        for name, buffer in model.named_buffers():
+            if bool(buffer.isnan().any()):  # an infinity may be meant, as in a mask
+                raise NonFiniteError(done, f"the buffer {_own_name(name)}", last_good())
         state = {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "elapsed_s": elapsed,
             "total": total, "data": data.fingerprint,
@@ -369,9 +372,11 @@ def fit(
         write_atomically(checkpoint, lambda path: fabric.save(path, state))
         saved.append(checkpoint)
 
-    def check_finite(value: Tensor, term: str) -> None:
-        if not bool(torch.isfinite(value)):
-            raise NonFiniteError(done + 1, term, last_good())
+    def check_finite(loss: Tensor, extra: dict[str, Any]) -> None:
+        if not bool(torch.isfinite(loss)):
+            others = [name for name, value in extra.items() if not math.isfinite(value)]
+            terms = f"the loss (with {', '.join(others)})" if others else "the loss"
+            raise NonFiniteError(done + 1, terms, last_good())
 
     saved: list[Path] = []
     shown = ""
@@ -396,7 +401,7 @@ def fit(
                 for _ in range(config.accumulate):
                     batch = fabric.to_device(next(batches))
                     loss, extra = step(batch)
-                    check_finite(loss.detach(), "the loss")
+                    check_finite(loss.detach(), extra)
                     fabric.backward(loss / config.accumulate)
                     for name, value in {"loss": loss.detach(), **extra}.items():
                         metrics[name] = metrics.get(name, 0.0) + float(value) / config.accumulate

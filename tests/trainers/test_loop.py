@@ -280,6 +280,32 @@ def test_the_parameter_that_went_bad_is_the_one_named(tmp_path: Path, clip: floa
         run(config(tmp_path, clip=clip), model, step=step)
 
 
+def test_terms_of_the_loss_are_named(tmp_path: Path) -> None:
+    model = Linear()
+
+    def step(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, metrics = model(batch)
+        term = (model.layer.weight * math.inf).sum()
+        return loss + term, {**metrics, "fine": loss.detach(), "ibot": term.detach(), "share": math.nan}
+
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss \(with ibot, share\) is not finite"):
+        run(config(tmp_path), model, step=step)
+
+
+def test_statistics_that_went_bad_are_not_checkpointed(tmp_path: Path) -> None:
+    model = Linear()
+    model.register_buffer("center", torch.zeros(3))
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))  # which is meant
+
+    def spoil(step: int) -> None:
+        if step == 6:
+            model.center[1] = math.nan
+
+    with pytest.raises(NonFiniteError, match=r"the buffer center is not finite; the last good checkpoint is .*last.pt"):
+        run(config(tmp_path, checkpoint_every=3), model, after_step=spoil)
+    assert loop.load_checkpoint(tmp_path / "last.pt")["step"] == 3
+
+
 def test_weights_that_overflow_are_not_checkpointed(tmp_path: Path) -> None:
     model = Linear()
 
