@@ -771,7 +771,8 @@ def ema_update_(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected; also if a tensor is written twice.
-        RuntimeError: if tensors that are contiguous and written overlap, on the CPU and in CUDA C++.
+        RuntimeError: if contiguous tensors overlap of which one is written; by the kernels in C++ and CUDA C++, which
+            have everything but float64.
 
     All tensors are on one device, and only DTensors of one sharding are paired: each process updates its own part.
     Integer tensors are refused, for there is no average of counters; :class:`ssl_kernels.ModelEma` copies them.
