@@ -54,6 +54,7 @@ branches that are uniform over the program; with ids every pair is compared, in 
 # (the parameters of jitted functions are Triton's, not Python's; every other function here is annotated)
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_kernels.kernels.configs import CONFIGS, Config, choose_config, device_traits, narrowed, product_kind
-from ssl_kernels.kernels.tiles import locate_tile, on_device, operands, similarities, split_columns
+from ssl_kernels.kernels.tiles import cdiv, locate_tile, on_device, operands, similarities, split_columns
 
 __all__ = ["CONFIGS", "Config", "gradient_scale", "softmax_grad", "softmax_stats"]
 
@@ -599,8 +600,8 @@ def softmax_stats(
 
     def launch(config: Config) -> tuple[Tensor, Tensor | None]:
         """Statistics of the rows by column block, and of the columns by row block."""
-        config = config_for(config, device_traits(x.device)[0], has_ids)
-        blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
+        config = config_for(config, device_traits(x.device)[0], has_ids, stats == 6)
+        blocks_m, blocks_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
         row_partials = torch.empty(blocks_n, stats, m, dtype=torch.float32, device=x.device)
         col_partials = None
         if col_stats is not None:
@@ -635,7 +636,7 @@ def softmax_stats(
             if partials is None or running is None:
                 continue
             blocks, _, size = partials.shape
-            _merge_stats_kernel[(triton.cdiv(size, _MERGE_ROWS),)](
+            _merge_stats_kernel[(cdiv(size, _MERGE_ROWS),)](
                 partials, running, size, blocks, *running.stride(),
                 STATS=stats, BLOCK=_MERGE_ROWS, BLOCKS=_MERGE_BLOCKS, num_warps=4,
             )  # fmt: skip
@@ -684,14 +685,14 @@ def softmax_grad(
 
     def launch(config: Config) -> Tensor:
         """Row sums by column block."""
-        config = config_for(config, device_traits(x.device)[0], has_ids)
-        columns = triton.cdiv(n, config.block_n)
+        config = config_for(config, device_traits(x.device)[0], has_ids, row_uniform is not None)
+        columns = cdiv(n, config.block_n)
         partials = torch.empty(columns, m, dtype=torch.float32, device=x.device)
         constants = grad_constants(
             config, product_kind(x), width, has_ids, ignore_same_id, row_uniform is not None, grad is not None
         )
         with on_device(x.device):
-            _softmax_grad_kernel[(triton.cdiv(m, config.block_m) * columns,)](
+            _softmax_grad_kernel[(cdiv(m, config.block_m) * columns,)](
                 *operands(config, x, y, grad),
                 partials,
                 scale,
@@ -723,11 +724,17 @@ def softmax_grad(
     stats[:, 0] += launch(config).sum(dim=0, dtype=torch.float64)
 
 
-def config_for(config: Config, family: str, has_ids: bool) -> Config:
-    """The masks of ids take registers, but on AMD, whose wider wavefronts have some to spare."""
-    if not has_ids or family == "gfx9":
-        return config
-    return narrowed(config, 32 if config.halves or config.num_warps == 8 else 16)
+def config_for(config: Config, family: str, has_ids: bool, smoothed: bool) -> Config:
+    """The configuration where registers are scarce: with the masks of ids, but on AMD, whose wider wavefronts have some
+    to spare; with the vectors of label smoothing, where tiles fill them; and on sm_100, where a thread has a row of the
+    product, and with it a number of every vector of columns."""
+    if family == "sm_100" and config.num_warps == 4 and config.block_n == 64:
+        return replace(config, num_warps=8, blocks=1)
+    if has_ids and family != "gfx9":
+        return narrowed(config, 32 if config.halves or config.num_warps == 8 else 16)
+    if smoothed and config.descriptors:
+        return replace(narrowed(config, 64 if family == "sm_90" else 32), halves=True)
+    return config
 
 
 def _within(diagonal: int, m: int, n: int) -> int:

@@ -44,10 +44,18 @@ class Case(aot.Case):
         return self.variant.endswith("_ids")
 
     @property
+    def smoothed(self) -> bool:
+        return self.has_ids or self.variant == "smoothed"
+
+    @property
+    def aligned(self) -> bool:
+        return self.size != "small"
+
+    @property
     def config(self) -> Config:
         family = CHIPS[self.chip].family
-        shipped = CONFIGS[family, self.kind][self.size == "small"]
-        return config_for(shipped, family, self.has_ids)
+        shipped = CONFIGS[family, self.kind][self.size != "large"]
+        return config_for(shipped, family, self.has_ids, self.smoothed)
 
     @property
     def intended_blocks(self) -> int:
@@ -55,10 +63,10 @@ class Case(aot.Case):
 
     @property
     def launch(self) -> Launch:
-        return aot.panel_launch(self.config, aligned=self.size == "large", exponentials=1)
+        return aot.panel_launch(self.config, aligned=self.aligned, exponentials=1)
 
     def build(self) -> Resources:
-        aligned = self.size == "large"
+        aligned = self.aligned
         width = self.config.block_d * 8 + (0 if aligned else 3)
         shared = (self.config, self.kind, width, self.has_ids, self.variant == "ignored_ids")
         strides = ["stride_xm", "stride_xd", "stride_yn", "stride_yd"]
@@ -67,16 +75,16 @@ class Case(aot.Case):
         types |= {"SCALE": "*fp32"} | dict.fromkeys(("m", "n", "positive", "excluded"), "i64")
         fixed: dict[str, Any]
         if self.kernel == "stats":
-            fixed = {**stats_constants(*shared, self.variant != "rows_only"), "STATS": 6 if self.has_ids else 4}
+            fixed = {**stats_constants(*shared, self.variant != "rows_only"), "STATS": 6 if self.smoothed else 4}
             types |= dict.fromkeys(("ROW_PARTIALS", "COL_PARTIALS"), "*fp32")
             if self.variant == "rows_only":
                 fixed |= {"COL_PARTIALS": None}
         else:
-            fixed = grad_constants(*shared, has_uniform=self.has_ids, with_grad=True)
+            fixed = grad_constants(*shared, has_uniform=self.smoothed, with_grad=True)
             vectors = [f"{side}_{name}" for side in ("ROW", "COL") for name in ("LSE", "WEIGHT", "TARGET", "UNIFORM")]
             types |= dict.fromkeys(("PARTIALS", *vectors), "*fp32")
             strides.append("stride_gm")
-            if not self.has_ids:
+            if not self.smoothed:
                 fixed |= {"ROW_UNIFORM": None, "COL_UNIFORM": None}
         types |= dict.fromkeys(("D", *strides), "i32")
         divisible = {"ROW_PARTIALS", "COL_PARTIALS", "PARTIALS", "SCALE"}
@@ -103,6 +111,27 @@ def cases() -> list[Case]:
         found += [Case(chip, kind, dtype, kernel, *v) for kernel, v in itertools.product(("stats", "grad"), variants)]
     found += [Case(chip, "half", "bf16", "stats", "large", "rows_only") for chip in CHIPS]
     return [*found, Case("sm_90", "half", "fp16", "grad", "large", "plain")]
+
+
+def others() -> list[Case]:
+    """What else is launched where registers are scarce: small tiles of aligned rows ("few") and of others without ids,
+    and label smoothing without ids."""
+    found = []
+    for chip, kernel in itertools.product(CHIPS, ("stats", "grad")):
+        variants = [("large", "smoothed"), ("few", "plain"), ("small", "plain"), ("small", "smoothed")]
+        found += [Case(chip, "half", "bf16", kernel, *v) for v in variants]
+        if chip in ("sm_90", "sm_100"):
+            found += [Case(chip, "tf32", "fp32", kernel, *v) for v in (("large", "smoothed"), ("few", "plain"))]
+            found += [
+                Case(chip, "half", "fp16", kernel, "large", "smoothed"),
+                Case(chip, "half", "bf16", kernel, "few", "positive_ids"),
+            ]
+    return found
+
+
+@pytest.mark.parametrize("case", others(), ids=str)
+def test_others_have_the_resources_too(case):
+    case.check_resources()
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
