@@ -110,8 +110,8 @@ def nearest_neighbors(u: Tensor, backend: str) -> Tensor:
 
     searchable = _searchable(u)
     run_panels(
-        panel, searchable, searchable, compute_dtype=u.dtype, tiles=1, tile_scale=1.0, stats_width=0, want_dx=False,
-        want_dy=False, symmetric=True,
+        panel, searchable, searchable, compute_dtype=u.dtype, tiles=0 if backend == "triton" else 1, tile_scale=1.0,
+        stats_width=0, want_dx=False, want_dy=False, symmetric=True,
     )  # fmt: skip
     return neighbor
 

@@ -28,18 +28,22 @@ _SIDE_CPU = 1024  # 1024 x 1024 fp32 is 4 MB: in the last-level cache, with long
 _L2_BYTES = 50 * 2**20  # of a GPU that does not say, as of an H100
 _GPU_MULTIPLE = 256  # a whole number of the tiles of every kernel
 _SYMMETRIC_PANELS = 8  # at least so many where size allows: tiles on the diagonal are visited whole, 1/8 of the work
+_LEAST_SYMMETRIC = {"cpu": 256, "cuda": 4096}  # but no smaller: on a GPU a launch costs the host more than the work
 
 
 def panel_shape(
     rows: int, cols: int, width: int, bytes_per_element: int, device: torch.device, symmetric: bool = False
 ) -> tuple[int, int]:
     """Rows and columns of a panel: square by preference, evened out over the matrix. The tile fits the workspace, and
-    so does a panel of ``width`` features in fp32, which a conversion or a product may have to hold."""
-    limit = max(1, workspace_bytes() // bytes_per_element)
+    so does a panel of ``width`` features in fp32, which a conversion or a product may have to hold. A tile of no bytes
+    is not written: what is written instead, by rows and columns of blocks, takes about a byte per element at most."""
+    limit = max(1, workspace_bytes() // max(1, bytes_per_element))
     longest = max(1, workspace_bytes() // (4 * max(1, width)))
-    side = min(_cached_side(device, bytes_per_element), math.isqrt(limit))
+    side = math.isqrt(limit)
+    if bytes_per_element:
+        side = min(side, _cached_side(device, bytes_per_element))
     if symmetric:
-        side = min(side, max(256, rows // _SYMMETRIC_PANELS))
+        side = min(side, max(_LEAST_SYMMETRIC.get(device.type, 256), rows // _SYMMETRIC_PANELS))
     panel_rows = _even_split(rows, min(side, longest))
     if symmetric:
         return panel_rows, panel_rows
@@ -96,8 +100,9 @@ def run_panels(
     """Per-row statistics [M, stats_width], and the gradients sum_j G Y [M, D] and sum_i G^T (w X) [N, D] in fp32
     (float64 for float64 features; empty where not wanted).
 
-    Features go to the panels in ``compute_dtype``; ``tiles`` is how many tiles of it ``panel`` holds at a time, and
-    ``tile_scale`` the power of two that its result carries, which is taken out after the fp32 accumulation.
+    Features go to the panels in ``compute_dtype``; ``tiles`` is how many tiles of it ``panel`` holds at a time, 0 if
+    its kernel keeps them in registers, and ``tile_scale`` the power of two that its result carries, which is taken out
+    after the fp32 accumulation.
     ``row_weight`` [M] weighs the rows in the gradient of y; what is by rows is left for the caller to weigh. A ``dx``
     that is given receives the gradient of x; ``panel`` may rescale its rows before a tile after the first is added.
 

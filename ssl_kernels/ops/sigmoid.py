@@ -219,13 +219,15 @@ def _sigmoid_contrastive(
             x_i, y_j, stats, scale, bias, row_ids, col_ids, ignore_same_id, offset + i - j, want_dx or want_dy
         )
 
+    tiles = 0 if backend == "triton" and not (want_dx or want_dy) else _TILES[backend]
+    tiles += 0 if row_weight is None else 2  # weighted products hold the tile in fp32
     with _checks.without_autocast(x):
         stats, dx, dy = run_panels(
             panel,
             x,
             y,
             compute_dtype=x.dtype if backend == "triton" else dtype,
-            tiles=_TILES[backend] + (0 if row_weight is None else 2),  # weighted products hold the tile in fp32
+            tiles=tiles,
             tile_scale=triton_kernels("sigmoid").gradient_scale(x.dtype) if backend == "triton" else 1.0,
             stats_width=3 if any(needs_grad) else 1,
             want_dx=want_dx,

@@ -227,6 +227,7 @@ class _Passes:
         self.x_ids = None if x_ids is None else x_ids.contiguous()
         self.y_ids = self.x_ids if y is None else None if y_ids is None else y_ids.contiguous()
         self.ignore_same_id, self.positive, self.excluded = ignore_same_id, positive, excluded
+        self.backend = backend
         self.stats_panel, self.grad_panel = _PANELS[backend]
         self.keep_bytes = keep_bytes
         self.kept: dict[tuple[int, int], Tensor] = {}  # raw tiles, by their corners
@@ -236,7 +237,6 @@ class _Passes:
             x=x,
             y=self.y,
             compute_dtype=x.dtype if backend == "triton" else _checks.accumulation_dtype(x.dtype),
-            tiles=_TILES[backend],
             symmetric=self.symmetric,
             seam=seam,
         )
@@ -266,7 +266,8 @@ class _Passes:
                 self.keep_bytes -= raw.nbytes
                 self.kept[i, j] = raw
 
-        self.run(panel, tile_scale=1.0, stats_width=0, want_dx=False, want_dy=False)
+        tiles = 0 if self.backend == "triton" else _TILES[self.backend]
+        self.run(panel, tiles=tiles, tile_scale=1.0, stats_width=0, want_dx=False, want_dy=False)
         return sides
 
     def gradients(self, row: Side, col: Side, want_dx: bool, want_dy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,7 +287,10 @@ class _Passes:
             return grad
 
         want_dy = want_dx if self.symmetric else want_dy
-        stats, dx, dy = self.run(panel, tile_scale=self.tile_scale, stats_width=1, want_dx=want_dx, want_dy=want_dy)
+        tiles = 0 if self.backend == "triton" and not (want_dx or want_dy) else _TILES[self.backend]
+        stats, dx, dy = self.run(
+            panel, tiles=tiles, tile_scale=self.tile_scale, stats_width=1, want_dx=want_dx, want_dy=want_dy
+        )
         return dx, dy, stats.sum()
 
 
