@@ -78,4 +78,31 @@ def test_measured_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
         ("koleo", f"torch.float16 half ids {shapes}"),
     ]
     monkeypatch.setattr(configs.autotune, "fastest", lambda *arguments: None)
+    assert configs.measured("koleo", x, y, "", both, nothing) is None
     assert configs.choose_config("sigmoid", x, y, None, nothing) == configs.modelled("sm_80", "half", 1, 4000, 4096, 64)
+
+
+def test_keys_are_read_once_unless_measurements_say_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    key_softmax = pytest.importorskip("ssl_kernels.kernels.key_softmax")
+    query, keys = torch.zeros(4, 64).half(), torch.zeros(300, 64)
+    whole, deep, unaligned = key_softmax.CONFIGS["sm_80", "half"]
+
+    def choice(query: torch.Tensor, keys: torch.Tensor) -> Any:
+        return key_softmax.choose_config(query, keys, True, nothing)
+
+    assert choice(query, keys) == whole
+    assert choice(query[:, :63], keys[:, :63]) == whole
+    assert choice(query[:, 1:], keys[:, 1:]) == unaligned
+    assert choice(torch.zeros(4, 256).half(), torch.zeros(300, 256)) == deep
+
+    asked: list[tuple[Any, ...]] = []
+
+    def fastest(kernel: str, shapes: str, device: torch.device, found: tuple[Any, ...], launch: Any) -> Any:
+        asked.append((kernel, shapes, found))
+        return found[-1]
+
+    monkeypatch.setattr(configs.autotune, "is_wanted", lambda device: True)
+    monkeypatch.setattr(configs.autotune, "fastest", fastest)
+    assert choice(query, keys) == deep
+    choice(torch.zeros(4, 256).half(), torch.zeros(300, 256))
+    assert asked == [("key_softmax", "torch.float16 half on torch.float32 mean 4 x 512 x 64", (whole, deep))]

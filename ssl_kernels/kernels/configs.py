@@ -21,14 +21,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ssl_kernels.kernels import autotune
+
+AnyConfig = TypeVar("AnyConfig")
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,21 @@ def choose_config(
     kind, (m, width), n = product_kind(x), x.shape, y.shape[0]
     if not all(t is None or is_aligned(t) for t in (x, y, grad)):
         return CONFIGS[family, kind][-1]
-    if autotune.is_wanted(x.device):
-        wants = f"{x.dtype} {kind}{' ids' if has_ids else ''}{' gradient' if grad is not None else ''}"
-        rows, cols = (1 << (size - 1).bit_length() for size in (m, n))
-        shapes = f"{wants} {rows} x {cols} x {width}"
-        measured = autotune.fastest(kernel, shapes, x.device, CONFIGS[family, kind], launch)
-        if measured is not None:
-            return measured
-    return modelled(family, kind, multiprocessors, m, n, width)
+    wants = f"{' ids' if has_ids else ''}{' gradient' if grad is not None else ''}"
+    found = measured(kernel, x, y, wants, CONFIGS[family, kind], launch)
+    return found or modelled(family, kind, multiprocessors, m, n, width)
+
+
+def measured(
+    kernel: str, x: Tensor, y: Tensor, wants: str, configs: Sequence[AnyConfig], launch: Callable[[AnyConfig], Any]
+) -> AnyConfig | None:
+    """The fastest of several for panels x [m, D] and y [n, D] of this class of shapes; None where nobody asks for
+    measurements, or none can be made now. ``wants`` is what else decides, in words."""
+    if not autotune.is_wanted(x.device):
+        return None
+    rows, cols = (1 << (t.shape[0] - 1).bit_length() for t in (x, y))
+    shapes = f"{x.dtype} {product_kind(x)}{wants} {rows} x {cols} x {x.shape[1]}"
+    return autotune.fastest(kernel, shapes, x.device, configs, launch)
 
 
 def narrowed(config: Config, held: int) -> Config:

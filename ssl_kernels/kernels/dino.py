@@ -51,7 +51,7 @@ from ssl_kernels.kernels.sinkhorn import (
     row_stats,
     rows_per_program,
 )
-from ssl_kernels.kernels.tiles import on_device
+from ssl_kernels.kernels.tiles import cdiv, on_device
 
 __all__ = ["dino", "scale_", "teacher_sum"]
 
@@ -402,9 +402,9 @@ def dino(
     t_slots, t_strides = _slots(teachers, _TEACHERS.value)
     aligned = are_aligned(s_slots, s_strides) and are_aligned(t_slots, t_strides)
     block_k = block_of_row(width, aligned)
-    splits = triton.cdiv(width, block_k)
+    splits = cdiv(width, block_k)
     span = span or rows_per_program(batch, splits, device)
-    grid = (splits * triton.cdiv(batch, span),)
+    grid = (splits * cdiv(batch, span),)
     sizes = (crops, targets, batch, span, min(crops, targets) if distinct else 0, width, *s_strides, *t_strides)
     shared = {
         "HAS_CENTER": center is not None,
@@ -443,10 +443,10 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
         return
     width = gradient.shape[-1]
     block_k = min(triton.next_power_of_2(width), _SCALE_BLOCK)
-    steps = min(triton.cdiv(width, block_k), _SCALE_STEPS)
+    steps = min(cdiv(width, block_k), _SCALE_STEPS)
     rows = gradient.numel() // width
     with on_device(gradient.device):
-        _scale_kernel[(rows * triton.cdiv(width, block_k * steps),)](
+        _scale_kernel[(rows * cdiv(width, block_k * steps),)](
             gradient, factor, factor.numel(), sum(factor.stride()), width, BLOCK_K=block_k, STEPS=steps, num_warps=4
         )
 

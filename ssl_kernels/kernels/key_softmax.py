@@ -22,7 +22,7 @@ Budget, in units of 2 M K D FLOP: 2 for D up to 256, as one program then accumul
 further 256. Where D is at most 128 a key is also read but once, for both products. The rest per element of M x K is
 about 7 instructions (multiplication, selection, maximum, subtraction, ex2, addition, conversion) and, in global memory,
 D / block_m elements of keys, most of which come from L2, as the programs of the same keys are neighbours. Compiled for
-sm_90 and followed through the code, not timed: 17 instructions per element of M x K in bf16 for D = 128, addresses and
+sm_90 and followed through the code, not timed: 20 instructions per element of M x K in bf16 for D = 128, addresses and
 both products included. No similarity is written to memory.
 """
 
@@ -30,6 +30,7 @@ both products included. No similarity is written to memory.
 # (the parameters of jitted functions are Triton's, not Python's; every other function here is annotated)
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_kernels.kernels.configs import device_traits, is_aligned, product_kind
-from ssl_kernels.kernels.tiles import on_device
+from ssl_kernels.kernels.configs import device_traits, is_aligned, measured, product_kind
+from ssl_kernels.kernels.tiles import cdiv, on_device
 
 __all__ = ["CONFIGS", "Config", "key_softmax"]
 
@@ -219,12 +220,16 @@ def _merge_splits_kernel(
         tl.store(MEAN + row * D + e, mean / sum_exp, mask=e < D)
 
 
-def choose_config(query: Tensor, keys: Tensor) -> Config:
-    """The entry of CONFIGS for these queries and keys. A model meets one only."""
+def choose_config(query: Tensor, keys: Tensor, want_mean: bool, launch: Callable[[Config], Any]) -> Config:
+    """The entry of CONFIGS for these queries and keys: the one that reads keys but once, where they are narrow enough
+    and measurements, if they are asked for, do not say otherwise. ``launch`` runs the kernel with one, repeatably."""
     whole, deep, unaligned = CONFIGS[device_traits(query.device)[0], product_kind(query)]
     if not (is_aligned(query) and is_aligned(keys)):
         return unaligned
-    return whole if query.shape[1] <= _WIDEST_WHOLE else deep
+    if whole == deep or query.shape[1] > _WIDEST_WHOLE:
+        return deep
+    wants = f" on {keys.dtype}{' mean' if want_mean else ''}"
+    return measured("key_softmax", query, keys, wants, (whole, deep), launch) or whole
 
 
 def key_softmax(
@@ -254,37 +259,42 @@ def key_softmax(
     mean = torch.zeros(m, width, dtype=torch.float32, device=query.device) if want_mean else None
     if m == 0 or k == 0:
         return lse, mean
-    config = config or choose_config(query, keys)
-    constants = kernel_constants(config, product_kind(query), width, want_mean)
-    blocks = triton.cdiv(m, config.block_m)
-    chunks = triton.cdiv(width, constants["BLOCK_E"]) if want_mean else 1
-    if splits is None:
-        splits = _PROGRAMS_PER_MULTIPROCESSOR * device_traits(query.device)[2] // (blocks * chunks)
-    steps = triton.cdiv(k, config.block_n)
-    span = triton.cdiv(steps, max(1, min(splits, steps))) * config.block_n
-    splits = triton.cdiv(k, span)  # none of them empty
-    maxima, sums = torch.empty(2, splits, m, dtype=torch.float32, device=query.device)
-    means = torch.empty(splits, m, width, dtype=torch.float32, device=query.device) if want_mean else None
+
+    def launch(config: Config) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Maxima, sums and sums of weighted keys, by splits of the keys."""
+        constants = kernel_constants(config, product_kind(query), width, want_mean)
+        blocks = cdiv(m, config.block_m)
+        chunks = cdiv(width, constants["BLOCK_E"]) if want_mean else 1
+        most = splits or _PROGRAMS_PER_MULTIPROCESSOR * device_traits(query.device)[2] // (blocks * chunks)
+        steps = cdiv(k, config.block_n)
+        span = cdiv(steps, max(1, min(most, steps))) * config.block_n
+        parts = cdiv(k, span)  # none of them empty
+        maxima, sums = torch.empty(2, parts, m, dtype=torch.float32, device=query.device)
+        means = torch.empty(parts, m, width, dtype=torch.float32, device=query.device) if want_mean else None
+        with on_device(query.device):
+            _key_softmax_kernel[(blocks, parts, chunks)](
+                query,
+                keys,
+                maxima,
+                sums,
+                means,
+                scale,
+                m,
+                k,
+                width,
+                span,
+                *query.stride(),
+                *keys.stride(),
+                **constants,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        return maxima, sums, means
+
+    maxima, sums, means = launch(config or choose_config(query, keys, want_mean, launch))
     with on_device(query.device):
-        _key_softmax_kernel[(blocks, splits, chunks)](
-            query,
-            keys,
-            maxima,
-            sums,
-            means,
-            scale,
-            m,
-            k,
-            width,
-            span,
-            *query.stride(),
-            *keys.stride(),
-            **constants,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        _merge_splits_kernel[(m, triton.cdiv(width, _MERGE_COLUMNS) if want_mean else 1)](
-            maxima, sums, means, lse, mean, m, width, splits,
+        _merge_splits_kernel[(m, cdiv(width, _MERGE_COLUMNS) if want_mean else 1)](
+            maxima, sums, means, lse, mean, m, width, len(maxima),
             WANT_MEAN=want_mean, SPLITS=_MERGE_SPLITS, BLOCK_E=_MERGE_COLUMNS, num_warps=4,
         )  # fmt: skip
     return lse, mean

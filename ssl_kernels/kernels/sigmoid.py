@@ -58,7 +58,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_kernels.kernels.configs import CONFIGS, Config, choose_config, device_traits, narrowed, product_kind
-from ssl_kernels.kernels.tiles import locate_tile, on_device, operands, similarities, split_columns
+from ssl_kernels.kernels.tiles import cdiv, locate_tile, on_device, operands, similarities, split_columns
 
 __all__ = ["CONFIGS", "Config", "config_for", "gradient_scale", "kernel_constants", "sigmoid_panel"]
 
@@ -354,13 +354,13 @@ def sigmoid_panel(
     def launch(config: Config) -> Tensor:
         """Row sums by column block."""
         config = config_for(config, device_traits(x.device)[0], has_ids)
-        columns = triton.cdiv(n, config.block_n)
+        columns = cdiv(n, config.block_n)
         partials = torch.empty(columns, stats.shape[1], m, dtype=torch.float32, device=x.device)
         constants = kernel_constants(
             config, product_kind(x), width, has_ids, ignore_same_id, stats.shape[1] == 1, grad is not None
         )
         with on_device(x.device):
-            _sigmoid_panel_kernel[(triton.cdiv(m, config.block_m) * columns,)](
+            _sigmoid_panel_kernel[(cdiv(m, config.block_m) * columns,)](
                 *operands(config, x, y, grad),
                 partials,
                 scale,

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_kernels.kernels.configs import device_traits
-from ssl_kernels.kernels.tiles import on_device
+from ssl_kernels.kernels.tiles import cdiv, on_device
 
 __all__ = ["centered_softmax", "column_lse", "column_sums", "row_stats"]
 
@@ -289,7 +289,7 @@ def block_of_row(width: int, aligned: bool) -> int:
 def rows_per_program(rows: int, blocks: int, device: torch.device) -> int:
     """Of rows that are cut into so many blocks each, those that a program visits one after the other."""
     groups = _ROW_PROGRAMS_PER_MULTIPROCESSOR * device_traits(device)[2] // blocks
-    return triton.cdiv(rows, max(1, min(groups, rows)))
+    return cdiv(rows, max(1, min(groups, rows)))
 
 
 def row_stats(
@@ -313,19 +313,19 @@ def row_stats(
     if rows == 0:
         return shifts, reciprocals
     block_k = block_of_row(width, all(are_aligned([x], x.stride()) for x in blocks))
-    splits = triton.cdiv(width, block_k)
+    splits = cdiv(width, block_k)
     maxima, sums = torch.empty(2, rows, splits, dtype=torch.float32, device=device)
     first = 0
     with on_device(device):
         for x in blocks:
             crops, batch, _ = x.shape
             each = span or rows_per_program(batch, splits, device)
-            _row_stats_kernel[(splits * triton.cdiv(batch, each),)](
+            _row_stats_kernel[(splits * cdiv(batch, each),)](
                 x, center, temp, maxima[first:], sums[first:], crops, batch, each, width, *x.stride(),
                 HAS_CENTER=center is not None, EVEN_K=width % block_k == 0, BLOCK_K=block_k, num_warps=_WARPS,
             )  # fmt: skip
             first += crops * batch
-        _merge_rows_kernel[(triton.cdiv(rows, _MERGE_ROWS),)](
+        _merge_rows_kernel[(cdiv(rows, _MERGE_ROWS),)](
             maxima, sums, shifts, reciprocals, rows, splits, ROWS=_MERGE_ROWS, SPLITS=_MERGE_SPLITS, num_warps=4
         )
     return shifts, reciprocals
@@ -354,7 +354,7 @@ def column_lse(rows: Tensor, temp: Tensor, *, splits: int | None = None) -> tupl
             rows, temp, maxima, sums, n, span, width, *rows.stride(),
             BLOCK_N=_BLOCK_ROWS, BLOCK_K=block_k, num_warps=_WARPS,
         )  # fmt: skip
-        _merge_columns_kernel[(triton.cdiv(width, _MERGE_COLUMNS),)](
+        _merge_columns_kernel[(cdiv(width, _MERGE_COLUMNS),)](
             maxima, sums, temp, maximum, total, width, splits, BLOCK_K=_MERGE_COLUMNS, num_warps=4
         )
     return maximum, total
@@ -401,10 +401,10 @@ def centered_softmax(rows: Tensor, temp: Tensor, center: Tensor | None, *, span:
         return out
     shifts, reciprocals = row_stats([rows[None]], temp, center, span=span)
     block_k = block_of_row(width, are_aligned([rows], rows.stride()))
-    splits = triton.cdiv(width, block_k)
+    splits = cdiv(width, block_k)
     span = span or rows_per_program(n, splits, device)
     with on_device(device):
-        _centered_softmax_kernel[(splits * triton.cdiv(n, span),)](
+        _centered_softmax_kernel[(splits * cdiv(n, span),)](
             rows, center, temp, shifts, reciprocals, out, n, span, width, *rows.stride(),
             HAS_CENTER=center is not None, EVEN_K=width % block_k == 0, BLOCK_K=block_k, num_warps=_WARPS,
         )  # fmt: skip
@@ -420,9 +420,9 @@ def _cut_columns(n: int, width: int, device: torch.device, splits: int | None) -
     """(columns of a tile, tiles side by side, splits of the rows, none of them empty, rows of a split)."""
     family, _, multiprocessors = device_traits(device)
     block_k = columns_of_tile(width, family)
-    columns = triton.cdiv(width, block_k)
+    columns = cdiv(width, block_k)
     if splits is None:
         splits = _COLUMN_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // columns
-    steps = triton.cdiv(n, _BLOCK_ROWS)
-    span = triton.cdiv(steps, max(1, min(splits, steps))) * _BLOCK_ROWS
-    return block_k, columns, triton.cdiv(n, span), span
+    steps = cdiv(n, _BLOCK_ROWS)
+    span = cdiv(steps, max(1, min(splits, steps))) * _BLOCK_ROWS
+    return block_k, columns, cdiv(n, span), span

@@ -25,7 +25,8 @@ from ssl_kernels.kernels.key_softmax import (
 )
 
 BUDGET = Budget("key_softmax")
-WIDTHS = {"whole": 128, "deep": 512, "unaligned": 253}  # that choose the configurations, in their order
+WIDTHS = {"whole": 128, "deep": 512, "unaligned": 253, "narrow": 128}
+PLACES = {"whole": 0, "deep": 1, "unaligned": 2, "narrow": 1}  # of their configurations: for few features, measured
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Case(aot.Case):
 
     @property
     def config(self) -> Config:
-        return CONFIGS[CHIPS[self.chip].family, self.kind][list(WIDTHS).index(self.size)]
+        return CONFIGS[CHIPS[self.chip].family, self.kind][PLACES[self.size]]
 
     @property
     def launch(self) -> Launch:
@@ -74,6 +75,13 @@ def cases() -> list[Case]:
         if kind == "half":
             found += [Case(chip, kind, "fp16", "fp32", "whole")]
     return [*found, Case("sm_90", "half", "bf16", "bf16", "whole", "lse")]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("kind", ["half", "tf32"])
+def test_what_measurements_may_choose_has_the_resources_too(chip, kind):
+    dtype = "bf16" if kind == "half" else "fp32"
+    Case(chip, kind, dtype, dtype, "narrow").check_resources()
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
