@@ -129,7 +129,9 @@ def choose_backend(device: str, dtype: torch.dtype, *, in_cuda: bool = False) ->
             return "eager"
         if device == "cpu":
             return "cpu"
-        return "cuda" if in_cuda and not _cuda.missing else "triton"
+        if in_cuda and not _cuda.missing:
+            return "cuda"
+        return "triton" if _triton_suits() else "eager"
     if _backend in ("cpu", "triton", "cuda") and double:
         raise ValueError(f"backend {_backend!r} has no float64 kernels: use 'eager' or 'reference'")
     if _backend == "cpu" and device != "cpu":
@@ -144,6 +146,15 @@ def choose_backend(device: str, dtype: torch.dtype, *, in_cuda: bool = False) ->
         if device != "cuda":
             raise ValueError(f"backend 'cuda': expected CUDA tensors, got {device}")
     return _backend
+
+
+@torch.compiler.assume_constant_result
+def _triton_suits() -> bool:
+    """Whether the current GPU is one that Triton supports: for those before Ampere it compiles without tensor cores,
+    into code that spills."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _interpreting() -> bool:

@@ -183,7 +183,7 @@ K.ema_update_([torch.zeros(2)], [torch.ones(2)], 0.5)
     )
     assert result.returncode == 0, result.stderr
     line, choice = result.stdout.splitlines()
-    assert "CUDA fp32/bf16/fp16: triton" in choice
+    assert "CUDA fp32/bf16/fp16: eager" in choice
     return line, result.stderr
 
 

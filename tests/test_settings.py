@@ -156,3 +156,24 @@ def test_a_bad_environment_is_reported_on_import(name: str, value: str, message:
     result = _python("import ssl_kernels", **{name: value})
     assert result.returncode != 0
     assert re.search(message, result.stderr)
+
+
+@pytest.mark.parametrize(("capability", "backend"), [((7, 5), "eager"), ((8, 0), "triton"), ((12, 0), "triton")])
+def test_gpus_that_triton_does_not_support_run_eagerly(
+    capability: tuple[int, int], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert settings.choose_backend("cuda", torch.float32) == backend
+    assert settings.choose_backend("cpu", torch.float32) == "cpu"
+
+
+def test_the_choice_of_a_backend_is_part_of_a_graph() -> None:
+    """Whatever it asks of the GPU is settled when the graph is made."""
+
+    def doubled_where_eager(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x if settings.choose_backend("cuda", torch.float32) == "eager" else x
+
+    compiled = torch.compile(doubled_where_eager, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(())), doubled_where_eager(torch.ones(())))
