@@ -359,8 +359,8 @@ def table(rows: list[Row]) -> list[str]:
     ours = {
         (r["group"], r["shape"], r["mode"]): r for r in rows if r["provider"] == "ours" and r["status"] == "measured"
     }
-    lines = ["| mode | shape | | ms | time in ours | of matrix rate | of bandwidth | peak MB | relative error |"]
-    lines.append("|---|---|---|" + "---:|" * 6)
+    titles = ("ms", "time in ours", "of matrix rate", "of bandwidth", "launch, ms", "peak MB", "relative error")
+    lines = [f"| mode | shape | | {' | '.join(titles)} |", "|---|---|---|" + "---:|" * len(titles)]
     seen: set[tuple[Any, ...]] = set()
     for row in (r for r in rows if r["status"] == "measured"):
         key = (row["provider"], row["shape"], row["mode"])
@@ -371,6 +371,7 @@ def table(rows: list[Row]) -> list[str]:
         cells = [row["mode"], row["shape"], row["provider"], f"{row['ms']:.3g}"]
         cells.append(f"{row['ms'] / beside['ms']:.2f}x" if beside else "")
         cells += [f"{row[name]:.2f}" if name in row else "" for name in ("of_matrix_rate", "of_bandwidth")]
+        cells.append(f"{row['launch_ms']:.3g}" if row["launch_ms"] else "")
         cells.append("" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}")
         lines.append("| " + " | ".join([*cells, f"{row['error']:.1g}"]) + " |")
     others = {

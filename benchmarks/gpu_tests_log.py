@@ -1,4 +1,7 @@
-"""A pytest plugin: what was collected and how each test ended, one JSON line each, also of a run that is cut short."""
+"""A pytest plugin: runs what matters most first, and logs what was collected and how each test ended.
+
+One JSON line each, also of a run that is cut short.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,18 @@ LOG = "SSL_KERNELS_TEST_LOG"
 def _write(**entry: Any) -> None:
     with Path(os.environ[LOG]).open("a") as log:
         log.write(json.dumps(entry) + "\n")
+
+
+# Kernels are compiled as tests come to them, and time may run out before the last. The first compile what most others
+# need; those of any size compile kernels that nobody else does.
+ORDER = ("::test_small[", "::test_the_host_never_waits[", "::test_cuda_graph[", "", "::test_any_size_and_layout[")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((k for k, name in enumerate(ORDER) if name and name in item.nodeid), ORDER.index(""))
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
