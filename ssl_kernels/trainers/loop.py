@@ -132,6 +132,7 @@ def make_fabric(config: LoopConfig) -> Fabric:
     """One device with the asked precision, and every seed set."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written twice
     torch.backends.cudnn.benchmark = False
     if config.precision == "16-mixed" and (config.accelerator == "cpu" or not torch.accelerator.is_available()):
         raise UserError("--precision: 16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")
