@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 
 
@@ -27,19 +29,22 @@ def _status_mb(field: str) -> float:
 def peak_mb(call: Callable[[], Any], *, calls: int = 1) -> float:
     """Resident megabytes that ``call`` reaches above what the process holds before it.
 
-    Pages of libraries and of the interpreter that the system has taken back, and that a call brings in again, count as
-    well, now and then half a megabyte: where that matters, this is the least of several ``calls``.
+    That counts what is not its own as well: pages of libraries that the system had taken back, and buffers that a
+    library for matrix products makes once and keeps. Where it matters, this is the least of several ``calls``.
     """
     return min(_peak_mb(call) for _ in range(calls))
 
 
 def _peak_mb(call: Callable[[], Any]) -> float:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before must not serve the call unseen
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**20)  # what is larger is given back once it is freed, and does not wait in a heap
+    libc.malloc_trim(0)  # memory that was freed before must not serve the call unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status_mb("VmRSS")
     result = call()
     peak = _status_mb("VmHWM") - before
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
     del result
     return peak
 

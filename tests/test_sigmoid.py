@@ -576,7 +576,7 @@ def test_peak_and_saved_memory_are_linear_in_the_batch(reduction: str) -> None:
         assert sum(sizes) <= 1.1 * 2 * batch * width * 4 + 65_536
         loss.backward()
 
-    assert peak_mb(step) < 8 * (2 * batch * width * 4) / 2**20 + 16
+    assert peak_mb(step, calls=3) < 8 * (2 * batch * width * 4) / 2**20 + 16
 
 
 @linux_only

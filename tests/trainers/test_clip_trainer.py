@@ -115,7 +115,8 @@ def test_every_optimizer_step_is_followed_by_the_clamp(
 def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path, smoothing: float) -> None:
     """Thirty steps from one seed, the loss fused in one run and dense PyTorch in the other.
 
-    At the default rate AdamW makes a hundredth of the loss out of the last bit within these steps, whichever bit it is.
+    Every loss is that of the reference for the same weights; but within these steps AdamW makes a hundredth of the loss
+    out of the last bit of a gradient, whichever bit it is.
     """
     for backend in ("auto", "reference"):
         options = {"loss_backend": backend, "label_smoothing": smoothing, "held_out": 0.0, "lr": 3e-4}
@@ -123,7 +124,7 @@ def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path
     fused, reference = logged(tmp_path / "auto"), logged(tmp_path / "reference")
     assert len(fused) == len(reference) == 30
     for ours, theirs in zip(fused, reference, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), ours["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4 if ours["step"] <= 10 else 1e-2), ours["step"]
         assert ours["logit_scale"] == pytest.approx(theirs["logit_scale"], rel=1e-4)
         assert ours["loss_check"] == pytest.approx(ours["loss_reference"], rel=1e-6)
     # The first steps start from the same weights: nothing has had time to drift.
