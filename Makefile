@@ -21,8 +21,9 @@ $(SETUP): .venv/.torch-done pyproject.toml $(NATIVE)
 demo: setup
 	$(BIN)/ssl-kernels train siglip --output-dir runs/demo --overwrite
 
+# Threads that wait for each other give way to those of the other processes.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
