@@ -128,6 +128,17 @@ def test_panels_of_a_gpu_stay_in_its_cache(l2_mb: int, half: int, full: int, mon
         assert panel_shape(100 * side, 100 * side, 512, itemsize, device) == (side, side)
 
 
+def test_a_gpu_gets_few_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels keep the tile in registers, its cache sets no limit; a symmetric matrix is not cut into eight."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 * 2**20))
+    monkeypatch.setattr(torch.version, "hip", None)
+    gpu, cpu = torch.device("cuda", 89), torch.device("cpu")
+    assert panel_shape(32_768, 32_768, 64, 0, gpu) == (8192, 8192)
+    assert panel_shape(8192, 8192, 64, 2, gpu, symmetric=True) == (4096, 4096)
+    assert panel_shape(4096, 4096, 64, 2, gpu, symmetric=True) == (4096, 4096)
+    assert panel_shape(4096, 4096, 64, 4, cpu, symmetric=True) == (512, 512)
+
+
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
