@@ -1,4 +1,7 @@
-"""The `ssl-kernels` command: train a model, or say what is installed. Only trainers need the `train` extra."""
+"""The `ssl-kernels` command: train a model, compare runs, or say what is installed.
+
+Only trainers and what they wrote need the `train` extra.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ usage: ssl-kernels COMMAND ...
 
   ssl-kernels train TRAINER [OPTIONS]   train a model; --help after the trainer lists its options
 {trainers}
+  ssl-kernels compare RUN [RUN ...]     the figures of finished runs, such as those of several seeds, in one table
   ssl-kernels info                      versions, instruction set and the backend of each op
 """
 
@@ -41,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(rest[0], rest[1:])
         got = f"got {rest[0]!r}" if rest else "got none"
         return _fail(f"train: expected one of the trainers {', '.join(TRAINERS)}, {got}")
-    return _fail(f"expected a command, train or info, got {command!r}")
+    if command == "compare":
+        return compare(rest)
+    return _fail(f"expected a command, train, compare or info, got {command!r}")
 
 
 def train(name: str, argv: Sequence[str]) -> int:
@@ -54,6 +60,24 @@ def train(name: str, argv: Sequence[str]) -> int:
         return _fail(str(error))
     code: int = trainer.main(argv, prog=f"ssl-kernels train {name}")
     return code
+
+
+def compare(folders: Sequence[str]) -> int:
+    """Print the figures of the runs in these folders."""
+    if not folders:
+        return _fail("compare: expected the folders of runs, got none")
+    try:
+        from ssl_kernels.trainers import compare as comparison
+        from ssl_kernels.trainers.errors import UserError
+    except ImportError as error:
+        if "ssl_kernels[train]" not in str(error):
+            raise
+        return _fail(str(error))
+    try:
+        comparison.main(folders)
+    except UserError as error:
+        return _fail(f"compare: {error}")
+    return 0
 
 
 def _fail(message: str) -> int:

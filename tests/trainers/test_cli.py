@@ -25,7 +25,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tarin"], "expected a command, train or info, got 'tarin'"),
+        (["tarin"], "expected a command, train, compare or info, got 'tarin'"),
         (["train"], f"one of the trainers {', '.join(cli.TRAINERS)}, got none"),
         (["train", "clap"], f"one of the trainers {', '.join(cli.TRAINERS)}, got 'clap'"),
     ],
