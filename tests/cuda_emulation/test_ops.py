@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -301,6 +302,26 @@ def test_a_bad_batch_is_refused(emulator: Emulator) -> None:
         with pytest.raises(RuntimeError, match=message):
             torch.ops.ssl_kernels_emulated.enqueue_cuda_(written, at, keys, False)
     assert emulator.launches == launches
+
+
+# ---- the very tests of the public functions
+
+
+@pytest.mark.skipif(SANITIZER == "address", reason="once is enough")
+@pytest.mark.parametrize("file", ["test_ema_update.py", "test_queue.py"])
+def test_the_kernel_passes_the_tests_of_the_op(emulator: Emulator, file: str) -> None:
+    """Those that name the CPU's kernel, for which this one stands in."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-p", "as_cuda", "-k", "cpu and not opcheck", str(here.parent / file)]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        command, cwd=here.parents[1], capture_output=True, text=True, timeout=TIMEOUT_S, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) >= 7
+    assert int(re.findall(r"(\d+) launches", done.stdout)[-1]) >= 50
 
 
 # ---- all of it again

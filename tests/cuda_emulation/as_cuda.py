@@ -1,0 +1,42 @@
+"""A pytest plugin: tests that ask for the CPU's kernel of an op that CUDA C++ has, too, get that one, emulated.
+
+So the tests of `ema_update_` and `enqueue_` run on it from the public function down, each test in an order of blocks
+and threads of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from emulation import load_ops
+
+from ssl_kernels import settings
+from ssl_kernels.ops import ema, queue
+
+EMULATOR = load_ops()
+
+
+def choose_backend(device: str, dtype: torch.dtype, **options: Any) -> str:
+    chosen = settings.choose_backend(device, dtype)
+    return "cuda" if chosen == "cpu" else chosen
+
+
+def pytest_configure() -> None:
+    ours, emulated = torch.ops.ssl_kernels, torch.ops.ssl_kernels_emulated
+    ours.ema_update_cuda_, ours.enqueue_cuda_ = emulated.ema_update_cuda_, emulated.enqueue_cuda_
+    ema.choose_backend = queue.choose_backend = choose_backend
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for order, item in enumerate(items):
+        item.user_properties.append(("order", order))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    EMULATOR.seed(dict(item.user_properties)["order"])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    terminalreporter.write_line(f"{EMULATOR.launches} launches")
