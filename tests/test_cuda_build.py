@@ -28,8 +28,8 @@ loaded = pytest.mark.skipif(bool(_cuda.missing), reason=f"the CUDA C++ kernels a
 def test_report_tells_how_they_were_built_or_why_they_are_missing() -> None:
     report = collect()
     assert report["CUDA C++ kernels"] == (_cuda.missing or f"built by {_cuda.build}")
-    for op in ("ema_update_", "enqueue_"):
-        assert f"CUDA fp32/bf16/fp16: {'triton' if _cuda.missing else 'cuda'}" in report[op]
+    for op, otherwise in (("ema_update_", "eager"), ("enqueue_", "triton")):
+        assert f"CUDA fp32/bf16/fp16: {otherwise if _cuda.missing else 'cuda'}" in report[op]
     assert "CUDA fp32/bf16/fp16: triton" in report["clip_loss"]
 
 
