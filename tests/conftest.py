@@ -20,9 +20,11 @@ def _seeded() -> None:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory holds NaN, so that whatever is read before it is written shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory  # trainers leave it off
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before

@@ -540,7 +540,7 @@ def test_inference_mode() -> None:
 @linux_only
 def test_memory_is_the_gradient_and_a_few_rows() -> None:
     """A plain implementation's softmaxes take as much as all logits, and a loop over pairs more."""
-    student, teacher = logits(10, 16, 16_384).requires_grad_(), logits(2, 16, 16_384)
+    student, teacher = logits(10, 64, 16_384).requires_grad_(), logits(2, 64, 16_384)
     gradient_mb = student.numel() * 4 / 2**20
     K.dino_loss(student[:, :2], teacher[:, :2]).backward()
     student.grad = None
@@ -553,11 +553,11 @@ def test_memory_is_the_gradient_and_a_few_rows() -> None:
         student.grad = None
 
     with ssl_kernels.use_tile_budget(0):
-        assert peak_mb(step, calls=3) < gradient_mb + 2
+        assert peak_mb(step, calls=3) < gradient_mb + 6
     with torch.no_grad():
-        assert peak_mb(lambda: K.dino_loss(student, teacher), calls=3) < 2
+        assert peak_mb(lambda: K.dino_loss(student, teacher), calls=3) < 6
     step()
-    assert peak_mb(step, calls=3) < 2  # in the memory of the step before
+    assert peak_mb(step, calls=3) < 6  # in the memory of the step before
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -212,9 +212,9 @@ def test_compiles_without_a_graph_break(compiler: str) -> None:
 
 @linux_only
 def test_memory_is_the_gradient_and_a_few_rows() -> None:
-    student, teacher = patches(256, 16_384)
+    student, teacher = patches(1024, 16_384)
     student.requires_grad_()
-    weights = torch.rand(256)
+    weights = torch.rand(1024)
     K.ibot_patch_loss(student[:2], teacher[:2]).backward()
     student.grad = None
 
@@ -226,7 +226,7 @@ def test_memory_is_the_gradient_and_a_few_rows() -> None:
         student.grad = None
 
     with ssl_kernels.use_tile_budget(0):
-        assert peak_mb(step, calls=3) < student.numel() * 4 / 2**20 + 2
+        assert peak_mb(step, calls=3) < student.numel() * 4 / 2**20 + 8
 
 
 @pytest.mark.parametrize(
