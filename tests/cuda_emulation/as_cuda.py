@@ -6,9 +6,9 @@ and threads of its own.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
-import pytest
 import torch
 from emulation import load_ops
 
@@ -16,6 +16,7 @@ from ssl_kernels import settings
 from ssl_kernels.ops import ema, queue
 
 EMULATOR = load_ops()
+ORDERS = itertools.count()
 
 
 def choose_backend(device: str, dtype: torch.dtype, **options: Any) -> str:
@@ -29,13 +30,8 @@ def pytest_configure() -> None:
     ema.choose_backend = queue.choose_backend = choose_backend
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for order, item in enumerate(items):
-        item.user_properties.append(("order", order))
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    EMULATOR.seed(dict(item.user_properties)["order"])
+def pytest_runtest_setup() -> None:
+    EMULATOR.seed(next(ORDERS))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
