@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -120,10 +121,14 @@ def small(table: Path) -> list[str]:
 def start(arguments: list[str], trainer: str = "siglip", **options: object) -> subprocess.Popen[str]:
     """`python -m ssl_kernels.trainers.<trainer>` with these arguments."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [sys.executable, "-m", f"ssl_kernels.trainers.{trainer}", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
-    )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, a child would ignore it too
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"ssl_kernels.trainers.{trainer}", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
+        )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
