@@ -41,7 +41,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]
 
 def compile_to(compiler: str, output: Path, *arguments: str) -> None:
     command = [compiler, *FLAGS, *WARNINGS, *arguments, "-o", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
 
 
@@ -59,7 +59,7 @@ def compile_driver(kernels: Callable[..., list[str]], tmp_path: Path) -> Callabl
 
 
 def run(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

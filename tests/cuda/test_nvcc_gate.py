@@ -67,7 +67,7 @@ def kernels(source: str, chip: str) -> tuple[Kernel, ...]:
 
 
 def run(*command: str, stdin: str | None = None) -> str:
-    result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -15,7 +15,7 @@ from conftest import logged, same_state, start
 from ssl_kernels.trainers import siglip
 from ssl_kernels.trainers.loop import load_checkpoint
 
-STEPS, TIMEOUT = 90, 120
+STEPS, TIMEOUT = 90, 300
 
 
 def arguments(small: list[str], folder: Path) -> list[str]:
