@@ -55,7 +55,7 @@ def _every_large_block_mapped_afresh() -> Iterator[None]:
     The heap of an old process has gaps. A step that frees one tile and asks for the next, smaller one gets another gap,
     and the pages of the first stay resident: a peak of 13 MB reads as 80. So the gaps are taken, untouched, meanwhile.
     """
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL("libc.so.6")  # by name: were another allocator preloaded, there would be no gaps here to take
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.mallopt(_M_MMAP_THRESHOLD, _LEAST)
