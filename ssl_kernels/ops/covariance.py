@@ -119,7 +119,6 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     za, _, *options = inputs
     _, da, db = output
     ctx.dtype, ctx.others = za.dtype, [None] * len(options)
-    ctx.mark_non_differentiable(da, db)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(da, db)
 
@@ -128,8 +127,6 @@ def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None
     if upstream is None:
         return (None, None, *ctx.others)
     da, db = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the views are not kept: without this their gradients would pass for constants
-        da, db = da.detach().requires_grad_(), db.detach().requires_grad_()
     nothing = upstream.new_empty(0)
     ga, gb, *_ = finish_gradients(upstream, torch.ones_like(upstream), da, db, nothing, nothing, ctx.dtype)
     needs_a, needs_b, *_ = ctx.needs_input_grad

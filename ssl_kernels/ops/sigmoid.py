@@ -278,7 +278,6 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, y, scale, bias, x_ids, y_ids, _, *options = inputs
     _, dx, dy, dscale, dbias = output
-    ctx.mark_non_differentiable(dx, dy, dscale, dbias)
     ctx.set_materialize_grads(False)
     ctx.dtype, ctx.rows, ctx.options = x.dtype, x.shape[0], options
     if options[2] == "none":
@@ -295,10 +294,13 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     if reduction == "none":
         x, y, scale, bias, x_ids, y_ids = ctx.saved_tensors
         _, *sums = _sigmoid_contrastive(
-            *(t.detach() for t in (x, y, scale, bias)),
+            x,
+            y,
+            scale,
+            bias,
             x_ids,
             y_ids,
-            grad_loss.detach(),
+            grad_loss,
             ignore_same_id,
             offset,
             "sum",

@@ -416,7 +416,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, y, scale, x_ids, y_ids, _, *options = inputs
     _, unpaired, *gradients = output
-    ctx.mark_non_differentiable(unpaired, *gradients)
+    ctx.mark_non_differentiable(unpaired)
     ctx.set_materialize_grads(False)
     ctx.dtype, ctx.options = x.dtype, options
     if ctx.options[5] == "none":
@@ -433,8 +433,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     if reduction == "none":
         x, y, scale, x_ids, y_ids = ctx.saved_tensors
         _, _, dx, dy, dscale, factor = _softmax_contrastive(
-            x.detach(), None if y is None else y.detach(), scale.detach(), x_ids, y_ids, grad_loss.detach(),
-            *masks, "sum", needs_grad, keep_bytes, backend,
+            x, y, scale, x_ids, y_ids, grad_loss, *masks, "sum", needs_grad, keep_bytes, backend,
         )  # fmt: skip
     else:
         scale, dx, dy, dscale, unit = ctx.saved_tensors
