@@ -35,7 +35,7 @@ from ssl_kernels.losses import (
     VICRegLoss,
 )
 from ssl_kernels.queue import KeyQueue
-from ssl_kernels.settings import use_backend, use_tile_budget, use_workspace
+from ssl_kernels.settings import set_defaults, use_backend, use_tile_budget, use_workspace
 
 _C.active_isa()  # an unknown SSL_KERNELS_ISA is reported here, not in the first loss
 
@@ -60,6 +60,7 @@ __all__ = [
     "VICRegLoss",
     "__version__",
     "functional",
+    "set_defaults",
     "use_backend",
     "use_tile_budget",
     "use_workspace",

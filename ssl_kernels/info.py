@@ -61,7 +61,7 @@ def collect() -> dict[str, str]:
         report["instruction sets here"] = ", ".join(native["available_isas"])
         report["compiled by"] = f"{native['compiler']} for {native['architecture']}"
     report["CPU matrix products"] = "oneDNN" if onednn_is_faster() else "torch.mm"
-    report["backend"] = f"{settings.default_backend()} (SSL_KERNELS_BACKEND or use_backend overrides)"
+    report["backend"] = f"{settings.current_backend()} (SSL_KERNELS_BACKEND or use_backend overrides)"
     report["workspace"] = f"{settings.workspace_bytes() / 2**20:g} MB (SSL_KERNELS_WORKSPACE_MB overrides)"
     report["kept tiles"] = f"{settings.tile_budget_bytes() / 2**20:g} MB (SSL_KERNELS_TILE_BUDGET_MB overrides)"
     for op in OPS:

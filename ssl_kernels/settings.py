@@ -1,14 +1,19 @@
-"""Process-wide settings: which backend runs an op, and how much workspace the panel driver may take."""
+"""Settings: which backend runs an op, and how much workspace the panel driver may take."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Generic, TypeVar
 
 import torch
 
 from ssl_kernels import _cuda
+
+T = TypeVar("T")
 
 BACKENDS = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 """``reference`` is plain dense PyTorch and defines each op; ``eager`` is the memory-linear panel driver with PyTorch
@@ -48,16 +53,66 @@ def _megabytes(variable: str, default: float, check: Callable[[float, str], floa
         raise ValueError(f"{str(error).rpartition('got ')[0]}got {text!r}") from None
 
 
-_backend = _check_backend(os.environ.get("SSL_KERNELS_BACKEND") or "auto", "SSL_KERNELS_BACKEND")
-_workspace_mb = _megabytes("SSL_KERNELS_WORKSPACE_MB", 64, _check_workspace)
-_tile_budget_mb = _megabytes("SSL_KERNELS_TILE_BUDGET_MB", 64, _check_budget)
+class _Block(Generic[T]):
+    """A block of code under a value. Compared by identity, so that blocks may be left in any order."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block with the backend ``name`` (one of :data:`BACKENDS`), in the whole process.
+class _Setting(Generic[T]):
+    """A default of the process, and blocks of code that override it in their context: a thread, or an asyncio task."""
 
-    The environment variable ``SSL_KERNELS_BACKEND`` sets the default. A backward pass uses the backend of its forward.
+    def __init__(self, default: T) -> None:
+        self.default = default
+        self._context: ContextVar[tuple[_Block[T], ...]] = ContextVar("ssl_kernels", default=())
+        # For torch.compile, which reads no context before torch 2.14: the blocks of all contexts, and those that are
+        # entered within the graph.
+        self._anywhere: tuple[_Block[T], ...] = ()
+        self._traced: tuple[_Block[T], ...] = ()
+
+    def get(self) -> T:
+        blocks = self._traced or self._anywhere if torch.compiler.is_compiling() else self._context.get()
+        return blocks[-1].value if blocks else self.default
+
+    @contextmanager
+    def block(self, value: T) -> Iterator[None]:
+        block = _Block(value)
+        if torch.compiler.is_compiling():
+            before, self._traced = self._traced, (*self._traced, block)
+            try:
+                yield
+            finally:
+                self._traced = before
+            return
+        self._context.set((*self._context.get(), block))
+        with _lock:
+            self._anywhere = (*self._anywhere, block)
+        try:
+            yield
+        finally:
+            self._context.set(_without(block, self._context.get()))
+            with _lock:
+                self._anywhere = _without(block, self._anywhere)
+
+
+def _without(block: _Block[T], blocks: tuple[_Block[T], ...]) -> tuple[_Block[T], ...]:
+    return tuple(other for other in blocks if other is not block)
+
+
+_lock = threading.Lock()
+_backend = _Setting(_check_backend(os.environ.get("SSL_KERNELS_BACKEND") or "auto", "SSL_KERNELS_BACKEND"))
+_workspace_mb = _Setting(_megabytes("SSL_KERNELS_WORKSPACE_MB", 64, _check_workspace))
+_tile_budget_mb = _Setting(_megabytes("SSL_KERNELS_TILE_BUDGET_MB", 64, _check_budget))
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Run every op inside the block with the backend ``name`` (one of :data:`BACKENDS`).
+
+    The block counts for its own thread (or asyncio task); other threads keep theirs. :func:`set_defaults` and the
+    environment variable ``SSL_KERNELS_BACKEND`` set what counts outside of blocks. A call takes its settings once, so
+    that a backward pass has those of its forward pass, wherever it runs. A graph of ``torch.compile`` takes those of
+    the block that was entered last in the whole process.
 
     >>> import torch, ssl_kernels
     >>> x = torch.eye(2)
@@ -65,57 +120,63 @@ def use_backend(name: str) -> Iterator[None]:
     ...     round(ssl_kernels.functional.sigmoid_contrastive_loss(x, x, 10.0, -5.0).item(), 6)
     0.013431
     """
-    global _backend
-    previous, _backend = _backend, _check_backend(name, "use_backend")
-    try:
-        yield
-    finally:
-        _backend = previous
+    return _backend.block(_check_backend(name, "use_backend"))
 
 
-@contextmanager
-def use_workspace(mb: float) -> Iterator[None]:
-    """Bound the panel driver's workspace to ``mb`` megabytes inside the block, in the whole process.
+def use_workspace(mb: float) -> AbstractContextManager[None]:
+    """Bound the panel driver's workspace to ``mb`` megabytes inside the block; see :func:`use_backend` for its reach.
 
     The environment variable ``SSL_KERNELS_WORKSPACE_MB`` sets the default, 64 if absent. Panels shrink to fit it; a
     smaller workspace is slower, never wrong.
     """
-    global _workspace_mb
-    previous, _workspace_mb = _workspace_mb, _check_workspace(mb, "use_workspace")
-    try:
-        yield
-    finally:
-        _workspace_mb = previous
+    return _workspace_mb.block(_check_workspace(mb, "use_workspace"))
 
 
-@contextmanager
-def use_tile_budget(mb: float) -> Iterator[None]:
+def use_tile_budget(mb: float) -> AbstractContextManager[None]:
     """Let a softmax loss keep up to ``mb`` megabytes of similarities from its first pass for its second.
 
     What is kept need not be computed again: 3 units instead of 4 for CLIP. The default is 64, all of a batch of 4,096
     in fp32, or what the environment variable ``SSL_KERNELS_TILE_BUDGET_MB`` says; 0 turns it off. On the CPU the
     process holds on to this memory for its next step, since fresh pages cost as much time as the products that they
     save; the first loss with a budget of 0 lets it go. So it does with the memory of gradients as large as the logits
-    (DINO, iBOT). The Triton kernels keep nothing: on a GPU a product is faster than the memory.
+    (DINO, iBOT). The Triton kernels keep nothing: on a GPU a product is faster than the memory. See
+    :func:`use_backend` for the reach of the block.
     """
-    global _tile_budget_mb
-    previous, _tile_budget_mb = _tile_budget_mb, _check_budget(mb, "use_tile_budget")
-    try:
-        yield
-    finally:
-        _tile_budget_mb = previous
+    return _tile_budget_mb.block(_check_budget(mb, "use_tile_budget"))
+
+
+def set_defaults(
+    *, backend: str | None = None, workspace_mb: float | None = None, tile_budget_mb: float | None = None
+) -> None:
+    """Set what counts in the whole process outside of :func:`use_backend` and its relatives; None leaves a setting.
+
+    Raises:
+        ValueError: naming the setting, what came and what is expected; nothing is set then.
+
+    >>> import ssl_kernels
+    >>> ssl_kernels.set_defaults(backend="auto", workspace_mb=64)
+    """
+    if backend is not None:
+        _check_backend(backend, "backend")
+    if workspace_mb is not None:
+        _check_workspace(workspace_mb, "workspace_mb")
+    if tile_budget_mb is not None:
+        _check_budget(tile_budget_mb, "tile_budget_mb")
+    _backend.default = _backend.default if backend is None else backend
+    _workspace_mb.default = _workspace_mb.default if workspace_mb is None else workspace_mb
+    _tile_budget_mb.default = _tile_budget_mb.default if tile_budget_mb is None else tile_budget_mb
 
 
 def workspace_bytes() -> int:
-    return int(_workspace_mb * 2**20)
+    return int(_workspace_mb.get() * 2**20)
 
 
 def tile_budget_bytes() -> int:
-    return int(_tile_budget_mb * 2**20)
+    return int(_tile_budget_mb.get() * 2**20)
 
 
-def default_backend() -> str:
-    return _backend
+def current_backend() -> str:
+    return _backend.get()
 
 
 def choose_backend(device: str, dtype: torch.dtype, *, in_cuda: bool = False) -> str:
@@ -123,8 +184,8 @@ def choose_backend(device: str, dtype: torch.dtype, *, in_cuda: bool = False) ->
 
     ``in_cuda`` tells that the op has a kernel in CUDA C++.
     """
-    double = dtype == torch.float64
-    if _backend == "auto":
+    backend, double = current_backend(), dtype == torch.float64
+    if backend == "auto":
         if double or device not in ("cpu", "cuda"):
             return "eager"
         if device == "cpu":
@@ -132,20 +193,20 @@ def choose_backend(device: str, dtype: torch.dtype, *, in_cuda: bool = False) ->
         if in_cuda and not _cuda.missing:
             return "cuda"
         return "triton" if _triton_suits() else "eager"
-    if _backend in ("cpu", "triton", "cuda") and double:
-        raise ValueError(f"backend {_backend!r} has no float64 kernels: use 'eager' or 'reference'")
-    if _backend == "cpu" and device != "cpu":
+    if backend in ("cpu", "triton", "cuda") and double:
+        raise ValueError(f"backend {backend!r} has no float64 kernels: use 'eager' or 'reference'")
+    if backend == "cpu" and device != "cpu":
         raise ValueError(f"backend 'cpu': expected CPU tensors, got {device}")
-    if _backend == "triton" and device != "cuda" and not (device == "cpu" and _interpreting()):
+    if backend == "triton" and device != "cuda" and not (device == "cpu" and _interpreting()):
         raise ValueError(f"backend 'triton': expected CUDA tensors, got {device}")
-    if _backend == "cuda":
+    if backend == "cuda":
         if not in_cuda:
             raise ValueError("backend 'cuda': this op has no kernel in CUDA C++: use 'auto' or 'triton'")
         if _cuda.missing:
             raise ValueError(f"backend 'cuda': {_cuda.missing}")
         if device != "cuda":
             raise ValueError(f"backend 'cuda': expected CUDA tensors, got {device}")
-    return _backend
+    return backend
 
 
 @torch.compiler.assume_constant_result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,6 +93,16 @@ def flat(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [t for part in result if part is not None for t in flat(part)]
 
 
+def answer(ask: Callable[[], Any]) -> list[Tensor] | None:
+    """What is answered; None for the error that is meant."""
+    try:
+        return flat(ask())
+    except RuntimeError as error:
+        if "the gradient of a fused loss cannot be differentiated again" in str(error):
+            return None
+        raise
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_second_derivatives_are_right_or_refused(name: str) -> None:
     loss, inputs = LOSSES[name]
@@ -115,10 +126,8 @@ def test_second_derivatives_are_right_or_refused(name: str) -> None:
 
         ways = [(way, plain, ask) for way, ask in WAYS.items()] + [("grad of squared", squared, by_grad)]
         for way, scalar, ask in ways if free else ():
-            try:
-                ours = flat(ask(scalar, *free))
-            except RuntimeError as error:
-                assert "the gradient of a fused loss cannot be differentiated again" in str(error), (chosen, way)
+            ours = answer(functools.partial(ask, scalar, *free))
+            if ours is None:
                 continue
             with S.use_backend("reference"):
                 expected = flat(ask(scalar, *free))

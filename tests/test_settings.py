@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
+import itertools
 import math
 import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +22,10 @@ import torch
 import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels import settings
+from ssl_kernels.ops import panels
 from ssl_kernels.ops.panels import panel_shape
+
+MB_64 = 64 * 2**20
 
 
 def test_auto_chooses_by_device_and_dtype() -> None:
@@ -44,12 +54,12 @@ def test_a_backend_that_cannot_run_says_so(
 
 
 def test_use_backend_nests_and_restores_after_an_error() -> None:
-    before = settings.default_backend()
+    before = settings.current_backend()
     with ssl_kernels.use_backend("eager"):
         with pytest.raises(ZeroDivisionError), ssl_kernels.use_backend("reference"):
             raise ZeroDivisionError
-        assert settings.default_backend() == "eager"
-    assert settings.default_backend() == before
+        assert settings.current_backend() == "eager"
+    assert settings.current_backend() == before
     with (
         pytest.raises(ValueError, match=r"use_backend: expected one of auto, .* got 'gpu'"),
         ssl_kernels.use_backend("gpu"),
@@ -101,8 +111,7 @@ def test_use_tile_budget_nests_and_restores_after_an_error() -> None:
 def test_panels_cover_the_matrix_within_the_workspace(
     mb: float, device: str, rows: int, cols: int, itemsize: int
 ) -> None:
-    with ssl_kernels.use_workspace(mb):
-        m, n = panel_shape(rows, cols, 64, itemsize, torch.device(device))
+    m, n = panel_shape(rows, cols, 64, itemsize, torch.device(device), int(mb * 2**20))
     assert 1 <= m <= rows
     assert 1 <= n <= cols
     assert m * n * itemsize <= max(mb * 2**20, itemsize)
@@ -110,10 +119,10 @@ def test_panels_cover_the_matrix_within_the_workspace(
 
 def test_preferred_panels() -> None:
     cpu = torch.device("cpu")
-    assert panel_shape(4096, 4096, 512, 4, cpu) == (1024, 1024)
-    assert panel_shape(1025, 2100, 512, 4, cpu) == (528, 1056)  # near-equal panels, not 1024 + 1
-    assert panel_shape(256, 65_536, 512, 4, cpu) == (256, 4096)  # few rows: longer panels of the same size
-    assert panel_shape(1, 2**20, 1024, 4, cpu) == (1, 2**14)  # but not so long that their features outgrow 64 MB
+    assert panel_shape(4096, 4096, 512, 4, cpu, MB_64) == (1024, 1024)
+    assert panel_shape(1025, 2100, 512, 4, cpu, MB_64) == (528, 1056)  # near-equal panels, not 1024 + 1
+    assert panel_shape(256, 65_536, 512, 4, cpu, MB_64) == (256, 4096)  # few rows: longer panels of the same size
+    assert panel_shape(1, 2**20, 1024, 4, cpu, MB_64) == (1, 2**14)  # but not so long that their features outgrow 64 MB
 
 
 @pytest.mark.parametrize(
@@ -125,7 +134,7 @@ def test_panels_of_a_gpu_stay_in_its_cache(l2_mb: int, half: int, full: int, mon
     monkeypatch.setattr(torch.version, "hip", None)
     device = torch.device("cuda", 90 + l2_mb)  # what is known of a device is kept
     for itemsize, side in ((2, half), (4, full)):
-        assert panel_shape(100 * side, 100 * side, 512, itemsize, device) == (side, side)
+        assert panel_shape(100 * side, 100 * side, 512, itemsize, device, MB_64) == (side, side)
 
 
 def test_a_gpu_gets_few_panels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,10 +142,10 @@ def test_a_gpu_gets_few_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 * 2**20))
     monkeypatch.setattr(torch.version, "hip", None)
     gpu, cpu = torch.device("cuda", 89), torch.device("cpu")
-    assert panel_shape(32_768, 32_768, 64, 0, gpu) == (8192, 8192)
-    assert panel_shape(8192, 8192, 64, 2, gpu, symmetric=True) == (4096, 4096)
-    assert panel_shape(4096, 4096, 64, 2, gpu, symmetric=True) == (4096, 4096)
-    assert panel_shape(4096, 4096, 64, 4, cpu, symmetric=True) == (512, 512)
+    assert panel_shape(32_768, 32_768, 64, 0, gpu, MB_64) == (8192, 8192)
+    assert panel_shape(8192, 8192, 64, 2, gpu, MB_64, symmetric=True) == (4096, 4096)
+    assert panel_shape(4096, 4096, 64, 2, gpu, MB_64, symmetric=True) == (4096, 4096)
+    assert panel_shape(4096, 4096, 64, 4, cpu, MB_64, symmetric=True) == (512, 512)
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -146,7 +155,7 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_environment_sets_the_defaults() -> None:
-    printed = "s.default_backend(), s.workspace_bytes(), s.tile_budget_bytes()"
+    printed = "s.current_backend(), s.workspace_bytes(), s.tile_budget_bytes()"
     code = f"from ssl_kernels import settings as s; print({printed})"
     environment = {"SSL_KERNELS_WORKSPACE_MB": "2", "SSL_KERNELS_TILE_BUDGET_MB": "0"}
     result = _python(code, SSL_KERNELS_BACKEND="eager", **environment)
@@ -188,3 +197,95 @@ def test_the_choice_of_a_backend_is_part_of_a_graph() -> None:
 
     compiled = torch.compile(doubled_where_eager, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(())), doubled_where_eager(torch.ones(())))
+
+
+def test_blocks_may_be_left_in_any_order() -> None:
+    before = settings.current_backend()
+    first, second = ssl_kernels.use_backend("eager"), ssl_kernels.use_backend("reference")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(first)
+        second.__enter__()
+    assert settings.current_backend() == "reference"
+    second.__exit__(None, None, None)
+    assert settings.current_backend() == before
+    assert torch.compile(settings.current_backend, fullgraph=True, backend="eager")() == before
+
+
+def test_blocks_are_of_their_own_thread_and_task() -> None:
+    async def task(name: str) -> str:
+        with ssl_kernels.use_backend(name):
+            await asyncio.sleep(0)
+            return settings.current_backend()
+
+    async def tasks() -> list[str]:
+        return await asyncio.gather(task("eager"), task("reference"))
+
+    before = settings.current_backend()
+    with ssl_kernels.use_backend("eager"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(settings.current_backend).result() == before
+    assert asyncio.run(tasks()) == ["eager", "reference"]
+
+
+def test_defaults_are_those_of_all_threads() -> None:
+    before = (settings.current_backend(), settings.workspace_bytes() / 2**20, settings.tile_budget_bytes() / 2**20)
+    try:
+        ssl_kernels.set_defaults(backend="eager", workspace_mb=2)
+        with pytest.raises(ValueError, match="tile_budget_mb: expected a number of megabytes, at least 0, got -1"):
+            ssl_kernels.set_defaults(backend="reference", tile_budget_mb=-1)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(settings.current_backend).result() == "eager"
+            assert pool.submit(settings.workspace_bytes).result() == 2 * 2**20
+        with ssl_kernels.use_backend("auto"):
+            assert settings.current_backend() == "auto"
+        assert settings.tile_budget_bytes() / 2**20 == before[2]
+    finally:
+        ssl_kernels.set_defaults(backend=before[0], workspace_mb=before[1], tile_budget_mb=before[2])
+
+
+def test_settings_are_read_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever another thread sets meanwhile, the second pass has the panels of the first, and backward of forward."""
+    x = torch.nn.functional.normalize(torch.randn(40, 4), dim=1)
+    inner = panels.add_matmul
+
+    def gradients(loss: Any, **options: Any) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_(), x.flip(0).requires_grad_()]
+        loss(*leaves, 5.0, **options).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    def meddling(*args: Any, **options: Any) -> None:
+        ssl_kernels.set_defaults(workspace_mb=next(sizes))
+        inner(*args, **options)
+
+    losses = [(K.clip_loss, {}), (K.clip_loss, {"reduction": "none"}), (K.nt_xent_loss, {})]
+    losses.append((functools.partial(K.sigmoid_contrastive_loss, bias=-5.0), {"reduction": "none"}))
+    for loss, options in losses:
+        expected = gradients(loss, **options)
+        sizes = itertools.cycle([64, 0.001, 0.0003])
+        with monkeypatch.context() as patch:
+            patch.setattr(panels, "add_matmul", meddling)
+            try:
+                ssl_kernels.set_defaults(workspace_mb=0.001)
+                found = gradients(loss, **options)
+            finally:
+                ssl_kernels.set_defaults(workspace_mb=64)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_threads_do_not_see_each_others_workspace() -> None:
+    """A loss of two passes in one thread, while another enters and leaves blocks of another workspace."""
+    stop = threading.Event()
+
+    def toggle() -> None:
+        while not stop.is_set():
+            with ssl_kernels.use_workspace(0.01):
+                pass
+
+    x = torch.nn.functional.normalize(torch.randn(600, 4), dim=1).requires_grad_()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(toggle)
+        try:
+            for _ in range(20):
+                K.clip_loss(x, x, 10.0).backward()
+        finally:
+            stop.set()

@@ -463,7 +463,7 @@ def test_opcheck(backend: str, reduction: str) -> None:
         for given_ids, weight in itertools.product((ids, (None, None)), (None, torch.rand(9))):
             leaves = [t.detach().requires_grad_(n) for t, n in zip((x, y, scale, bias), needs, strict=True)]
             torch.library.opcheck(
-                _sigmoid_contrastive, (*leaves, *given_ids, weight, False, 1, reduction, needs, backend)
+                _sigmoid_contrastive, (*leaves, *given_ids, weight, False, 1, reduction, needs, 2**26, backend)
             )
 
 

@@ -344,7 +344,7 @@ def test_opcheck(backend: str, reduction: str, symmetric: bool) -> None:
             _softmax_contrastive,
             (
                 leaves[0], None if symmetric else leaves[1], leaves[2], named, None if symmetric else named, None,
-                *pairs, smoothing, reduction, list(need), 0 if reduction == "none" else 2**20, backend,
+                *pairs, smoothing, reduction, list(need), 2**26, 0 if reduction == "none" else 2**20, backend,
             ),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )  # fmt: skip
@@ -354,7 +354,7 @@ def test_opcheck_of_the_whole() -> None:
     x, y = (t.requires_grad_() for t in features(9, 6, 4))
     arguments = (
         x, y, torch.tensor(10.0, requires_grad=True), None, None, None, False, 1, NO_DIAGONAL, 0, 0.1, "mean",
-        [True] * 3, 2**20, "cpu",
+        [True] * 3, 2**26, 2**20, "cpu",
     )  # fmt: skip
     torch.library.opcheck(_softmax_contrastive, arguments)
 

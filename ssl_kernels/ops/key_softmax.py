@@ -23,7 +23,7 @@ from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.gradients import no_double_backward
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
-from ssl_kernels.settings import choose_backend
+from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
 def key_softmax(query: Tensor, keys: Tensor, scale: Tensor | float, *, want_mean: bool = True) -> tuple[Tensor, Tensor]:
@@ -139,6 +139,7 @@ def _key_softmax(
             panel,
             query,
             keys,
+            workspace=workspace_bytes(),
             compute_dtype=query.dtype,
             tiles=_TILES[backend],
             tile_scale=1.0,

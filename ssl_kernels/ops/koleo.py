@@ -28,7 +28,7 @@ from ssl_kernels.ops.info_nce import reduce_rows
 from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
-from ssl_kernels.settings import choose_backend
+from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
 def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
@@ -110,8 +110,9 @@ def nearest_neighbors(u: Tensor, backend: str) -> Tensor:
 
     searchable = _searchable(u)
     run_panels(
-        panel, searchable, searchable, compute_dtype=u.dtype, tiles=0 if backend == "triton" else 1, tile_scale=1.0,
-        stats_width=0, want_dx=False, want_dy=False, symmetric=True,
+        panel, searchable, searchable, workspace=workspace_bytes(), compute_dtype=u.dtype,
+        tiles=0 if backend == "triton" else 1, tile_scale=1.0, stats_width=0, want_dx=False, want_dy=False,
+        symmetric=True,
     )  # fmt: skip
     return neighbor
 

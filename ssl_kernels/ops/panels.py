@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops.matmul import add_matmul
-from ssl_kernels.settings import workspace_bytes
 
 # (X_i [m, D], Y_j [n, D], stats of the rows [m, k], first row, first column) -> G [m, n], if a gradient is wanted
 PanelFunction = Callable[[Tensor, Tensor, Tensor, int, int], Tensor | None]
@@ -32,13 +31,22 @@ _LEAST_SYMMETRIC = {"cpu": 256, "cuda": 4096}  # but no smaller: on a GPU a laun
 
 
 def panel_shape(
-    rows: int, cols: int, width: int, bytes_per_element: int, device: torch.device, symmetric: bool = False
+    rows: int,
+    cols: int,
+    width: int,
+    bytes_per_element: int,
+    device: torch.device,
+    workspace: int,
+    symmetric: bool = False,
 ) -> tuple[int, int]:
-    """Rows and columns of a panel: square by preference, evened out over the matrix. The tile fits the workspace, and
-    so does a panel of ``width`` features in fp32, which a conversion or a product may have to hold. A tile of no bytes
-    is not written: what is written instead, by rows and columns of blocks, takes about a byte per element at most."""
-    limit = max(1, workspace_bytes() // max(1, bytes_per_element))
-    longest = max(1, workspace_bytes() // (4 * max(1, width)))
+    """Rows and columns of a panel: square by preference, evened out over the matrix.
+
+    The tile fits a workspace of so many bytes, and so does a panel of ``width`` features in fp32, which a conversion or
+    a product may have to hold. A tile of no bytes is not written: what is written instead, by rows and columns of
+    blocks, takes about a byte per element at most.
+    """
+    limit = max(1, workspace // max(1, bytes_per_element))
+    longest = max(1, workspace // (4 * max(1, width)))
     side = math.isqrt(limit)
     if bytes_per_element:
         side = min(side, _cached_side(device, bytes_per_element))
@@ -87,6 +95,7 @@ def run_panels(
     y: Tensor,
     *,
     compute_dtype: torch.dtype,
+    workspace: int,
     tiles: int,
     tile_scale: float,
     stats_width: int,
@@ -124,7 +133,7 @@ def run_panels(
         return stats, dx, dy_t.t()
 
     bytes_per_element = tiles * compute_dtype.itemsize
-    panel_rows, panel_cols = panel_shape(rows, cols, width, bytes_per_element, device, symmetric)
+    panel_rows, panel_cols = panel_shape(rows, cols, width, bytes_per_element, device, workspace, symmetric)
     row_panels, col_panels = _cut(rows, panel_rows, seam), _cut(cols, panel_cols, seam)
     if symmetric and want_dy:
         dy_t[:, col_panels[0]] = 0  # nothing lies above the first tile

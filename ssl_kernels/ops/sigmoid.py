@@ -20,7 +20,7 @@ from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.gradients import finish_gradients
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
-from ssl_kernels.settings import choose_backend
+from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
 def sigmoid_contrastive_loss(
@@ -52,7 +52,7 @@ def sigmoid_contrastive_loss(
     grad = torch.is_grad_enabled()
     needs_grad = [grad and t.requires_grad for t in (x, y, scale, bias)]
     loss: Tensor = _sigmoid_contrastive(
-        x, y, scale, bias, x_ids, y_ids, None, ignore_same_id, offset, reduction, needs_grad, backend
+        x, y, scale, bias, x_ids, y_ids, None, ignore_same_id, offset, reduction, needs_grad, workspace_bytes(), backend
     )[0]
     return loss
 
@@ -185,7 +185,7 @@ _TILES = {"eager": 8, "cpu": 1, "triton": 1}  # tiles that each holds at a time
     mutates_args=(),
     schema=(
         "(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? x_ids, Tensor? y_ids, Tensor? row_weight, "
-        "bool ignore_same_id, SymInt offset, str reduction, bool[] needs_grad, str backend) "
+        "bool ignore_same_id, SymInt offset, str reduction, bool[] needs_grad, int workspace, str backend) "
         "-> (Tensor loss, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
     ),
 )
@@ -201,6 +201,7 @@ def _sigmoid_contrastive(
     offset: int,
     reduction: str,
     needs_grad: Sequence[bool],
+    workspace: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, and sum_ij w_i G_ij times y_j, x_i, x_i . y_j and 1, where needed: the derivatives of the loss's sum
@@ -226,6 +227,7 @@ def _sigmoid_contrastive(
             panel,
             x,
             y,
+            workspace=workspace,
             compute_dtype=x.dtype if backend == "triton" else dtype,
             tiles=tiles,
             tile_scale=triton_kernels("sigmoid").gradient_scale(x.dtype) if backend == "triton" else 1.0,
@@ -261,6 +263,7 @@ def _(
     offset: int,
     reduction: str,
     needs_grad: Sequence[bool],
+    workspace: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _checks.accumulation_dtype(x.dtype)
@@ -287,10 +290,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 8
+    rest = (None,) * 9
     if grad_loss is None:
         return (None,) * 4 + rest
-    ignore_same_id, offset, reduction, needs_grad, backend = ctx.options
+    ignore_same_id, offset, reduction, needs_grad, workspace, backend = ctx.options
     if reduction == "none":
         x, y, scale, bias, x_ids, y_ids = ctx.saved_tensors
         _, *sums = _sigmoid_contrastive(
@@ -305,6 +308,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
             offset,
             "sum",
             needs_grad,
+            workspace,
             backend,
         )
         upstream = torch.ones_like(scale)

@@ -27,7 +27,7 @@ from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.gradients import finish_gradients
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
-from ssl_kernels.settings import tile_budget_bytes
+from ssl_kernels.settings import tile_budget_bytes, workspace_bytes
 
 NO_DIAGONAL = 2**62  # a diagonal that meets no tile
 
@@ -59,7 +59,7 @@ def softmax_contrastive(
     keep_bytes = tile_budget_bytes() if any(needs_grad) and reduction != "none" else 0
     outputs = _softmax_contrastive(
         x, y, scale, x_ids, y_ids, None, ignore_same_id, positive, excluded, seam, label_smoothing, reduction,
-        needs_grad, keep_bytes, backend,
+        needs_grad, workspace_bytes(), keep_bytes, backend,
     )  # fmt: skip
     return outputs[0], outputs[1]
 
@@ -221,7 +221,7 @@ class _Passes:
 
     def __init__(
         self, x: Tensor, y: Tensor | None, scale: Tensor, x_ids: Tensor | None, y_ids: Tensor | None,
-        ignore_same_id: bool, positive: int, excluded: int, seam: int, keep_bytes: int, backend: str,
+        ignore_same_id: bool, positive: int, excluded: int, seam: int, workspace: int, keep_bytes: int, backend: str,
     ) -> None:  # fmt: skip
         self.x, self.y, self.scale, self.symmetric = x, x if y is None else y, scale, y is None
         self.x_ids = None if x_ids is None else x_ids.contiguous()
@@ -236,6 +236,7 @@ class _Passes:
             run_panels,
             x=x,
             y=self.y,
+            workspace=workspace,
             compute_dtype=x.dtype if backend == "triton" else _checks.accumulation_dtype(x.dtype),
             symmetric=self.symmetric,
             seam=seam,
@@ -321,7 +322,7 @@ def _side(stats: Tensor, weight: Tensor, label_smoothing: float, dtype: torch.dt
     schema=(
         "(Tensor x, Tensor? y, Tensor scale, Tensor? x_ids, Tensor? y_ids, Tensor? row_weight, bool ignore_same_id, "
         "SymInt positive, SymInt excluded, SymInt seam, float label_smoothing, str reduction, bool[] needs_grad, "
-        "int keep_bytes, str backend) "
+        "int workspace, int keep_bytes, str backend) "
         "-> (Tensor loss, Tensor unpaired, Tensor dx, Tensor dy, Tensor dscale, Tensor unit)"
     ),
 )
@@ -339,6 +340,7 @@ def _softmax_contrastive(
     label_smoothing: float,
     reduction: str,
     needs_grad: Sequence[bool],
+    workspace: int,
     keep_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -351,7 +353,9 @@ def _softmax_contrastive(
     needs_grad = needs_grad if reduction != "none" else [False] * 3
     dtype = _checks.accumulation_dtype(x.dtype)
     with _checks.without_autocast(x):
-        passes = _Passes(x, y, scale, x_ids, y_ids, ignore_same_id, positive, excluded, seam, keep_bytes, backend)
+        passes = _Passes(
+            x, y, scale, x_ids, y_ids, ignore_same_id, positive, excluded, seam, workspace, keep_bytes, backend
+        )
         sides = passes.statistics(6 if label_smoothing else 4)
         share = 1 / len(sides)
         losses = [share * _losses(stats, scale, label_smoothing) for stats in sides]
@@ -398,6 +402,7 @@ def _(
     label_smoothing: float,
     reduction: str,
     needs_grad: Sequence[bool],
+    workspace: int,
     keep_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -426,14 +431,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    *masks, reduction, needs_grad, keep_bytes, backend = ctx.options
-    rest = (None,) * 12
+    *masks, reduction, needs_grad, workspace, keep_bytes, backend = ctx.options
+    rest = (None,) * 13
     if grad_loss is None:
         return (None,) * 3 + rest
     if reduction == "none":
         x, y, scale, x_ids, y_ids = ctx.saved_tensors
         _, _, dx, dy, dscale, factor = _softmax_contrastive(
-            x, y, scale, x_ids, y_ids, grad_loss, *masks, "sum", needs_grad, keep_bytes, backend,
+            x, y, scale, x_ids, y_ids, grad_loss, *masks, "sum", needs_grad, workspace, keep_bytes,
+            backend,
         )  # fmt: skip
     else:
         scale, dx, dy, dscale, unit = ctx.saved_tensors
