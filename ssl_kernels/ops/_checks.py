@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -131,12 +132,28 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_features(*features: Tensor) -> tuple[Tensor, ...]:
     """Features in the dtype that autocast gives a matrix product, where autocast is on; float64 is left alone."""
-    device = features[0].device.type if isinstance(features[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    device = _autocast_device(features)
+    if device is None:
         return features
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(f.to(dtype) if isinstance(f, Tensor) and f.dtype in eligible else f for f in features)
+
+
+def autocast_widest(*features: Tensor) -> tuple[Tensor, ...]:
+    """Features in the widest of their dtypes, as autocast casts what is added or stacked, where autocast is on."""
+    dtypes = {f.dtype for f in features if isinstance(f, Tensor) and f.dtype in FEATURE_DTYPES}
+    if len(dtypes) < 2 or _autocast_device(features) is None:
+        return features
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return tuple(f.to(widest) if isinstance(f, Tensor) and f.dtype in dtypes else f for f in features)
+
+
+def _autocast_device(features: Sequence[Tensor]) -> str | None:
+    """The type of their device if autocast is on there."""
+    device = features[0].device.type if features and isinstance(features[0], Tensor) else "cpu"
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device if on else None
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -33,6 +33,7 @@ _EPS = 1e-5  # of batch normalisation
 
 def barlow_twins_loss(za: Tensor, zb: Tensor, *, lambda_param: float = 5e-3) -> Tensor:
     """Documented at :func:`ssl_kernels.functional.barlow_twins_loss`."""
+    za, zb = _checks.autocast_widest(za, zb)
     check_views(za, zb)
     _checks.check_numbers(lambda_param=lambda_param)
     if choose_backend(za.device.type, za.dtype) == "reference":

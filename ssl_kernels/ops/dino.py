@@ -80,7 +80,7 @@ def as_blocks(name: str, crops: Crops) -> list[Tensor]:
     """Crops as blocks [n, B, K] of one dtype, device, B and K; those given as [B, K] become blocks of one."""
     if not isinstance(crops, Tensor | Sequence):
         raise TypeError(f"{name}: expected a tensor or a sequence of tensors, got {type(crops).__name__}")
-    blocks = [crops] if isinstance(crops, Tensor) else list(crops)
+    blocks = [crops] if isinstance(crops, Tensor) else list(_checks.autocast_widest(*crops))
     if not blocks:
         raise ValueError(f"{name}: expected at least one crop, got an empty list")
     for i, block in enumerate(blocks):

@@ -13,6 +13,7 @@ from ssl_kernels.settings import choose_backend
 
 def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reduction: str = "mean") -> Tensor:
     """Documented at :func:`ssl_kernels.functional.nt_xent_loss`."""
+    z0, z1 = _checks.autocast_widest(z0, z1)  # and not narrower, before they are normalised
     _checks.check_features(z0=z0, z1=z1)
     if z0.shape != z1.shape:
         raise ValueError(f"z1: expected {z0.shape[0]} rows as z0 has, got {z1.shape[0]}")

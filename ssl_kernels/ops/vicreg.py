@@ -41,6 +41,7 @@ def vicreg_loss(
     eps: float = 1e-4,
 ) -> Tensor:
     """Documented at :func:`ssl_kernels.functional.vicreg_loss`."""
+    za, zb = _checks.autocast_widest(za, zb)
     check_views(za, zb)
     _checks.check_numbers(
         invariance_weight=invariance_weight, variance_weight=variance_weight, covariance_weight=covariance_weight
