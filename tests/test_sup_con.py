@@ -105,7 +105,7 @@ def test_the_formula_written_out(rows: int, classes: int, seed: int) -> None:
             losses.append(-sum(math.log(math.exp(v) / denominator) for v in positives) / len(positives))
     for backend in BACKENDS:
         with ssl_kernels.use_backend(backend):
-            loss, unpaired = K.sup_con_loss(z, ids, tau, return_unpaired=True)  # type: ignore[misc]
+            loss, unpaired = K.sup_con_loss(z, ids, tau, return_unpaired=True)
         assert unpaired.item() == rows - len(losses)
         assert loss.item() == pytest.approx(sum(losses) / max(len(losses), 1), rel=1e-5, abs=1e-6)
 
@@ -136,7 +136,7 @@ def test_rows_without_a_positive_contribute_nothing(backend: str) -> None:
     z, _ = features(6, 0, 4)
     ids = torch.tensor([5, 1, 5, 2, 3, 5])
     with ssl_kernels.use_backend(backend):
-        rows, unpaired = K.sup_con_loss(z, ids, 0.1, reduction="none", return_unpaired=True)  # type: ignore[misc]
+        rows, unpaired = K.sup_con_loss(z, ids, 0.1, reduction="none", return_unpaired=True)
         mean = K.sup_con_loss(z, ids, 0.1)
     assert unpaired.item() == 3
     assert unpaired.dtype == torch.int64

@@ -31,7 +31,47 @@ def albef_contrastive_loss(
     *,
     reduction: str = "mean",
 ) -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.albef_contrastive_loss`."""
+    r"""Image-text contrastive loss of ALBEF: targets softened by the momentum features, keys from batch and queue.
+
+    With the keys :math:`K_T` = [text_momentum; text_queue], from image to text
+
+    .. math:: L_i = -\sum_j w_{ij} \log \operatorname{softmax}_j(t\, x_i \cdot k_j), \qquad
+              w_{ij} = \alpha \operatorname{softmax}_j(t\, x'_i \cdot k_j) + (1 - \alpha)\, [j = i]
+
+    where x' is the momentum feature of x; likewise from text to image. The loss is the mean of both directions.
+
+    Args:
+        image, text: [M, D] features of pairs, float32, bfloat16, float16 or float64, any strides. Normalise all
+            features first; the function does not.
+        image_momentum, text_momentum: [M, D] features of the momentum encoders, of the dtype and device of ``image``,
+            without gradient.
+        image_queue, text_queue: [K, D] past momentum features without gradient, of any of these dtypes and any
+            strides, read in place: for a queue that is stored as [D, K] pass ``queue.t()``.
+        scale: t = 1 / temperature, a float or a floating tensor of one element. Gradients flow to tensors, but not
+            through the targets.
+        alpha: weight of the soft targets, from 0 to 1.
+        reduction: "mean" or "sum" over the pairs, or "none", [M].
+
+    Returns:
+        The loss, accumulated and returned in float32 (float64 for float64 features). The mean over no rows is NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected; momentum features and queues that
+            require a gradient are to be detached.
+        RuntimeError: on double backward, which only the reference backend supports.
+
+    Under autocast, the features of the batch are cast as for a matrix product. Memory beside the arguments is a few
+    times [M, D] in float32 and one tile of similarities. Enqueue the momentum features after the loss.
+
+    Source: Li et al., Align before Fuse, 2021, arXiv:2107.07651.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> image, text, queue = torch.eye(3, 5).requires_grad_(), torch.eye(3, 5), torch.eye(5)[3:]
+    >>> loss = K.albef_contrastive_loss(image, text, image.detach(), text, queue, queue, scale=5.0)
+    >>> loss.backward()
+    >>> round(loss.item(), 4), tuple(image.grad.shape)
+    (0.0791, (3, 5))
+    """
     image, text, image_momentum, text_momentum = _checks.autocast_features(image, text, image_momentum, text_momentum)
     _checks.check_features(image=image, text=text, image_momentum=image_momentum, text_momentum=text_momentum)
     check_same_rows(image, text=text, image_momentum=image_momentum, text_momentum=text_momentum)

@@ -32,7 +32,36 @@ _EPS = 1e-5  # of batch normalisation
 
 
 def barlow_twins_loss(za: Tensor, zb: Tensor, *, lambda_param: float = 5e-3) -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.barlow_twins_loss`."""
+    r"""Barlow Twins: the cross-correlation of two views' features is to be the identity.
+
+    .. math:: L = \sum_j (C_{jj} - 1)^2 + \lambda \sum_{j \ne k} C_{jk}^2, \qquad
+              C = \frac{1}{n} \sum_i a_i b_i^T
+
+    where each feature of a and b has been brought to mean 0 and variance 1 over the batch, as by batch normalisation
+    (1e-5 is added to the variance).
+
+    Args:
+        za, zb: [n, D] features of two views, as in :func:`vicreg_loss`.
+        lambda_param: :math:`\lambda`.
+
+    Returns:
+        The loss, computed and returned in float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+        RuntimeError: on double backward, which only the reference backend supports.
+
+    Operations, memory and precision are as in :func:`vicreg_loss`.
+
+    Source: Zbontar et al., Barlow Twins: Self-Supervised Learning via Redundancy Reduction, 2021, arXiv:2103.03230.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> za = torch.arange(12.0).reshape(4, 3).sin().requires_grad_()
+    >>> loss = K.barlow_twins_loss(za, za.detach().flip(0))
+    >>> loss.backward()
+    >>> round(loss.item(), 3), tuple(za.grad.shape)
+    (9.797, (4, 3))
+    """
     za, zb = _checks.autocast_widest(za, zb)
     check_views(za, zb)
     _checks.check_numbers(lambda_param=lambda_param)

@@ -21,7 +21,51 @@ def clip_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.clip_loss`."""
+    r"""Symmetric softmax contrastive loss of CLIP, in memory linear in the batch, with exact gradients.
+
+    .. math:: L = \frac{1}{2 M} \sum_i \Big[ \log \sum_j e^{z_{ij}} - \frac{1}{|P_i|} \sum_{j \in P_i} z_{ij} \Big]
+                + \frac{1}{2 N} \sum_j \Big[ \log \sum_i e^{z_{ij}} - \frac{1}{|P_j|} \sum_{i \in P_j} z_{ij} \Big],
+              \qquad z_{ij} = t\, x_i \cdot y_j
+
+    where P are the positives of a row or a column. One without any contributes nothing, and M and N count the others.
+
+    Args:
+        x: [M, D] features (images), float32, bfloat16, float16 or float64, any strides. Normalise them first; the
+            function does not.
+        y: [N, D] features (texts), of the dtype and device of ``x``.
+        scale: t >= 0, already exponentiated, a float or a floating tensor of one element; gradients flow to tensors.
+            CLIP learns ln t from ln(1 / 0.07) and clamps it at ln 100, which is left to the caller.
+        x_ids, y_ids: int64 [M] and [N], both or neither. Pairs with equal ids are positive (``same_id="positive"``),
+            such as several captions of an image, or left out of every sum (``same_id="ignore"``): false negatives.
+        offset: pair (i, i + offset) is always positive, whatever the ids say; out of range it is no pair.
+        label_smoothing: share of each target that is spread evenly over all pairs that count, as in
+            :func:`torch.nn.functional.cross_entropy`.
+        reduction: "mean" as above; "sum" divides neither sum by its count; "none", for M = N and offset 0, gives row
+            and column i together, [M].
+
+    Returns:
+        The loss, accumulated and returned in float32 (float64 for float64 features); 0 without any positive pair.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+        RuntimeError: on double backward, which only the reference backend supports.
+
+    Under autocast, ``x`` and ``y`` are cast as for a matrix product; the loss is still accumulated in float32.
+    float32 products follow ``torch.get_float32_matmul_precision()``. Between forward and backward the sums of the
+    gradients that are needed are kept, [M, D] and [N, D] in float32. A tile, and a panel of features, take at most
+    ``SSL_KERNELS_WORKSPACE_MB`` (default 64) megabytes each; up to ``SSL_KERNELS_TILE_BUDGET_MB`` (default 64) more
+    spare the second pass its products. See :func:`ssl_kernels.use_workspace`, :func:`ssl_kernels.use_tile_budget`.
+
+    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021,
+    arXiv:2103.00020.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> x = torch.nn.functional.normalize(torch.arange(8.0).reshape(4, 2), dim=-1).requires_grad_()
+    >>> loss = K.clip_loss(x, x.detach().flip(1), 10.0)
+    >>> loss.backward()
+    >>> round(loss.item(), 4), tuple(x.grad.shape)
+    (2.6756, (4, 2))
+    """
     x, y = _checks.autocast_features(x, y)
     _checks.check_features(x=x, y=y)
     _checks.check_ids(x, y, x_ids, y_ids)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,32 @@ from ssl_kernels.settings import choose_backend, workspace_bytes
 Crops = Tensor | Sequence[Tensor]
 
 
+@overload
+def dino_loss(
+    student: Crops,
+    teacher: Crops,
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    pairs: str = "distinct",
+    teacher_probs: bool = False,
+    reduction: str = "mean",
+    want_teacher_sum: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dino_loss(
+    student: Crops,
+    teacher: Crops,
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    pairs: str = "distinct",
+    teacher_probs: bool = False,
+    reduction: str = "mean",
+    want_teacher_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def dino_loss(
     student: Crops,
     teacher: Crops,
@@ -45,7 +71,50 @@ def dino_loss(
     reduction: str = "mean",
     want_teacher_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Documented at :func:`ssl_kernels.functional.dino_loss`."""
+    r"""Self-distillation of DINO: cross-entropy of the student's crops under the teacher's, over all pairs of crops.
+
+    .. math:: L_b = \frac{1}{P} \sum_{(t, v)} -\sum_k p_{tbk} \log \operatorname{softmax}_k(S_{vb} / \tau_s), \qquad
+              p_{tb} = \operatorname{softmax}((T_{tb} - c) / \tau_t)
+
+    where P is the number of pairs (t, v). The teacher's crops are the first of the student's, in the same order.
+
+    Args:
+        student: logits of V crops, as one tensor [V, B, K] or a sequence of crops [B, K] and blocks of crops [n, B, K],
+            float32, bfloat16, float16 or float64, any strides.
+        teacher: logits of T crops likewise, without gradient, of any of these dtypes.
+        student_temp, teacher_temp: :math:`\tau_s` and :math:`\tau_t`, positive floats or floating tensors of one
+            element, which the host does not read on a GPU; no gradient flows to them.
+        center: c, K floating elements in any shape; None is zero. That of :func:`sinkhorn_center` makes the p those of
+            Sinkhorn-Knopp.
+        pairs: "distinct" leaves out pairs of the same crop, t = v; "all" does not.
+        teacher_probs: ``teacher`` holds probabilities p instead of logits, and there is no centre.
+        reduction: "mean" or "sum" over the samples, or "none", [B].
+        want_teacher_sum: also return the sum of the teacher's logits over t and b, [K], from the same pass: divided by
+            T B it is what c moves towards, as by :class:`ssl_kernels.DINOLoss`.
+
+    Returns:
+        The loss, accumulated and returned in float32 (float64 for float64 logits), or a pair with the sum. The mean
+        over no samples is NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected; a teacher or a centre that requires
+            a gradient is to be detached.
+        RuntimeError: on double backward, which only the reference backend supports.
+
+    Each crop is visited once, however many pairs it is in. Probabilities are formed in float32 whatever the dtype of
+    the logits, and never written; those below e^-64 may count as 0. The gradient is written in the forward pass, one
+    exponential to an element, and handed over by the backward pass. Memory beside logits and gradient is a few rows of
+    K elements to a thread.
+
+    Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021, arXiv:2104.14294.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> student = torch.eye(3, 4).repeat(4, 1, 1).requires_grad_()  # two global crops and two local ones
+    >>> loss, teacher_sum = K.dino_loss(student, student[:2].detach(), center=torch.zeros(4), want_teacher_sum=True)
+    >>> loss.backward()
+    >>> round(loss.item(), 6), tuple(student.grad.shape), teacher_sum.tolist()
+    (0.000136, (4, 3, 4), [2.0, 2.0, 2.0, 0.0])
+    """
     students, teachers = as_blocks("student", student), as_blocks("teacher", teacher)
     _checks.check_choice("pairs", pairs, ("distinct", "all"))
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))

@@ -24,7 +24,40 @@ def ema_update_(
     momentum: Tensor | float,
     copies: Iterable[Tensor | None] | None = None,
 ) -> None:
-    """Documented at :func:`ssl_kernels.functional.ema_update_`."""
+    r"""Exponential moving average of a list of tensors, in place: :math:`t \leftarrow m\,t + (1 - m)\,s` for each.
+
+    All parameters of a model are one call and one pass over memory, whatever their sizes and dtypes, computed in
+    float32 (float64 where one of a pair is float64). With m = 1 targets keep every bit; with m = 0 they take those of
+    the sources, whatever they were.
+
+    Args:
+        targets: float32, bfloat16, float16 or float64 tensors of any shapes and strides, taken as constants by
+            autograd. In 16 bits an average stands still once a step is less than its rounding: keep it in float32.
+        sources: as many tensors of the same shapes, each of any of these dtypes. A source may be its own target, but
+            share no memory with others.
+        momentum: m in [0, 1], a float or a floating tensor of one element. A tensor on another device is not read by
+            the host, nor checked, and there m = 0 and m = 1 are exact for finite numbers only.
+        copies: as many tensors, or None for those without, that receive the new targets in their own dtype, such as
+            bfloat16 weights for inference of averages in float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected; also if a tensor is written twice.
+        RuntimeError: if contiguous tensors overlap of which one is written; by the kernels in C++ and CUDA C++, which
+            have everything but float64.
+
+    All tensors are on one device, and only DTensors of one sharding are paired: each process updates its own part.
+    Integer tensors are refused, for there is no average of counters; :class:`ssl_kernels.ModelEma` copies them.
+
+    Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722; Tarvainen & Valpola, Mean teachers, 2017,
+    arXiv:1703.01780.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> teacher, student = torch.zeros(2), torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    >>> copy = torch.empty(2, dtype=torch.float16)
+    >>> K.ema_update_([teacher], [student], 0.75, [copy])
+    >>> teacher.tolist(), copy.tolist()
+    ([0.25, 0.5], [0.25, 0.5])
+    """
     into, towards = _as_list("targets", targets), _as_list("sources", sources)
     beside: list[Any] = [None] * len(into) if copies is None else _as_list("copies", copies)
     if _update_plain(into, towards, beside, momentum):

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.dino import as_blocks, check_constant, distill
 
 
+@overload
+def ibot_patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None = None,
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    teacher_probs: bool = False,
+    reduction: str = "sum",
+    want_teacher_sum: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def ibot_patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None = None,
+    *,
+    student_temp: Tensor | float = 0.1,
+    teacher_temp: Tensor | float = 0.04,
+    center: Tensor | None = None,
+    teacher_probs: bool = False,
+    reduction: str = "sum",
+    want_teacher_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def ibot_patch_loss(
     student: Tensor,
     teacher: Tensor,
@@ -20,7 +48,32 @@ def ibot_patch_loss(
     reduction: str = "sum",
     want_teacher_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Documented at :func:`ssl_kernels.functional.ibot_patch_loss`."""
+    r"""Cross-entropy of masked patches under the teacher's view of them (iBOT), of the masked patches alone.
+
+    .. math:: L = \sum_i w_i \Big( -\sum_k p_{ik} \log \operatorname{softmax}_k(S_i / \tau_s) \Big), \qquad
+              p_i = \operatorname{softmax}((T_i - c) / \tau_t)
+
+    Args:
+        student, teacher: [N, K] logits of the N masked patches of a batch, as in :func:`dino_loss`.
+        weights: [N] floating weights w without gradient; None is 1. The mean over B images of the mean over an image's
+            masked patches has :math:`w_i = 1 / (B\, n)`, where n patches of its image are masked.
+        student_temp, teacher_temp, center, teacher_probs, want_teacher_sum: as in :func:`dino_loss`.
+        reduction: "sum" over the patches, or "none", [N].
+
+    Returns:
+        The loss, accumulated and returned in float32 (float64 for float64 logits), or a pair with the sum of the
+        teacher's logits. The sum over no patches is 0.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`dino_loss`.
+
+    Source: Zhou et al., iBOT, 2021, arXiv:2111.07832; Oquab et al., DINOv2, 2023, arXiv:2304.07193.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> logits = torch.eye(3, 4)
+    >>> round(K.ibot_patch_loss(logits, logits, weights=torch.full((3,), 1 / 3)).item(), 6)
+    0.000136
+    """
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")

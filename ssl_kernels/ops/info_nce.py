@@ -18,7 +18,40 @@ from ssl_kernels.settings import choose_backend
 def info_nce_loss(
     query: Tensor, positive: Tensor, negatives: Tensor, scale: Tensor | float, *, reduction: str = "mean"
 ) -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.info_nce_loss`."""
+    r"""InfoNCE loss of MoCo: one positive for each query, and negatives without gradient that all queries share.
+
+    .. math:: L_i = -\log \frac{\exp(t\, q_i \cdot p_i)}{\exp(t\, q_i \cdot p_i) + \sum_j \exp(t\, q_i \cdot k_j)}
+
+    Args:
+        query: [M, D] features, float32, bfloat16, float16 or float64, any strides. Normalise them first; the function
+            does not.
+        positive: [M, D] features, of the dtype and device of ``query``. They may require a gradient.
+        negatives: [K, D] features without gradient, such as :attr:`ssl_kernels.KeyQueue.keys`, of any of these dtypes
+            and any strides, read in place: for a queue that is stored as [D, K] pass ``queue.t()``.
+        scale: t = 1 / temperature, a float or a floating tensor of one element; gradients flow to tensors.
+        reduction: "mean" or "sum" over the rows, or "none", [M].
+
+    Returns:
+        The loss, accumulated and returned in float32 (float64 for float64 features). The mean over no rows is NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected; ``negatives`` that require a
+            gradient are to be detached.
+        RuntimeError: on double backward, which only the reference backend supports.
+
+    Under autocast, ``query`` and ``positive`` are cast as for a matrix product. Memory beside the arguments is a few
+    times [M, D] in float32 and one tile of similarities; no copy of ``negatives`` is made and none is kept for
+    backward, so that a queue may be updated before it. See also :func:`key_softmax`.
+
+    Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> query = torch.eye(2, 4).requires_grad_()
+    >>> loss = K.info_nce_loss(query, query.detach(), torch.eye(4)[2:], scale=1 / 0.2)
+    >>> loss.backward()
+    >>> round(loss.item(), 4), tuple(query.grad.shape)
+    (0.0134, (2, 4))
+    """
     query, positive = _checks.autocast_features(query, positive)
     _checks.check_features(query=query, positive=positive)
     check_same_rows(query, positive=positive)

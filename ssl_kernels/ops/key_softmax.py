@@ -27,7 +27,41 @@ from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
 def key_softmax(query: Tensor, keys: Tensor, scale: Tensor | float, *, want_mean: bool = True) -> tuple[Tensor, Tensor]:
-    """Documented at :func:`ssl_kernels.functional.key_softmax`."""
+    r"""Log-sum-exp and softmax-weighted mean of keys that receive no gradient, in one pass that keeps no similarities.
+
+    .. math:: \mathrm{lse}_i = \log \sum_j \exp(t\, q_i \cdot k_j), \qquad
+              \mathrm{mean}_i = \sum_j \operatorname{softmax}_j(t\, q_i \cdot k_j)\, k_j
+
+    What losses over frozen keys are made of: the cross-entropy against targets :math:`w_{ij}` that sum to 1 is
+    :math:`\mathrm{lse}_i - t\, q_i \cdot \sum_j w_{ij} k_j`, and over keys in several tensors
+    ``torch.logaddexp(lse_a, lse_b)`` is the log-sum-exp.
+
+    Args:
+        query: [M, D] features, float32, bfloat16, float16 or float64, any strides.
+        keys: [K, D] features without gradient, of any of these dtypes and any strides, read in place: for a queue that
+            is stored as [D, K] pass ``queue.t()``. The CPU multiplies in float32 (float64 for a float64 query),
+            a GPU in the dtype of ``query``, to which each key is cast as it is read.
+        scale: t = 1 / temperature, a float or a floating tensor of one element; gradients flow to tensors.
+        want_mean: whether the mean is needed. Without it, and without gradients, half of the work is left out.
+
+    Returns:
+        lse [M], differentiable in ``query`` and ``scale``, and mean [M, D], a constant to autograd; in float32 (float64
+        for a float64 query). Without ``want_mean`` the mean is not to be relied on, and may have no rows. Over no keys
+        lse is -inf and mean 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected; ``keys`` that require a gradient
+            are to be detached.
+        RuntimeError: on double backward, which only the reference backend supports.
+
+    Source: the running maximum and rescaling of Milakov and Gimelshein, Online normalizer calculation for softmax,
+    2018, arXiv:1805.02867.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> lse, mean = K.key_softmax(torch.eye(2), torch.eye(2), 2.0)
+    >>> [round(x, 4) for x in lse.tolist()], [round(x, 4) for x in mean[0].tolist()]
+    ([2.1269, 2.1269], [0.8808, 0.1192])
+    """
     (query,) = _checks.autocast_features(query)
     _checks.check_features(query=query)
     check_keys(query, keys=keys)

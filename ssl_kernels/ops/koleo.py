@@ -32,7 +32,43 @@ from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
 def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.koleo_loss`."""
+    r"""KoLeo: spreads the features of a batch by the distance of each to its nearest neighbour; in linear memory.
+
+    .. math:: L_i = -\log(\lVert u_i - u_{n(i)} + \epsilon \rVert + \epsilon), \qquad
+              u_i = \frac{x_i}{\max(\lVert x_i \rVert, \epsilon)}, \qquad n(i) = \arg\max_{j \ne i} u_i \cdot u_j
+
+    The neighbour is the first of those with the largest product, and a constant of the gradient.
+
+    Args:
+        x: [B, D] features, at least 2 rows, float32, bfloat16, float16 or float64, any strides. They are normalised
+            here.
+        eps: :math:`\epsilon > 0`; it is added to every component of the difference, as by
+            :class:`torch.nn.PairwiseDistance`.
+        reduction: "mean" or "sum" over the rows, or "none", [B].
+
+    Returns:
+        The loss, accumulated and returned in float32 (float64 for float64 features). That of two equal rows is finite,
+        about 15 for 1,024 features, and so is its gradient, of the order of 1 / :math:`\epsilon`, which float16
+        features cannot hold.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected. A single row has no neighbour.
+        RuntimeError: on double backward, which only the reference backend supports.
+
+    Autocast has no effect here: 16-bit features are compared as float32, whose products follow
+    ``torch.get_float32_matmul_precision()``. Each pair is multiplied once. Nothing of B x B elements is kept: beside a
+    few times [B, D] in float32, a tile of similarities takes at most ``SSL_KERNELS_WORKSPACE_MB`` megabytes.
+
+    Source: Sablayrolles et al., Spreading Vectors for Similarity Search, 2018, arXiv:1806.03198; Oquab et al., DINOv2,
+    2023, arXiv:2304.07193.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]], requires_grad=True)
+    >>> loss = K.koleo_loss(x)
+    >>> loss.backward()
+    >>> round(loss.item(), 4), tuple(x.grad.shape)
+    (-0.3466, (3, 2))
+    """
     _checks.check_features(x=x)
     if x.shape[0] < 2:
         raise ValueError(f"x: expected at least 2 rows, a row and its neighbour, got {x.shape[0]}")

@@ -12,7 +12,35 @@ from ssl_kernels.settings import choose_backend
 
 
 def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reduction: str = "mean") -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.nt_xent_loss`."""
+    r"""NT-Xent loss of SimCLR over two views of a batch, in memory linear in it, with exact gradients.
+
+    .. math:: L_i = \log \sum_{k \ne i} \exp(z_i \cdot z_k / \tau) - z_i \cdot z_{p(i)} / \tau
+
+    for the 2 N rows of z = [z0; z1], normalised here, where p(i) is the other view of i. Similarities are symmetric:
+    each is computed once.
+
+    Args:
+        z0: [N, D] features of one view, float32, bfloat16, float16 or float64, any strides.
+        z1: [N, D] features of the other, of the dtype and device of ``z0``.
+        temperature: tau > 0, a float or a floating tensor of one element; gradients flow to tensors.
+        reduction: "mean" or "sum" over all rows, or "none", [2 N].
+
+    Returns:
+        The loss, accumulated and returned in float32 (float64 for float64 features); 0 for no rows.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+        RuntimeError: on double backward, which only the reference backend supports.
+
+    Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020, arXiv:2002.05709.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> z0 = torch.arange(8.0).reshape(4, 2).requires_grad_()
+    >>> loss = K.nt_xent_loss(z0, z0.detach().flip(1), 0.5)
+    >>> loss.backward()
+    >>> round(loss.item(), 4), tuple(z0.grad.shape)
+    (2.2006, (4, 2))
+    """
     z0, z1 = _checks.autocast_widest(z0, z1)  # and not narrower, before they are normalised
     _checks.check_features(z0=z0, z1=z1)
     if z0.shape != z1.shape:

@@ -22,7 +22,28 @@ from ssl_kernels.settings import choose_backend
 
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = False) -> None:
-    """Documented at :func:`ssl_kernels.functional.enqueue_`."""
+    r"""Write keys over the oldest rows of a ring buffer, in place: row :math:`(\text{pointer} + r) \bmod K` for each r.
+
+    Args:
+        queue: [K, D], float32, bfloat16, float16 or float64, with rows that are contiguous in memory.
+        pointer: int64 tensor of one element on the device of ``queue``: the row that the next key goes to. It moves on
+            by B, modulo K, without synchronising the device with the host. On a GPU, it lies in [-2^52, 2^52).
+        keys: [B, D] of any of these dtypes, any strides and any B; of more than K keys the last K remain. They are
+            taken as constants, cast to the dtype of ``queue``.
+        normalize: divide each key by its norm first, as ``torch.nn.functional.normalize`` does, in float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+
+    Enqueue strictly after the loss: keys that are in the queue before it are among their own negatives. A queue belongs
+    to one CUDA stream at a time: on another, while a launch runs, the pointer may hold what its blocks count.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> queue, pointer = torch.zeros(4, 1), torch.tensor(3)
+    >>> K.enqueue_(queue, pointer, torch.tensor([[5.0], [6.0]]))
+    >>> queue.flatten().tolist(), pointer.item()
+    ([6.0, 0.0, 0.0, 5.0], 1)
+    """
     _check(queue, pointer, keys)
     backend = choose_backend(queue.device.type, torch.promote_types(queue.dtype, keys.dtype), in_cuda=True)
     if backend == "reference":

@@ -34,7 +34,16 @@ def sinkhorn_knopp(
     n_iterations: int = 3,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.sinkhorn_knopp`."""
+    r"""The Sinkhorn-Knopp assignment itself, [..., K] probabilities in float32: rows sum to 1, columns nearly to N / K.
+
+    It is ``centered_softmax(teacher, teacher_temp, sinkhorn_center(...))``; arguments and errors are those of
+    :func:`sinkhorn_center`. A loss needs the centre only.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> q = K.sinkhorn_knopp(torch.randn(8, 4), teacher_temp=0.04)
+    >>> torch.allclose(q.sum(1), torch.ones(8))
+    True
+    """
     center = sinkhorn_center(teacher, teacher_temp, n_iterations=n_iterations, group=group)
     return centered_softmax(teacher, teacher_temp, center)
 
@@ -46,7 +55,39 @@ def sinkhorn_center(
     n_iterations: int = 3,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.sinkhorn_center`."""
+    r"""The centre c with which softmax((T - c) / tau) is the Sinkhorn-Knopp assignment of samples to prototypes.
+
+    .. math:: v_k = \log \sum_i \exp(T_{ik} / \tau - u_i), \qquad u_i = \log \sum_k \exp(T_{ik} / \tau - v_k),
+              \qquad c = \tau v
+
+    from u = 0, ``n_iterations`` times. Given to :func:`dino_loss` or :func:`ibot_patch_loss` it makes the teacher's
+    probabilities those of DINOv2, which are never written.
+
+    Args:
+        teacher: [..., K] logits without gradient, one row to a sample, float32, bfloat16, float16 or float64.
+        teacher_temp: :math:`\tau`, a positive float or a floating tensor of one element.
+        n_iterations: how often columns and rows are scaled.
+        group: processes whose samples are assigned together, by all-reduces of K elements; None is all processes where
+            ``torch.distributed`` is initialised. Their numbers of samples may differ.
+
+    Returns:
+        [K], float32 (float64 for float64 logits), the same on all processes. Without samples it is 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+
+    Logits of any size are fine: nothing overflows and no column underflows. The logits are read ``n_iterations`` times
+    on a CPU.
+
+    Source: Cuturi, 2013, arXiv:1306.0895; Caron et al., SwAV, 2020, arXiv:2006.09882; Oquab et al., DINOv2, 2023,
+    arXiv:2304.07193.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> teacher = torch.tensor([[4.0, 0.0], [3.0, 0.0]])  # both prefer the first prototype
+    >>> center = K.sinkhorn_center(teacher, teacher_temp=1.0)
+    >>> [[round(p, 2) for p in row] for row in K.centered_softmax(teacher, 1.0, center).tolist()]
+    [[0.62, 0.38], [0.38, 0.62]]
+    """
     rows, temp = _checked(teacher, teacher_temp)
     if not isinstance(n_iterations, int) or isinstance(n_iterations, bool) or n_iterations < 1:
         raise ValueError(f"n_iterations: expected an int, at least 1, got {n_iterations!r}")
@@ -64,7 +105,20 @@ def sinkhorn_center(
 
 
 def centered_softmax(teacher: Tensor, teacher_temp: Tensor | float, center: Tensor | None = None) -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.centered_softmax`."""
+    r"""Probabilities :math:`\operatorname{softmax}_k((T - c) / \tau)` in float32, for code that wants to hold them.
+
+    Args:
+        teacher: [..., K] logits without gradient, float32, bfloat16, float16 or float64, any strides.
+        teacher_temp: :math:`\tau`, a positive float or a floating tensor of one element.
+        center: c, K floating elements in any shape; None is zero.
+
+    Returns:
+        The shape of ``teacher`` in float32 (float64 for float64 logits).
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> [round(p, 2) for p in K.centered_softmax(torch.tensor([[1.0, 2.0]]), 1.0, torch.tensor([0.0, 1.0]))[0].tolist()]
+    [0.5, 0.5]
+    """
     rows, temp = _checked(teacher, teacher_temp)
     check_constant("center", center)
     center = as_center(center, rows.shape[1], rows)

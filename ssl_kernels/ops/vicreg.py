@@ -40,7 +40,44 @@ def vicreg_loss(
     covariance_weight: float = 1.0,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Documented at :func:`ssl_kernels.functional.vicreg_loss`."""
+    r"""VICReg: invariance between two views, variance and decorrelation of the features within each.
+
+    .. math:: L = \frac{\lambda}{n D} \sum_{ij} (a_{ij} - b_{ij})^2
+                + \frac{\mu}{2} [v(a) + v(b)] + \nu [c(a) + c(b)]
+
+    .. math:: v(z) = \frac{1}{D} \sum_j \max\Big(0, 1 - \sqrt{C_{jj} + \epsilon}\Big), \qquad
+              c(z) = \frac{1}{D} \sum_{j \ne k} C_{jk}^2, \qquad C = \operatorname{cov}(z) \text{ over } n - 1
+
+    as in the authors' code and in lightly. The paper's sum of both v, also solo-learn's, is twice as much: there pass
+    twice the weight.
+
+    Args:
+        za, zb: [n, D] features of two views, at least 2 rows, float32, bfloat16, float16 or float64, any strides.
+        invariance_weight, variance_weight, covariance_weight: :math:`\lambda, \mu, \nu`.
+        eps: :math:`\epsilon > 0`.
+
+    Returns:
+        The loss, computed and returned in float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+        RuntimeError: on double backward, which only the reference backend supports.
+
+    Where 2 n <= D, the squares are summed and differentiated through the n x n products of rows instead of C, which
+    takes D / n times fewer operations; their rounding is then relative to the sum of all squared covariances, diagonal
+    included. Of either matrix no more exists at a time than ``SSL_KERNELS_WORKSPACE_MB`` megabytes. The gradients are
+    made in the forward pass and kept, [n, D] each in float32. Autocast has no effect here; float32 products follow
+    ``torch.get_float32_matmul_precision()``.
+
+    Source: Bardes et al., VICReg: Variance-Invariance-Covariance Regularization, 2021, arXiv:2105.04906.
+
+    >>> import torch, ssl_kernels.functional as K
+    >>> za = torch.arange(12.0).reshape(4, 3).sin().requires_grad_()
+    >>> loss = K.vicreg_loss(za, za.detach().flip(0))
+    >>> loss.backward()
+    >>> round(loss.item(), 3), tuple(za.grad.shape)
+    (57.449, (4, 3))
+    """
     za, zb = _checks.autocast_widest(za, zb)
     check_views(za, zb)
     _checks.check_numbers(
