@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,14 @@ from ssl_kernels.ops._checks import check_fraction
 class ModelEma(nn.Module):
     r"""A copy of a model whose parameters follow it as :math:`\theta_t \leftarrow m\,\theta_t + (1 - m)\,\theta_s`.
 
-    Calling it calls the copy, :attr:`module`, which is never trained; checkpoints hold it under ``module.``. Copy and
-    model are paired by name at every update, so a model that is moved or cast afterwards is followed too; a tied
-    parameter is averaged once. Update it once per optimizer step, not per micro-batch, or m means something else.
+    Calling it calls the copy, :attr:`module`, which is never trained. Copy and model are paired by name at every
+    update, so a model that is moved or cast afterwards is followed too; a tied parameter is averaged once. Update it
+    once per optimizer step, not per micro-batch, or m means something else.
+
+    What wraps a model makes no difference: ``torch.compile``, DataParallel, DistributedDataParallel and Fabric, in any
+    order, here or at an update. The copy is of the model below, so wrap it too if it is to be compiled. Checkpoints
+    hold it under ``module.`` with the names of that model, whether or not it was wrapped; those with ``module.`` and
+    ``_orig_mod.`` of wrappers in their names load as well. Parts that are compiled are paired likewise, but stay.
 
     Shard it as the model: make it first, then ``fully_shard`` both ``model`` and ``ema.module``, and each process
     averages its own part.
@@ -28,7 +33,8 @@ class ModelEma(nn.Module):
         model: what to follow; the copy starts as its equal, in the same mode. Put it into ``eval()`` where needed.
         momentum: m in [0, 1], unless :meth:`update` is given another.
         buffers: "average" treats floating buffers that ``state_dict`` holds (statistics of BatchNorm) as parameters,
-            "copy" copies them. Integers and buffers outside of ``state_dict`` are copied either way.
+            "copy" copies them. Integers and buffers outside of ``state_dict`` are copied either way, the latter only
+            where both have one of the same shape: a cache that grows with the sequence is each model's own.
         dtype: in which the copy is kept, such as float32 for a bfloat16 model: in 16 bits an average stands still once
             a step is less than its rounding. None keeps the model's.
 
@@ -63,7 +69,8 @@ class ModelEma(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
         self.momentum, self.buffers_are = _checked(momentum), buffers
-        self.module = copy.deepcopy(model).to(dtype=dtype).requires_grad_(False)
+        self.module = copy.deepcopy(_unwrapped(model)).to(dtype=dtype).requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_leave_out_wrappers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -75,17 +82,28 @@ class ModelEma(nn.Module):
         """Move towards ``model``.
 
         Args:
-            model: as at the start, but for its values, dtypes and devices.
+            model: as at the start, but for its values, dtypes, devices and wrappers.
             momentum: instead of the usual one; a tensor of one element is not read by the host, if it is on a GPU.
             copies_to: another copy of the model, in bfloat16 for fast inference, say, that becomes the average's equal
                 in the same pass over memory.
         """
         m = self.momentum if momentum is None else _checked(momentum)
+        self._follow(model, m, copies_to, self.buffers_are == "average")
+
+    def _follow(
+        self, model: nn.Module, momentum: float | Tensor, copies_to: nn.Module | None, average_buffers: bool
+    ) -> None:
         for module in (self.module, model, *([] if copies_to is None else [copies_to])):
             _reshard(module)
+        ours, theirs = _tensors(self.module), _tensors(model)
+        others = None if copies_to is None else _tensors(copies_to)
+        _check_alike("model", ours, theirs)
+        if others is not None:
+            _check_alike("copies_to", ours, others)
         averaged: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor | None]]] = {}
-        for kind, target, source, beside in _matched(self.module, model, copies_to):
-            if kind == "parameter" or (kind == "statistic" and self.buffers_are == "average"):
+        for name, target in ours.saved.items():
+            source, beside = theirs.saved[name], None if others is None else others.saved[name]
+            if name in ours.parameters or (average_buffers and target.is_floating_point()):
                 targets, sources, copies = averaged.setdefault(target.device, ([], [], []))
                 targets.append(target)
                 sources.append(source.to(target.device))
@@ -95,7 +113,12 @@ class ModelEma(nn.Module):
                 if beside is not None:
                     beside.copy_(source)
         for device, (targets, sources, copies) in averaged.items():
-            self._average(targets, sources, m.to(device) if isinstance(m, Tensor) else m, copies)
+            self._average(targets, sources, momentum.to(device) if isinstance(momentum, Tensor) else momentum, copies)
+        for follower in (ours, *([] if others is None else [others])):
+            for name, target in follower.unsaved.items():
+                found = theirs.unsaved.get(name)
+                if found is not None and found.shape == target.shape:
+                    target.copy_(found)
 
     def _average(
         self, targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor, copies: list[Tensor | None]
@@ -145,47 +168,74 @@ def ema_multi_avg_fn(
     return average
 
 
-def _matched(
-    average: nn.Module, model: nn.Module, copies_to: nn.Module | None
-) -> list[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """Kind, and the tensors of one name in each."""
-    ours, theirs = list(_named(average)), _paired(average, "model", model)
-    copies = [None] * len(ours) if copies_to is None else _paired(average, "copies_to", copies_to)
-    return [
-        (kind, target, source, beside) for (_, kind, target), source, beside in zip(ours, theirs, copies, strict=True)
-    ]
+class _Tensors(NamedTuple):
+    """Those of a module by name, tied ones once."""
+
+    saved: dict[str, Tensor]  # parameters, then the buffers of state_dict
+    parameters: set[str]  # those of them that can be averaged
+    unsaved: dict[str, Tensor]  # masks, of which there is no average between two infinities, and caches
 
 
-def _paired(average: nn.Module, argument: str, module: nn.Module) -> list[Tensor]:
-    """Tensors of the module, in the order of the average's."""
-    nothing = ("nothing", "", torch.empty(0))
-    tensors = []
-    for (name, _, target), (other, _, tensor) in itertools.zip_longest(
-        _named(average), _named(module), fillvalue=nothing
+def _tensors(module: nn.Module) -> _Tensors:
+    parameters, buffers, unsaved = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    seen = set[Tensor]()
+    for prefix, part in _parts(module):
+        for found, into in ((part._parameters, parameters), (part._buffers, buffers)):
+            for name, tensor in found.items():
+                if tensor is None or tensor in seen:
+                    continue
+                seen.add(tensor)
+                outside = into is buffers and name in part._non_persistent_buffers_set
+                (unsaved if outside else into)[prefix + name] = tensor
+    # A complex one is to be refused, not copied.
+    averaged = {name for name, tensor in parameters.items() if tensor.is_floating_point() or tensor.is_complex()}
+    return _Tensors({**parameters, **buffers}, averaged, unsaved)
+
+
+def _check_alike(argument: str, ours: _Tensors, theirs: _Tensors) -> None:
+    nothing = ("nothing", torch.empty(0))
+    for (name, target), (other, tensor) in itertools.zip_longest(
+        ours.saved.items(), theirs.saved.items(), fillvalue=nothing
     ):
         if name != other or target.shape != tensor.shape:
             raise ValueError(
-                f"{argument}: expected {name} {list(target.shape)} as the average has, got {other} "
-                f"{list(tensor.shape)}; update() takes the model itself, not what wraps it"
+                f"{argument}: expected {name} {list(target.shape)} as the average has, got {other} {list(tensor.shape)}"
             )
-        tensors.append(tensor)
-    return tensors
 
 
-def _named(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Name, kind and tensor of every parameter and buffer, tied ones once."""
-    for name, parameter in module.named_parameters():
-        averages = parameter.is_floating_point() or parameter.is_complex()  # the latter to be refused, not copied
-        yield name, "parameter" if averages else "constant", parameter
-    # Masks and the like are not averaged: between two infinities there is no middle.
-    constants = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, part in module.named_modules()
-        for name in part._non_persistent_buffers_set
-    }
-    for name, buffer in module.named_buffers():
-        averages = buffer.is_floating_point() and name not in constants
-        yield name, "statistic" if averages else "constant", buffer
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below, each once, and what its tensors' names begin with; wrappers and their names are left out."""
+    waiting, seen = [("", module)], set[nn.Module]()
+    while waiting:
+        prefix, module = waiting.pop()
+        module = _unwrapped(module)
+        if module not in seen:
+            seen.add(module)
+            yield prefix, module
+            children = reversed(module._modules.items())
+            waiting += [(f"{prefix}{name}.", child) for name, child in children if child is not None]
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model below ``torch.compile``, Fabric, DataParallel and DistributedDataParallel, in any order."""
+    while True:
+        inner = module._modules.get("_orig_mod", module._modules.get("_original_module"))
+        if inner is None and isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner
+
+
+def _leave_out_wrappers(average: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Rename what an average of a wrapped model saved to the names that this one has."""
+    ours = {name.replace("_orig_mod.", ""): name for name in average.state_dict()}
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key[len(prefix) :].replace("_orig_mod.", "")
+        while name not in ours and name.startswith("module.module."):
+            name = name.removeprefix("module.")
+        if name in ours:
+            state[prefix + ours[name]] = state.pop(key)
 
 
 def _reshard(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from peers import assert_same_signature
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ssl_kernels.ema import ema_multi_avg_fn
+from ssl_kernels.ema import ModelEma, ema_multi_avg_fn
 from ssl_kernels.integrations.lightly import update_momentum
 from ssl_kernels.integrations.solo import MomentumUpdater
 from ssl_kernels.integrations.timm import ModelEmaV3
@@ -56,7 +56,7 @@ def test_timm_signatures(timm_ema: Any) -> None:
     if "stochastic_rounding" not in inspect.signature(timm_ema.__init__).parameters:
         pytest.skip("this timm is older than the arguments that ours has")
     assert_same_signature(ModelEmaV3, timm_ema)
-    for name in ("update", "set", "get_decay"):
+    for name in ("update", "apply_update_", "apply_update_no_buffers_", "set", "get_decay"):
         ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (ModelEmaV3, timm_ema))
         assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
@@ -103,6 +103,58 @@ def test_timm_checkpoints(timm_ema: Any) -> None:
     assert_same_state(ours.module, other, rtol=0, atol=0)
     theirs.load_state_dict(ModelEmaV3(model).state_dict())
     assert_same_state(theirs.module, model, rtol=0, atol=0)
+
+
+def test_timm_attributes(timm_ema: Any) -> None:
+    """Its trainer and its users read these."""
+    options = {"decay": 0.9, "device": torch.device("cpu"), "dtype": torch.float64, "stochastic_rounding_seed": 3}
+    ours, theirs = ModelEmaV3(net(), **options), timm_ema(net(), **options)
+    for name in set(dir(theirs)) - set(dir(nn.Module())):
+        expected = getattr(theirs, name)
+        if not name.startswith("_") and not callable(expected):
+            assert getattr(ours, name) == expected, name
+
+
+def test_timm_single_updates(timm_ema: Any) -> None:
+    """With a decay of the caller, and with an attribute that changes on the way."""
+    model = net()
+    averages = ModelEmaV3(model), timm_ema(model)
+    for step, name in enumerate(("apply_update_", "apply_update_no_buffers_")):
+        walk(model, step)
+        for average in averages:
+            with torch.no_grad():
+                getattr(average, name)(model, 0.7)
+        assert_same_state(*averages)
+    for average in averages:
+        average.exclude_buffers, average.decay = True, 0.3
+        average.update(model)
+    assert_same_state(*averages)
+    assert averages[0].module[1].running_mean.tolist() == model[1].running_mean.tolist()
+
+
+def test_timm_of_wrapped_models(timm_ema: Any, tmp_path: Any) -> None:
+    """As its trainers pass them, and the files that its ``CheckpointSaver`` writes."""
+    utils = pytest.importorskip("timm.utils")
+    model = net()
+    ours, theirs = ModelEmaV3(torch.compile(model), decay=0.9), timm_ema(torch.compile(model), decay=0.9)
+    walk(model, 0)
+    for average in (ours, theirs):
+        average.update(torch.compile(model))
+    assert_same_state(utils.unwrap_model(ours), utils.unwrap_model(theirs))
+    optimizer, saved = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for average in (ours, theirs):
+        saver = utils.CheckpointSaver(model, optimizer, model_ema=average, checkpoint_dir=tmp_path)
+        saver.save_checkpoint(epoch=0, metric=0.0)
+        saved.append(torch.load(tmp_path / "last.pth.tar", weights_only=False)["state_dict_ema"])
+    assert saved[0].keys() == saved[1].keys() == model.state_dict().keys()
+    fresh = ModelEmaV3(net())
+    fresh.load_state_dict(theirs.state_dict())
+    assert_same_state(fresh.module, utils.unwrap_model(theirs), rtol=0, atol=0)
+    compiled = torch.compile(ours, backend="eager")
+    walk(model, 1)
+    compiled.update(model)
+    theirs.update(torch.compile(model))
+    assert_same_state(utils.unwrap_model(compiled), utils.unwrap_model(theirs))
 
 
 def test_timm_averages_tied_weights_once() -> None:
@@ -169,6 +221,35 @@ def test_lightly_update_momentum(dtype: torch.dtype) -> None:
         update_momentum(model, average, m=0.9)
         theirs(model, other, m=0.9)
     assert_same_state(average, other)
+
+
+def test_pairs_by_order_take_wrapped_models() -> None:
+    model, average = net(), net()
+    start = copy.deepcopy(average)
+    update_momentum(torch.compile(model), nn.DataParallel(average), m=0.75)
+    MomentumUpdater(0.5).update(nn.DataParallel(model), torch.compile(average))
+    for new, old, towards in zip(average.parameters(), start.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.375 * old + 0.625 * towards)
+    averaged = AveragedModel(torch.compile(model), multi_avg_fn=ema_multi_avg_fn(0.75))
+    averaged.update_parameters(nn.DataParallel(model))  # copies
+    old = copy.deepcopy(model)
+    walk(model, 0)
+    averaged.update_parameters(nn.DataParallel(model))
+    update_momentum(model, old, m=0.75)
+    for new, expected in zip(averaged.parameters(), old.parameters(), strict=True):
+        torch.testing.assert_close(new, expected)
+
+
+def test_a_model_that_fabric_wraps() -> None:
+    fabric = pytest.importorskip("lightning.fabric", reason="Lightning is not installed").Fabric(accelerator="cpu")
+    model = net()
+    wrapped = fabric.setup_module(torch.compile(model))
+    averages = ModelEma(model, 0.75), ModelEma(wrapped, 0.75)
+    walk(model, 0)
+    averages[0].update(wrapped)
+    averages[1].update(model)
+    assert_same_state(*averages, rtol=0, atol=0)
+    torch.testing.assert_close(averages[0].module[1].running_mean, 0.25 * model[1].running_mean)
 
 
 def test_lightly_update_momentum_refuses_another_network() -> None:

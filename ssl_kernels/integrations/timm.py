@@ -15,8 +15,11 @@ class ModelEmaV3(ModelEma):
     .. math:: d_{\mathrm{step}} = \min\left(d,\ 1 - (1 + n / \gamma)^{-p}\right), \qquad
               n = \mathrm{step} - \mathrm{update\_after\_step} - 1 > 0
 
-    Checkpoints are timm's. Unlike timm's, tied parameters are averaged once, not once for each of their names, buffers
-    outside of ``state_dict`` are copied, and a model whose parameters have other names or shapes is refused.
+    Checkpoints are timm's. Those that its ``CheckpointSaver`` writes never name what wraps a model, and neither do
+    these: the average is of the model below ``torch.compile``, DataParallel or DistributedDataParallel, and loads what
+    timm's average of a wrapped model has saved. Unlike timm's, tied parameters are averaged once, not once for each of
+    their names, buffers outside of ``state_dict`` are copied, and a model whose parameters have other names or shapes
+    is refused.
 
     Args:
         model: what to follow; the copy is put into ``eval()``.
@@ -60,7 +63,7 @@ class ModelEmaV3(ModelEma):
         foreach: bool = True,
         exclude_buffers: bool = False,
     ) -> None:
-        super().__init__(model, decay, buffers="copy" if exclude_buffers else "average", dtype=dtype)
+        super().__init__(model, decay, dtype=dtype)
         self.module.eval().to(device=device)
         self.decay = decay
         self.min_decay = min_decay
@@ -68,7 +71,12 @@ class ModelEmaV3(ModelEma):
         self.use_warmup = use_warmup
         self.warmup_gamma = warmup_gamma
         self.warmup_power = warmup_power
+        self.foreach = foreach
+        self.device = device
+        self.dtype = dtype
         self.stochastic_rounding = stochastic_rounding
+        self.stochastic_rounding_seed = stochastic_rounding_seed
+        self.exclude_buffers = exclude_buffers
         device = next((parameter.device for parameter in self.module.parameters()), None)
         self._generator = torch.Generator(device or "cpu").manual_seed(stochastic_rounding_seed)
 
@@ -84,11 +92,26 @@ class ModelEmaV3(ModelEma):
         return max(min(1 - (1 + updates / self.warmup_gamma) ** -self.warmup_power, self.decay), self.min_decay)
 
     def update(self, model: nn.Module, step: int | None = None) -> None:  # type: ignore[override]
-        super().update(model, self.get_decay(step))
+        """Move towards ``model``, with the decay of ``step``."""
+        decay = self.get_decay(step)
+        if self.exclude_buffers:
+            self.apply_update_no_buffers_(model, decay)
+        else:
+            self.apply_update_(model, decay)
+
+    @torch.no_grad()
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move parameters and buffers towards those of ``model``."""
+        self._follow(model, decay, None, average_buffers=True)
+
+    @torch.no_grad()
+    def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
+        """Move parameters towards those of ``model``, and copy its buffers."""
+        self._follow(model, decay, None, average_buffers=False)
 
     def set(self, model: nn.Module) -> None:
         """Make the average the model's equal."""
-        super().update(model, 0.0)
+        self.apply_update_(model, 0.0)
 
     def _average(
         self, targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor, copies: list[Tensor | None]
