@@ -309,9 +309,10 @@ def test_koleo(loss: type[nn.Module]) -> None:
 
 
 WORKER = """
+import types
 import ssl_kernels
 from ssl_kernels import DINOLoss, IBOTPatchLoss
-from ssl_kernels.integrations import dino, dinov2
+from ssl_kernels.integrations import dino, dinov2, dinov3
 from ssl_kernels.losses.center import move_, total_of
 torch.manual_seed(0)
 
@@ -343,6 +344,31 @@ for shares in ([4, 4], [5, 2], [0, 3], [0, 0]):
         deferred.state_dict()  # what one process alone does: no new communication
     deferred.apply_center_update()
     torch.testing.assert_close(deferred.center.flatten(), expected)
+
+
+def assignment(teacher, temp):
+    q = torch.exp(teacher.double() / temp)
+    for _ in range(3):
+        q = q / q.sum(0)
+        q = q / q.sum(1, keepdim=True)
+    return q.float()
+
+
+# The subgroups of DINOv3, as its own code keeps them.
+subgroups = sys.modules["dinov3.distributed"] = types.ModuleType("dinov3.distributed")
+everyone = torch.randn(1, 12, 20)
+own = everyone[:, [slice(7), slice(7, 12)][rank]]
+for group, rows in ((None, everyone), (dist.new_subgroups(group_size=1)[0], own)):
+    subgroups.get_process_subgroup = lambda: group
+    criterion, patches = dinov3.DINOLoss(20), dinov3.iBOTPatchLoss(20)
+    expected = assignment(rows[0], 0.5)[:7 if rank == 0 or group else None][-own.shape[1]:]
+    for function in (criterion.sinkhorn_knopp_teacher, patches.sinkhorn_knopp_teacher, dinov3.SinkhornKnoppTeacher()):
+        torch.testing.assert_close(function(own[0], 0.5), expected)
+    criterion.update_center(own[0])
+    patches.update_center(own)
+    for loss in (criterion, patches):
+        loss.apply_center_update()
+        torch.testing.assert_close(loss.center.flatten(), 0.1 * rows[0].mean(0))
 """
 
 

@@ -315,6 +315,13 @@ for shares in ([10, 10], [13, 7], [0, 20], [0, 0]):
         both = [torch.empty_like(center) for _ in range(world)]
         dist.all_gather(both, center)
         assert torch.equal(*both)
+
+group = dist.new_group([0])
+try:
+    K.sinkhorn_knopp(everyone, 0.07, group=group)
+    assert rank == 0
+except ValueError as error:
+    assert rank == 1 and str(error) == "group: expected a group that this process is in, got one of other processes"
 """
 
 

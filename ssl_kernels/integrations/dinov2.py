@@ -37,6 +37,11 @@ class CenteredLoss(nn.Module):
         self.register_state_dict_pre_hook(_apply_center_update)
         self.register_load_state_dict_pre_hook(_forget_center_updates)
 
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        """Processes that have a centre and an assignment in common; None is all of them."""
+        return None
+
     def init_weights(self) -> None:
         """Set the centre to 0, where it is from the start unless the module was made on the meta device."""
         self.center.zero_()
@@ -58,7 +63,7 @@ class CenteredLoss(nn.Module):
     @torch.no_grad()
     def reduce_center_update(self, teacher_output: Tensor) -> None:
         total = total_of(teacher_output)
-        self._waiting.append((total, all_reduce_(total, async_op=True)))
+        self._waiting.append((total, all_reduce_(total, self._group, async_op=True)))
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
@@ -102,7 +107,7 @@ class DINOLoss(CenteredLoss):
         self, teacher_output: Tensor, teacher_temp: Tensor | float, n_iterations: int = 3
     ) -> Tensor:
         """Assignment of the rows [N, K] of all processes; N may differ between them."""
-        return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations)
+        return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, group=self._group)
 
     def forward(
         self,
@@ -148,7 +153,7 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801
         n_iterations: int = 3,
     ) -> Tensor:
         """Assignment of the rows [N, K] of all processes. Their number cancels, so it is neither needed nor written."""
-        return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations)
+        return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, group=self._group)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
         """The mean over images of the mean over their masked patches, of logits and probabilities [B, patches, K]."""

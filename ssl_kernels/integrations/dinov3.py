@@ -1,15 +1,29 @@
-"""The losses of DINOv3's own code, argument for argument: those of DINOv2 but for what is here."""
+"""The losses of DINOv3's own code, argument for argument: those of DINOv2 but for what is here.
+
+The centre and Sinkhorn-Knopp are over the processes of ``dinov3.distributed.get_process_subgroup()``, which DINOv3's
+trainer sets, in a program that has imported ``dinov3.distributed``; in another one they are over all processes. For any
+other group pass it to :class:`ssl_kernels.SinkhornKnopp`.
+"""
 
 from __future__ import annotations
 
+import sys
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels.integrations import dinov2
-from ssl_kernels.integrations.dinov2 import KoLeoLoss, iBOTPatchLoss
+from ssl_kernels.integrations.dinov2 import KoLeoLoss
 
 __all__ = ["DINOLoss", "KoLeoLoss", "SinkhornKnoppTeacher", "iBOTPatchLoss"]
+
+
+def _process_subgroup() -> dist.ProcessGroup | None:
+    """Asked at every use, for DINOv3 makes its groups when it likes; None is all processes."""
+    distributed = sys.modules.get("dinov3.distributed")
+    return None if distributed is None else distributed.get_process_subgroup()
 
 
 class DINOLoss(dinov2.DINOLoss):
@@ -26,6 +40,10 @@ class DINOLoss(dinov2.DINOLoss):
     >>> loss = criterion(logits, probabilities, ignore_diagonal=True)
     """
 
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return _process_subgroup()
+
     def forward(self, student_logits: Tensor, teacher_probs: Tensor, ignore_diagonal: bool = False) -> Tensor:  # type: ignore[override]
         """The mean over pairs of crops and over samples, of logits [V, B, K] and probabilities [T, B, K].
 
@@ -38,6 +56,26 @@ class DINOLoss(dinov2.DINOLoss):
             pairs="distinct" if ignore_diagonal else "all",
             teacher_probs=True,
         )
+
+
+class iBOTPatchLoss(dinov2.iBOTPatchLoss):  # noqa: N801
+    """Replaces ``dinov3.loss.iBOTPatchLoss``; checkpoints load both ways.
+
+    Args:
+        patch_out_dim: number of prototypes K.
+        student_temp, center_momentum: of the student's softmax, and of the centre.
+
+    >>> import torch
+    >>> from ssl_kernels.integrations.dinov3 import iBOTPatchLoss
+    >>> criterion, masks = iBOTPatchLoss(16), torch.tensor([[True, False, True], [False, True, False]])
+    >>> student, teacher = torch.randn(3, 16), torch.randn(3, 16)
+    >>> assigned = criterion.sinkhorn_knopp_teacher(teacher, 0.07, n_masked_patches_tensor=masks.sum())
+    >>> loss = criterion.forward_masked(student, assigned, masks)
+    """
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return _process_subgroup()
 
 
 class SinkhornKnoppTeacher(nn.Module):
@@ -57,5 +95,5 @@ class SinkhornKnoppTeacher(nn.Module):
         n_masked_patches_tensor: Tensor | None = None,
         n_iterations: int = 3,
     ) -> Tensor:
-        """Assignment of the rows [N, K] of all processes. Their number cancels, so it is neither needed nor written."""
-        return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations)
+        """Assignment of the rows [N, K] of the subgroup. Their number cancels, so it is neither needed nor written."""
+        return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, group=_process_subgroup())

@@ -91,6 +91,8 @@ def sinkhorn_center(
     rows, temp = _checked(teacher, teacher_temp)
     if not isinstance(n_iterations, int) or isinstance(n_iterations, bool) or n_iterations < 1:
         raise ValueError(f"n_iterations: expected an int, at least 1, got {n_iterations!r}")
+    if group is not None and dist.get_rank(group) < 0:  # torch would warn, and exchange nothing
+        raise ValueError("group: expected a group that this process is in, got one of other processes")
     backend = choose_backend(rows.device.type, rows.dtype)
     if backend == "reference":
         return reference(rows, temp, n_iterations, group)
