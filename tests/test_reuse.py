@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -43,8 +47,12 @@ def test_free_memory_is_given_out_again() -> None:
         lambda t: t.numpy(),
         lambda t: [t.view(-1, 1)],
         lambda t: t.untyped_storage(),
+        lambda t: memoryview(t.numpy())[1:],
+        lambda t: t.__dlpack__(),
+        lambda t: torch.from_dlpack(t),
+        lambda t: t.new_empty(0).set_(t),
     ],
-    ids=["tensor", "view", "detached", "numpy", "list", "storage"],
+    ids=["tensor", "view", "detached", "numpy", "list", "storage", "buffer", "capsule", "dlpack", "set"],
 )
 def test_memory_in_use_is_not(use: Callable[[Tensor], object]) -> None:
     first = empty(SHAPE, LIKE)
@@ -53,6 +61,25 @@ def test_memory_in_use_is_not(use: Callable[[Tensor], object]) -> None:
     assert empty(SHAPE, LIKE).data_ptr() != address
     del user
     assert empty(SHAPE, LIKE).data_ptr() == address
+
+
+def test_who_else_refers_to_the_memory_makes_no_difference() -> None:
+    """References are not counted: without Python's global lock a count says little."""
+    address = empty(SHAPE, LIKE).data_ptr()
+    reference = reuse._held[0].bytes
+    assert empty(SHAPE, LIKE).data_ptr() == address
+    del reference
+
+
+def test_a_tensor_sent_to_another_process_leaves_its_memory() -> None:
+    """As a DataLoader's worker does; a pickle is a copy."""
+    sent, pickled = empty(SHAPE, LIKE).fill_(1.0), pickle.dumps(empty((4,), LIKE).fill_(2.0))
+    address = sent.data_ptr()
+    ForkingPickler.dumps(sent)  # moves the storage to shared memory
+    again = empty(SHAPE, LIKE).fill_(3.0)
+    assert again.data_ptr() == address
+    assert sent.unique().tolist() == [1.0]
+    assert pickle.loads(pickled).tolist() == 4 * [2.0]
 
 
 def test_another_size_gets_memory_of_its_own() -> None:
@@ -101,6 +128,48 @@ def test_accumulated_gradients_survive_the_next_step() -> None:
     for _ in range(2):
         K.dino_loss(twice, teacher).backward()
     torch.testing.assert_close(twice.grad, 2 * once.grad)
+
+
+def test_a_graph_that_is_kept_and_gradients_that_hooks_keep() -> None:
+    student, teacher = torch.randn(3, 4, 2**17), torch.randn(2, 4, 2**17)
+    once, leaf = (student.clone().requires_grad_() for _ in range(2))
+    K.dino_loss(once, teacher).backward()
+    seen: list[Tensor] = []
+    leaf.register_hook(seen.append)
+    loss = K.dino_loss(leaf, teacher)
+    for keep in (True, True, False):
+        loss.backward(retain_graph=keep)
+        K.dino_loss(student.clone().requires_grad_(), teacher).backward()  # another step in between
+    torch.testing.assert_close(leaf.grad, 3 * once.grad)
+    assert len(seen) == 3
+    for gradient in seen[:2]:  # .backward() adds to the first, as it does in plain PyTorch
+        assert gradient is leaf.grad or torch.equal(gradient, once.grad)
+
+
+def test_threads_do_not_share_memory() -> None:
+    """Each makes steps of its own numbers at the same time, and meets no others in its gradients."""
+    steps, threads = 4, 2
+    barrier = threading.Barrier(threads)
+    students, teacher = torch.randn(threads, 3, 4, 2**17), torch.randn(2, 4, 2**17)
+
+    def gradients(student: Tensor) -> list[Tensor]:
+        found = []
+        for _ in range(steps):
+            leaf = student.clone().requires_grad_()
+            loss = K.dino_loss(leaf, teacher)
+            barrier.wait(60)
+            loss.backward()
+            assert leaf.grad is not None
+            found.append(leaf.grad.double().square().sum())
+        return found
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(gradients, students))
+    for student, sums in zip(students, found, strict=True):
+        leaf = student.clone().requires_grad_()
+        K.dino_loss(leaf, teacher).backward()
+        assert leaf.grad is not None
+        assert sums == steps * [leaf.grad.double().square().sum()]
 
 
 def test_an_output_that_varies_has_one_memory() -> None:

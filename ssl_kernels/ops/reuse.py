@@ -1,15 +1,16 @@
-"""Memory of large outputs on the CPU that the next step reuses.
+"""Memory on the CPU that the next step reuses.
 
 Memory of tens of megabytes goes back to the system when it is freed, and the next step pays for every page of it again:
 for the gradient of DINO's logits as much time as for computing it. So the memory of the last few outputs is held, and
-given out again once no tensor uses it any more, as the allocators of GPUs do.
+given out again once no tensor uses it any more, as the allocators of GPUs do. Tiles, which are many and alike, are held
+as they are, and freed just before as many are made.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,14 +28,12 @@ class _Memory:
     def __init__(self, nbytes: int) -> None:
         self.size = nbytes
         self.bytes = np.empty(nbytes + _ALIGNMENT, np.uint8)
-        self.references_when_free = self.references()
-
-    def references(self) -> int:
-        """Every tensor over these bytes holds one, down to the last view of its storage."""
-        return sys.getrefcount(self.bytes)
+        self.window: weakref.ref[np.ndarray] | None = None
 
     def is_free(self) -> bool:
-        return self.references() == self.references_when_free
+        """Whether the array that was given to torch is gone: a storage owns it, which lives as long as any tensor,
+        view, NumPy array or capsule over it, in whatever thread, and lets go of it as the last thing that it does."""
+        return self.window is None or self.window() is None
 
     def fits(self, nbytes: int) -> bool:
         return nbytes <= self.size <= 2 * nbytes and self.is_free()
@@ -45,7 +44,9 @@ class _Memory:
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         start = -self.bytes.ctypes.data % _ALIGNMENT
         nbytes = math.prod(shape) * dtype.itemsize
-        return torch.from_numpy(self.bytes[start : start + nbytes]).view(dtype).view(*shape)
+        window = self.bytes[start : start + nbytes]
+        self.window = weakref.ref(window)
+        return torch.from_numpy(window).view(dtype).view(*shape)
 
 
 _held: list[_Memory] = []
@@ -72,3 +73,28 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
             _held.append(memory)
             del _held[:-_MOST_OUTPUTS]
         return memory.tensor(shape, like.dtype)
+
+
+class HeldTiles:
+    """Tiles that are kept from malloc until the next ones are made, at most so many bytes in the whole process."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._tiles: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def hold(self, tile: Tensor, most_bytes: int) -> None:
+        """Hold a tile too, unless that were more than ``most_bytes`` of all threads."""
+        with self._lock:
+            if self.nbytes + tile.nbytes <= most_bytes:
+                self._tiles.append(tile)
+                self.nbytes += tile.nbytes
+
+    def free_one(self) -> None:
+        with self._lock:
+            if self._tiles:
+                self.nbytes -= self._tiles.pop().nbytes
+
+    def free_down_to(self, most_bytes: int) -> None:
+        while self.nbytes > most_bytes:
+            self.free_one()

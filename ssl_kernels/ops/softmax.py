@@ -14,7 +14,6 @@ costs half.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.gradients import finish_gradients
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
+from ssl_kernels.ops.reuse import HeldTiles
 from ssl_kernels.settings import tile_budget_bytes, workspace_bytes
 
 NO_DIAGONAL = 2**62  # a diagonal that meets no tile
@@ -213,7 +213,7 @@ _TILES = {"eager": 8, "cpu": 1, "triton": 1}  # tiles that each holds at a time
 
 # Tiles that were kept, held until the next call makes as many: malloc then serves it from memory that is mapped. Fresh
 # memory is paid for in page faults, for 64 MB as much time as the product that they save at D = 128.
-_warm: list[Tensor] = []
+_warm = HeldTiles()
 
 
 class _Passes:
@@ -229,7 +229,7 @@ class _Passes:
         self.ignore_same_id, self.positive, self.excluded = ignore_same_id, positive, excluded
         self.backend = backend
         self.stats_panel, self.grad_panel = _PANELS[backend]
-        self.keep_bytes = keep_bytes
+        self.keep_bytes = self.hold_bytes = keep_bytes
         self.kept: dict[tuple[int, int], Tensor] = {}  # raw tiles, by their corners
         self.tile_scale = triton_kernels("softmax").gradient_scale(x.dtype) if backend == "triton" else 1.0
         self.run = functools.partial(
@@ -260,8 +260,7 @@ class _Passes:
             rows, cols = slice(i, i + len(x_i)), slice(j, j + len(y_j))
             col_stats = None if self.symmetric and i == j else sides[-1][cols]  # on the diagonal columns are rows
             if self.keep_bytes:
-                with contextlib.suppress(IndexError):  # none left, perhaps taken by another thread
-                    _warm.pop()
+                _warm.free_one()
             raw = self.stats_panel(x_i, y_j, sides[0][rows], col_stats, self.scale, self.pairs(rows, cols))
             if raw is not None and raw.nbytes <= self.keep_bytes:
                 self.keep_bytes -= raw.nbytes
@@ -280,7 +279,7 @@ class _Passes:
             moment = torch.zeros_like(stats) if twice else stats
             raw, pairs = self.kept.pop((i, j), None), self.pairs(rows, cols)
             if raw is not None and raw.device.type == "cpu":
-                _warm.append(raw)
+                _warm.hold(raw, self.hold_bytes)
             write = want_dx or want_dy
             grad = self.grad_panel(raw, x_i, y_j, moment, self.scale, pairs, row.part(rows), col.part(cols), write)
             if twice:
@@ -370,8 +369,7 @@ def _softmax_contrastive(
         empty = [loss.new_empty(0, dtype=dtype) for _ in range(4)]
         dx, dy, dscale, unit = empty[0].view(0, x.shape[1]), empty[1].view(x.shape[1], 0).t(), empty[2], empty[3]
         if any(needs_grad):
-            if keep_bytes == 0:
-                _warm.clear()
+            _warm.free_down_to(keep_bytes)
             if row_weight is None:
                 weights = [(share / n.to(loss)).expand(len(stats)) for stats, n in zip(sides, divisors, strict=True)]
             else:
