@@ -229,13 +229,14 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def _leave_out_wrappers(average: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Rename what an average of a wrapped model saved to the names that this one has."""
-    ours = {name.replace("_orig_mod.", ""): name for name in average.state_dict()}
-    for key in [key for key in state if key.startswith(prefix)]:
-        name = key[len(prefix) :].replace("_orig_mod.", "")
-        while name not in ours and name.startswith("module.module."):
-            name = name.removeprefix("module.")
-        if name in ours:
-            state[prefix + ours[name]] = state.pop(key)
+    ours = {name.replace("_orig_mod.", ""): prefix + name for name in average.state_dict()}
+    for key in state.keys() - ours.values():
+        if key.startswith(prefix):
+            name = key[len(prefix) :].replace("_orig_mod.", "")
+            while name not in ours and name.startswith("module.module."):
+                name = name.removeprefix("module.")
+            if name in ours and ours[name] not in state:
+                state[ours[name]] = state.pop(key)
 
 
 def _reshard(module: nn.Module) -> None:

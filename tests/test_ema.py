@@ -246,8 +246,8 @@ def test_what_wraps_a_model_makes_no_difference(wrap: Callable[[nn.Module], nn.M
     fresh.load_state_dict(saved)
     assert all(torch.equal(value, expected[name] + 1) for name, value in fresh.state_dict().items())
     other.load_state_dict(saved)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*module\.extra"):
-        fresh.load_state_dict({**saved, "module.extra": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*module\.module\.out\.bias"):
+        fresh.load_state_dict({**state(fresh), "module.module.out.bias": torch.zeros(5)})
 
 
 class Grows(nn.Module):

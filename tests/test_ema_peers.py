@@ -129,6 +129,7 @@ def test_timm_single_updates(timm_ema: Any) -> None:
         average.exclude_buffers, average.decay = True, 0.3
         average.update(model)
     assert_same_state(*averages)
+    assert averages[0].extra_repr() == "decay=0.3, exclude_buffers=True"
     assert averages[0].module[1].running_mean.tolist() == model[1].running_mean.tolist()
 
 

@@ -113,6 +113,9 @@ class ModelEmaV3(ModelEma):
         """Make the average the model's equal."""
         self.apply_update_(model, 0.0)
 
+    def extra_repr(self) -> str:
+        return f"decay={self.decay}, exclude_buffers={self.exclude_buffers}"
+
     def _average(
         self, targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor, copies: list[Tensor | None]
     ) -> None:
