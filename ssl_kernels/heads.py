@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_kernels.ops._checks import accumulation_dtype
+from ssl_kernels.ops.unit_rows import unit_rows
+
 
 class DINOHead(nn.Module):
     r"""DINO's projection head: an MLP to a normalised bottleneck, then its products with ``out_dim`` prototypes.
@@ -86,7 +89,7 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.mlp(x)
-        z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
+        z = unit_rows(z if z.dtype == torch.float64 else z.float())
         logits: Tensor = self.last_layer(z)
         return logits
 
@@ -110,8 +113,9 @@ class _Prototypes(nn.Module):
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
     def forward(self, z: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return F.linear(z.to(self.weight_v.dtype), self.weight_v * (self.weight_g / norm))
+        v = self.weight_v
+        norm = torch.linalg.vector_norm(v, dim=1, keepdim=True, dtype=accumulation_dtype(v.dtype))
+        return F.linear(z.to(v.dtype), (v * (self.weight_g / norm)).to(v.dtype))
 
 
 def _rename(head: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:

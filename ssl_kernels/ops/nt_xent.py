@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.softmax import dense_losses, reduce_losses, softmax_contrastive
+from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.settings import choose_backend
 
 
@@ -57,11 +57,6 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reducti
         z, None, scale, None, None, positive=rows, excluded=0, seam=rows, reduction=reduction, backend=backend
     )
     return loss
-
-
-def unit_rows(z: Tensor) -> Tensor:
-    """Normalised in the accumulation dtype, returned in that of ``z``."""
-    return F.normalize(z.to(_checks.accumulation_dtype(z.dtype)), dim=-1).to(z.dtype)
 
 
 def reference(z: Tensor, scale: Tensor, reduction: str) -> Tensor:

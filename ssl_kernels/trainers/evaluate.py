@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.fabric import Fabric
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from torch import Tensor
 
+from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.pairs import TEMPLATES, Pairs, Tokenize
 
@@ -90,7 +90,7 @@ def zero_shot(images: Tensor, encode_texts: EncodeTexts, classes: Sequence[str])
     """Similarity [N, C] of image embeddings to each class: the mean embedding of its name in every template."""
     prompts = encode_texts([template.format(name) for name in classes for template in TEMPLATES])
     means = prompts.view(len(classes), len(TEMPLATES), -1).mean(1)
-    return images @ F.normalize(means, dim=-1).T
+    return images @ unit_rows(means).T
 
 
 def colour_histograms(images: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def colour_histograms(images: Tensor) -> Tensor:
     bins = (images.long() // 32).flatten(2)
     index = (bins[:, 0] * 8 + bins[:, 1]) * 8 + bins[:, 2]
     counts = torch.zeros(len(images), 512).scatter_add_(1, index, torch.ones(index.shape))
-    return F.normalize(counts.sqrt(), dim=1)
+    return unit_rows(counts.sqrt())
 
 
 class TfidfPixels:
@@ -113,7 +113,7 @@ class TfidfPixels:
 
         train_pixels, pixels = (p.load(range(len(p)), size).flatten(1).float() / 255 for p in (train, held_out))
         mean = train_pixels.mean(0)
-        train_pixels, pixels = (F.normalize(p - mean, dim=1) for p in (train_pixels, pixels))
+        train_pixels, pixels = (unit_rows(p - mean) for p in (train_pixels, pixels))
         self.pixels = pixels @ train_pixels.T  # [held out, train]
         self.nearest = self.pixels.argmax(1)
 

@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels import KeyQueue, MoCoV3Loss
+from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import command, self_supervised
 from ssl_kernels.trainers.data.pairs import Batch
 from ssl_kernels.trainers.data.views import ImageData
@@ -89,7 +89,7 @@ class MoCo(MomentumMethod):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = batch["views"]
-        q = F.normalize(in_groups(self.encoder, first, self.groups), dim=1)
+        q = unit_rows(in_groups(self.encoder, first, self.groups))
         k = self.keys(second)
         loss = K.info_nce_loss(q, k, self.queue.keys, 1 / self.temperature)
         self.fresh.append(k)
@@ -99,7 +99,7 @@ class MoCo(MomentumMethod):
     def keys(self, images: Tensor) -> Tensor:
         """Normalised keys [B, D] by the teacher, each batch-normalised with other images than its query was."""
         order = torch.randperm(len(images)).to(images.device)
-        shuffled = F.normalize(in_groups(self.teacher, images[order], self.groups), dim=1)
+        shuffled = unit_rows(in_groups(self.teacher, images[order], self.groups))
         return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
 
     def before_training(self, batches: Iterator[Batch]) -> None:
@@ -129,7 +129,7 @@ class MoCoV3(MomentumMethod):
         q1, q2 = (self.predictor(self.encoder(view)) for view in batch["views"])
         with torch.no_grad():
             k1, k2 = (self.teacher(view) for view in batch["views"])
-        similarity = F.cosine_similarity(q1.detach(), k2).mean()
+        similarity = (unit_rows(q1.detach()) * unit_rows(k2)).sum(1).mean()
         return self.loss(q1, q2, k1, k2), {"similarity": similarity, **spread(q1)}
 
 

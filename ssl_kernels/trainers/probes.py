@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers.data.pairs import resize
 from ssl_kernels.trainers.data.views import Images, View
 from ssl_kernels.trainers.loop import Result
@@ -39,7 +40,7 @@ def nearest_classes(
     Without `temperature` each has one vote, and of classes with as many the one whose voters are nearer wins; with it
     a neighbour of similarity s votes with exp(s / temperature), as in Wu 2018, arXiv 1805.01978.
     """
-    similarity, index = (F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).topk(min(k, len(gallery)), dim=1)
+    similarity, index = (unit_rows(queries) @ unit_rows(gallery).T).topk(min(k, len(gallery)), dim=1)
     # k cosines lie between -k and k: divided by 3 k they decide between equal votes, and never against one vote more.
     weight = 1 + similarity / (3 * k) if temperature is None else ((similarity - 1) / temperature).exp()
     votes = queries.new_zeros(len(queries), int(labels.max()) + 1)
@@ -70,7 +71,7 @@ def instance_recall(queries: Tensor, gallery: Tensor, copies: int = 1) -> float:
     """How often the nearest of the gallery, by cosine, is the query's own image; row i of `copies` x [n, D] shows
     image i modulo n. Ties are broken at random, and the expected value is returned."""
     n = len(queries)
-    similarity = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T
+    similarity = unit_rows(queries) @ unit_rows(gallery).T
     best = similarity.view(n, copies, n).amax(1)  # of every image's copies
     right = best.diagonal()[:, None]
     ahead, tied = (best > right).any(1), (best == right).sum(1)
@@ -85,7 +86,7 @@ def spread(z: Tensor) -> dict[str, Tensor]:
     evenly, 0 where all are equal. `embedding_rank`: their effective rank, the exponential of the entropy of the centred
     singular values (Roy & Vetterli 2007; as RankMe, Garrido 2022, arXiv 2210.02885); at most min(B - 1, D).
     """
-    z = F.normalize(z.float(), dim=1)
+    z = unit_rows(z.float())
     centred = z - z.mean(0)
     std = centred.square().mean().sqrt() * z.shape[1] ** 0.5
     if not bool(torch.isfinite(std)):  # the loop reports it; an SVD would only raise

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
 
 from ssl_kernels import use_backend
+from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import evaluate, loop, report
 from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
 from ssl_kernels.trainers.errors import UserError
@@ -62,10 +62,10 @@ class TwoTowerModel(nn.Module, ABC):
         """What the method does to its scalars after an optimizer step."""
 
     def encode_image(self, images: Tensor) -> Tensor:
-        return F.normalize(self.image(images), dim=-1)
+        return unit_rows(self.image(images))
 
     def encode_text(self, text: dict[str, Tensor]) -> Tensor:
-        return F.normalize(self.text(**text), dim=-1)
+        return unit_rows(self.text(**text))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x, y, ids = self.encode_image(batch["images"]), self.encode_text(batch["text"]), batch["ids"]
