@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import several_processes
 from ssl_kernels.ops._checks import FEATURE_DTYPES
+from ssl_kernels.ops.unit_rows import unit_rows
 
 
 class KeyQueue(nn.Module):
@@ -78,16 +80,24 @@ class KeyQueue(nn.Module):
         return f"size={size}, dim={dim}, dtype={self.keys.dtype}, normalize={self.normalize}, gather={self.gather}"
 
 
+def keep_missing_bank(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before a checkpoint is loaded: lightly's hold no memory bank, and then the one that is there stays."""
+    names = ("bank", "bank_ptr", "memory_bank.keys", "memory_bank.pointer")
+    bank = {prefix + name: buffer for name, buffer in module.named_buffers() if name in names}
+    if not bank.keys() & state.keys():
+        state.update(bank)
+
+
 def random_keys(size: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
     """[size, dim] random unit vectors."""
-    return F.normalize(torch.randn(size, dim, generator=generator), dim=1)
+    return unit_rows(torch.randn(size, dim, generator=generator))
 
 
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, in the order of their ranks, without gradient; of this one where it is alone."""
     rows = rows.detach()
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not several_processes():
         return rows
     sizes: list[int] = torch.cat(_all_gather(torch.tensor([rows.shape[0]], device=rows.device))).tolist()
     padded = F.pad(rows, (0, 0, 0, max(sizes) - rows.shape[0])).contiguous()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels import losses
 from ssl_kernels.losses.center import all_reduce_, checked_momentum, move_, total_of
 from ssl_kernels.losses.dino import check_temperatures
 from ssl_kernels.losses.ibot import weights_of_mask
@@ -196,4 +197,4 @@ class KoLeoLoss(nn.Module):
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
         """The loss of features [B, D], normalised here; see :func:`ssl_kernels.functional.koleo_loss`."""
-        return K.koleo_loss(student_output, eps=eps)
+        return losses.KoLeoLoss(eps=eps)(student_output)

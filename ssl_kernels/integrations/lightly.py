@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.queue import gather_rows, random_keys
+from ssl_kernels.queue import gather_rows, keep_missing_bank, random_keys
 
 
 class MemoryBankModule(nn.Module):
     """Replaces ``lightly.models.modules.memory_bank.MemoryBankModule``.
 
     It returns what lightly's returns: the bank as it was before the update. Unlike that one it keeps every row of a
-    batch that wraps around the end of the bank, takes batches of more rows than the bank, saves the bank in checkpoints
-    (lightly's own, which lack it, load with ``strict=False``), and does not synchronise with the device. The bank is
-    copied in a call that updates it, and else returned as a view.
+    batch that wraps around the end of the bank, takes batches of more rows than the bank, does not synchronise with the
+    device, and saves the bank in checkpoints. A checkpoint of lightly's, which lacks the bank, leaves it as it is; one
+    of these loads into lightly's with ``strict=False``. The bank is copied in a call that updates it, and else returned
+    as a view.
 
     A loss over :class:`ssl_kernels.KeyQueue` with :func:`ssl_kernels.functional.info_nce_loss` needs no copy at all.
 
@@ -47,6 +48,7 @@ class MemoryBankModule(nn.Module):
         self.feature_dim_first = feature_dim_first
         self.register_buffer("bank", torch.empty(0) if self.size == (0,) else random_keys(*self.size))
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(keep_missing_bank)
 
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.losses.barlow_twins import BarlowTwinsLoss
+from ssl_kernels.distributed import refuse_several_processes, several_processes
 from ssl_kernels.losses.infonce import positive_temperature
 from ssl_kernels.losses.moco import MoCoV3Loss
 from ssl_kernels.losses.supcon import SupConLoss
+from ssl_kernels.losses.vicreg import VICRegLoss
 from ssl_kernels.ops._checks import check_fraction
+from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.schedules import cosine_momentum
 
 
@@ -31,6 +32,8 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
     """SimCLR loss of two views of every index among the rows of ``z`` [2 B, D], normalised here.
 
+    solo-learn gathers the rows of all processes; in several processes this is not implemented.
+
     Of more than two views solo-learn takes the logarithm of the positives' summed probabilities, this the mean of their
     logarithms: Khosla et al. 2020, arXiv:2004.11362, found the latter to learn better.
 
@@ -39,7 +42,8 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     >>> round(simclr_loss_func(torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2), temperature=0.5).item(), 4)
     0.5944
     """
-    return SupConLoss(temperature)(F.normalize(z, dim=-1), indexes)
+    refuse_several_processes("simclr_loss_func")
+    return SupConLoss(temperature)(unit_rows(z), indexes)
 
 
 def vicreg_loss_func(
@@ -51,15 +55,15 @@ def vicreg_loss_func(
 ) -> Tensor:
     """VICReg loss of two views [N, D], whose variance term is the sum over both.
 
+    Variance and covariance are those of the rows of all processes, whose batches must be of one size.
+
     >>> import torch
     >>> from ssl_kernels.integrations.solo import vicreg_loss_func
     >>> round(vicreg_loss_func(torch.eye(4), torch.eye(4)).item(), 4)
     25.0367
     """
-    return K.vicreg_loss(
-        z1, z2, invariance_weight=sim_loss_weight, variance_weight=2 * var_loss_weight,
-        covariance_weight=cov_loss_weight,
-    )  # fmt: skip
+    weights = (sim_loss_weight, 2 * var_loss_weight, cov_loss_weight)
+    return VICRegLoss(*weights, gather_distributed=several_processes())(z1, z2)
 
 
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
@@ -70,7 +74,8 @@ def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: flo
     >>> round(barlow_loss_func(torch.eye(4), torch.eye(4), scale_loss=1.0).item(), 4)
     0.0067
     """
-    return scale_loss * BarlowTwinsLoss(lamb, gather_distributed=True)(z1, z2)
+    refuse_several_processes("barlow_loss_func")
+    return scale_loss * K.barlow_twins_loss(z1, z2, lambda_param=lamb)
 
 
 def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:

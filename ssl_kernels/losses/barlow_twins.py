@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.losses.vicreg import several_processes
+from ssl_kernels.distributed import check_gather_distributed, refuse_several_processes
 
 
 class BarlowTwinsLoss(nn.Module):
@@ -28,15 +28,14 @@ class BarlowTwinsLoss(nn.Module):
 
     def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False) -> None:
         super().__init__()
+        check_gather_distributed(gather_distributed)
         self.lambda_param = lambda_param
         self.gather_distributed = gather_distributed
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss of two views [batch, features]."""
-        if self.gather_distributed and several_processes():
-            raise NotImplementedError(
-                "BarlowTwinsLoss: gather_distributed in several processes is not implemented in this version"
-            )
+        if self.gather_distributed:
+            refuse_several_processes("BarlowTwinsLoss: gather_distributed")
         return K.barlow_twins_loss(z_a, z_b, lambda_param=self.lambda_param)
 
     def extra_repr(self) -> str:

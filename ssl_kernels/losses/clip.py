@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.losses.siglip import overridden
 
 
 class ClipLoss(nn.Module):
-    r"""Symmetric softmax contrastive loss; replaces ``open_clip.ClipLoss`` argument for argument.
+    r"""Symmetric softmax contrastive loss; replaces ``open_clip.loss.ClipLoss`` argument for argument.
 
     :math:`L = \frac{1}{2B} \sum_i (\log \sum_j e^{z_{ij}} + \log \sum_j e^{z_{ji}} - 2 z_{ii})`,
-    :math:`z_{ij} = t\, x_i \cdot y_j`. See :func:`ssl_kernels.functional.clip_loss`.
+    :math:`z_{ij} = t\, x_i \cdot y_j`. See :func:`ssl_kernels.functional.clip_loss`, and for the trainers
+    of open_clip :mod:`ssl_kernels.integrations.open_clip`.
+
+    :meth:`get_logits` and :meth:`get_ground_truth` are open_clip's, for subclasses that call them; the loss itself does
+    not. Where a subclass overrides one of them the loss is that of what they return. They make B x B matrices.
 
     Args:
         local_loss, gather_with_grad: how open_clip exchanges features between processes; unused in one process.
@@ -71,10 +78,34 @@ class ClipLoss(nn.Module):
                 f"text_features: expected {image_features.shape[0]} rows as image_features has, "
                 f"got {text_features.shape[0]}"
             )
+        if overridden(self, ClipLoss):
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            labels = self.get_ground_truth(image_features.device, len(image_features))
+            loss = torch.stack([F.cross_entropy(direction, labels) for direction in logits]).mean()
+            return {"contrastive_loss": loss} if output_dict else loss
         loss = K.clip_loss(image_features, text_features, logit_scale)
         if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.sum().to(loss)  # in the graph, for trainers that want every parameter used
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The logits t x y + b of all pairs: [images, texts] and [texts, images]."""
+        per_image = logit_scale * image_features @ text_features.t()
+        per_text = logit_scale * text_features @ image_features.t()
+        if logit_bias is not None:
+            per_image.add_(logit_bias)
+            per_text.add_(logit_bias)
+        return per_image, per_text
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        """The column of each row's positive, which is its own number."""
+        return torch.arange(num_logits, device=device)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, world_size={self.world_size}"

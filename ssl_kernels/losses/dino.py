@@ -83,7 +83,7 @@ class DINOLoss(nn.Module):
         """The loss of a batch; then the centre moves, for the next one.
 
         Args:
-            teacher_out: T crops [B, K], or one tensor [T, B, K], of logits without gradient.
+            teacher_out: T crops [B, K], or one tensor [T, B, K], of logits, which get no gradient.
             student_out: V crops likewise, those of the teacher first and in its order.
             teacher_temp: instead of that of the schedule.
             epoch: counted from 0, for the schedule.
@@ -98,7 +98,7 @@ class DINOLoss(nn.Module):
                 teacher_temp = linear_warmup(epoch, max(1, steps - 1), self.warmup_teacher_temp, teacher_temp)
         loss, teacher_sum = K.dino_loss(
             student_out,
-            teacher_out,
+            teacher_out.detach() if isinstance(teacher_out, Tensor) else [crop.detach() for crop in teacher_out],
             student_temp=self.student_temp,
             teacher_temp=teacher_temp,
             center=self.center,

@@ -64,8 +64,8 @@ class IBOTPatchLoss(nn.Module):
         """The loss of a batch; then the centre moves, for the next one.
 
         Args:
-            teacher_out: [N, K] logits of the masked patches, image by image, without gradient.
-            student_out: likewise.
+            teacher_out: [N, K] logits of the masked patches, image by image, which get no gradient.
+            student_out: likewise, with gradient.
             mask: boolean [B, H, W], true for N patches. On a GPU the host does not count them: where they are not N,
                 the loss is NaN.
             teacher_temp: instead of that of the constructor.
@@ -76,7 +76,7 @@ class IBOTPatchLoss(nn.Module):
             raise TypeError(f"mask: expected a boolean tensor [B, H, W], got {got}")
         loss, teacher_sum = K.ibot_patch_loss(
             student_out,
-            teacher_out,
+            teacher_out.detach(),
             weights_of_mask(mask.flatten(1), student_out),
             student_temp=self.student_temp,
             teacher_temp=self.teacher_temp if teacher_temp is None else teacher_temp,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import check_gather_distributed, refuse_several_processes
 from ssl_kernels.losses.infonce import positive_temperature
-from ssl_kernels.queue import KeyQueue
+from ssl_kernels.ops.unit_rows import unit_rows
+from ssl_kernels.queue import KeyQueue, keep_missing_bank
 
 
 class NTXentLoss(nn.Module):
@@ -22,8 +22,10 @@ class NTXentLoss(nn.Module):
 
     Args:
         temperature: :math:`\tau`.
-        memory_bank_size: (number of rows, features) of the bank, or 0 for none. The bank is written after the loss,
-            while the first view requires a gradient; it is part of ``state_dict``.
+        memory_bank_size: (number of rows, features) of the bank; 0, alone or as the number of rows, for none. The bank
+            is written after the loss, while the first view requires a gradient. It is part of ``state_dict``; lightly's
+            is not: a checkpoint of lightly's leaves the bank as it is, and lightly loads one of these with
+            ``strict=False``.
         gather_distributed: put the rows of all processes into the bank. Without a bank, negatives across processes are
             not implemented in this version.
 
@@ -42,25 +44,24 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        check_gather_distributed(gather_distributed)
         self.temperature = positive_temperature(temperature)
         self.gather_distributed = gather_distributed
         self.memory_bank: KeyQueue | None = None
-        if memory_bank_size not in (0, (0,)):
-            if isinstance(memory_bank_size, int) or len(memory_bank_size) != 2:
-                raise ValueError(f"memory_bank_size: expected (rows, features) or 0, got {memory_bank_size!r}")
-            size, dim = memory_bank_size
-            self.memory_bank = KeyQueue(size, dim, gather=gather_distributed)
+        size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        if size != (0,) and (len(size) != 2 or min(size) < 0):
+            raise ValueError(f"memory_bank_size: expected (rows, features) or 0, got {memory_bank_size!r}")
+        if size[0] > 0:
+            self.memory_bank = KeyQueue(*size, gather=gather_distributed)
+        self.register_load_state_dict_pre_hook(keep_missing_bank)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views [N, D] of a batch, normalised here."""
         if self.memory_bank is None:
-            if self.gather_distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                raise NotImplementedError(
-                    "NTXentLoss: gather_distributed in several processes is only implemented for a memory bank in this "
-                    "version"
-                )
+            if self.gather_distributed:
+                refuse_several_processes("NTXentLoss: gather_distributed without a memory bank")
             return K.nt_xent_loss(out0, out1, self.temperature)
-        query, key = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        query, key = unit_rows(out0), unit_rows(out1)
         loss = K.info_nce_loss(query, key, self.memory_bank.keys, 1 / self.temperature)
         if query.requires_grad:
             self.memory_bank.enqueue(key)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 
 
 class SigLipLoss(nn.Module):
-    r"""Pairwise sigmoid loss; replaces ``open_clip.SigLipLoss`` argument for argument.
+    r"""Pairwise sigmoid loss; replaces ``open_clip.loss.SigLipLoss`` argument for argument.
 
     :math:`L = \frac{1}{B} \sum_{ij} \operatorname{softplus}(-s_{ij} (t\, x_i \cdot y_j + b))`, where :math:`s_{ij}` is
-    +1 for i = j and -1 elsewhere. See :func:`ssl_kernels.functional.sigmoid_contrastive_loss`.
+    +1 for i = j and -1 elsewhere. See :func:`ssl_kernels.functional.sigmoid_contrastive_loss`, and for the trainers of
+    open_clip :mod:`ssl_kernels.integrations.open_clip`.
+
+    :meth:`get_logits` and :meth:`get_ground_truth` are open_clip's, for subclasses that call them; the loss itself does
+    not. Where a subclass overrides one of them the loss is that of what they return. They make B x B matrices.
 
     Args:
         cache_labels: accepted for compatibility; there are no labels to cache.
@@ -56,10 +62,10 @@ class SigLipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | float,
+        logit_bias: Tensor | float | None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of [B, D] normalised features; ``logit_scale`` is already exponentiated.
+        """The loss of [B, D] normalised features; ``logit_scale`` is already exponentiated, a bias of None is 0.
 
         With ``output_dict`` the result is ``{"contrastive_loss": loss}``.
         """
@@ -68,8 +74,37 @@ class SigLipLoss(nn.Module):
                 f"text_features: expected {image_features.shape[0]} rows as image_features has, "
                 f"got {text_features.shape[0]}"
             )
-        loss = K.sigmoid_contrastive_loss(image_features, text_features, logit_scale, logit_bias)
+        if overridden(self, SigLipLoss):
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            labels = self.get_ground_truth(image_features.device, image_features.dtype, len(image_features))
+            loss = -F.logsigmoid(labels * logits).sum() / len(image_features)
+        else:
+            bias = 0.0 if logit_bias is None else logit_bias
+            loss = K.sigmoid_contrastive_loss(image_features, text_features, logit_scale, bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """The logits t x y + b of all pairs, [images, texts]."""
+        logits = logit_scale * image_features @ text_features.t()
+        return logits if logit_bias is None else logits.add_(logit_bias)
+
+    def get_ground_truth(
+        self, device: torch.device | str, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """[num_logits, num_logits]: 1 on the diagonal, unless ``negative_only``, and -1 elsewhere."""
+        labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, world_size={self.world_size}"
+
+
+def overridden(loss: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a subclass has logits or labels of its own."""
+    return any(getattr(type(loss), name) is not getattr(base, name) for name in ("get_logits", "get_ground_truth"))

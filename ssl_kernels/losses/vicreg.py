@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import check_gather_distributed, several_processes
 
 
 class VICRegLoss(nn.Module):
@@ -42,6 +43,7 @@ class VICRegLoss(nn.Module):
         eps: float = 0.0001,
     ) -> None:
         super().__init__()
+        check_gather_distributed(gather_distributed)
         self.lambda_param = lambda_param
         self.mu_param = mu_param
         self.nu_param = nu_param
@@ -77,10 +79,6 @@ class VICRegLoss(nn.Module):
             f"lambda_param={self.lambda_param}, mu_param={self.mu_param}, nu_param={self.nu_param}, "
             f"gather_distributed={self.gather_distributed}, eps={self.eps}"
         )
-
-
-def several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _Gather(torch.autograd.Function):
