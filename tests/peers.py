@@ -30,9 +30,9 @@ def assert_same_through_a_model(ours: Tensor, theirs: Tensor, model: torch.nn.Mo
             torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
 
 
-def assert_same_signature(ours: type[Any], theirs: type[Any]) -> None:
+def assert_same_signature(ours: type[Any], theirs: type[Any], *methods: str) -> None:
     """Of a module. Ours may take more: newer versions of a peer have arguments that older ones lack."""
-    for name in ("__init__", "forward"):
+    for name in ("__init__", "forward", *methods):
         mine, wanted = (
             [(p.name, p.default) for p in inspect.signature(getattr(module, name)).parameters.values()]
             for module in (ours, theirs)

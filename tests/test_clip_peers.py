@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from peers import assert_same, assert_same_signature, assert_same_through_a_mode
 from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels import ClipLoss
+from ssl_kernels import ClipLoss, SigLipLoss
+from ssl_kernels.integrations.open_clip import replaced_losses
 
 
 def inputs(batch: int = 96, width: int = 32, scale: float = 14.3) -> list[Tensor]:
@@ -45,23 +47,90 @@ def test_open_clip_with_a_logit_bias() -> None:
 
 def test_open_clip_has_the_same_signature() -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
-    assert_same_signature(ClipLoss, open_clip.loss.ClipLoss)
+    assert_same_signature(ClipLoss, open_clip.loss.ClipLoss, "get_logits", "get_ground_truth")
+
+
+def test_what_open_clip_s_subclasses_call() -> None:
+    """Its own loss of distillation, on top of ours; then logits and labels with every argument."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    peer = open_clip.loss.DistillClipLoss
+    ours = type("Distillation", (ClipLoss,), {"forward": peer.forward, "dist_loss": peer.dist_loss})()
+    leaves = [*inputs(), *inputs(scale=20.0)]
+    for a, b in zip(ours(*leaves), peer()(*leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    x, y, scale = inputs(batch=7)
+    for call in (
+        lambda loss: loss.get_logits(x, y, scale),
+        lambda loss: loss.get_logits(x, y, logit_scale=2.0, logit_bias=torch.tensor(-10.0)),
+        lambda loss: loss.get_ground_truth("cpu", num_logits=7),
+    ):
+        torch.testing.assert_close(call(ClipLoss()), call(open_clip.loss.ClipLoss()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["get_logits", "get_ground_truth"])
+def test_a_subclass_that_overrides_what_open_clip_calls_is_heard(name: str) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+
+    def changed(base: type[Any]) -> Any:
+        def method(self: Any, *arguments: Any, **named: Any) -> Any:
+            result = getattr(base, name)(self, *arguments, **named)
+            return result.flip(0) if isinstance(result, Tensor) else tuple(2 * logits for logits in result)
+
+        return type("Changed", (base,), {name: method})()
+
+    leaves = [*inputs(), torch.tensor(-10.0, requires_grad=True)]
+    ours, theirs = (changed(base)(*leaves, output_dict=True) for base in (ClipLoss, open_clip.loss.ClipLoss))
+    results = (value_and_gradients(loss["contrastive_loss"], leaves[:3]) for loss in (ours, theirs))
+    assert_same(*results)
+
+
+OPTIONS = {"distill": False, "horovod": False, "local_loss": False, "gather_with_grad": False, "rank": 0}
+
+
+@pytest.mark.parametrize(("siglip", "expected"), [(False, ClipLoss), (True, SigLipLoss)])
+def test_open_clip_builds_our_losses(siglip: bool, expected: type[Any]) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    args = Namespace(model="ViT-B-16", siglip=siglip, world_size=1, loss_dist_impl=None, **OPTIONS)
+    with replaced_losses():
+        assert type(open_clip.create_loss(args)) is expected
+        assert getattr(open_clip.loss, expected.__name__) is expected  # its tasks import it when they are made
+    assert type(open_clip.create_loss(args)) is getattr(open_clip.loss, expected.__name__) is not expected
+
+
+def test_open_clip_s_losses_that_are_not_replaced_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    args = Namespace(model="ViT-B-16", siglip=False, world_size=2, **OPTIONS)
+    for change, message in (
+        ({"distill": True}, "DistillClipLoss: not in ssl_kernels; build"),
+        ({"model": "coca_ViT-B-32", "coca_caption_loss_weight": 2, "coca_contrastive_loss_weight": 1}, "CoCaLoss: not"),
+        ({}, "ClipLoss: world_size=2"),
+    ):
+        with replaced_losses(), pytest.raises(NotImplementedError, match=message):
+            open_clip.create_loss(Namespace(**vars(args) | change))
+    before = open_clip.factory.ClipLoss
+    monkeypatch.delattr(open_clip.factory, "SigLipLoss")
+    with pytest.raises(ImportError, match=r"open_clip.factory has no SigLipLoss: this version"), replaced_losses():
+        pass
+    assert open_clip.factory.ClipLoss is before
 
 
 def test_transformers() -> None:
     """CLIPModel's own loss, through the whole model."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    from ssl_kernels.integrations.transformers import contrastive_loss
+
     config = transformers.CLIPConfig(
         text_config=tower | {"vocab_size": 32, "max_position_embeddings": 8},
         vision_config=tower | {"image_size": 8, "patch_size": 4},
         projection_dim=16,
     )
     model = transformers.CLIPModel(config)
-    tokens, pixels = torch.randint(32, (6, 8)), torch.randn(6, 3, 8, 8)
-    output = model(input_ids=tokens, pixel_values=pixels, return_loss=True)
-    ours = K.clip_loss(output.text_embeds, output.image_embeds, model.logit_scale.exp())
-    assert_same_through_a_model(ours, output.loss, model)
+    inputs = {"input_ids": torch.randint(32, (6, 8)), "pixel_values": torch.randn(6, 3, 8, 8), "return_loss": True}
+    inputs["attention_mask"] = torch.ones(6, 8, dtype=torch.int64).tril(2)
+    assert_same_through_a_model(contrastive_loss(model, **inputs), model(**inputs).loss, model)
+    with pytest.raises(TypeError, match="model: expected a CLIPModel or SiglipModel of transformers, got Linear"):
+        contrastive_loss(torch.nn.Linear(1, 1), **inputs)
 
 
 def test_several_captions_to_an_image() -> None:

@@ -35,6 +35,20 @@ def test_dino_over_several_steps(views: int, options: dict[str, Any]) -> None:
         torch.testing.assert_close(ours.center, theirs.center, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_teacher_that_requires_a_gradient_is_a_constant(stacked: bool) -> None:
+    """lightly's losses take one, too, and differentiate through it."""
+    teacher = [t.detach().requires_grad_() for t in torch.randn(2, 12, 48)]
+    student = crops(4)
+    given = (torch.stack(teacher), torch.stack(student)) if stacked else (teacher, student)
+    loss = DINOLoss(48)(*given) + IBOTPatchLoss(48)(teacher[0], student[0], torch.ones(3, 2, 2, dtype=torch.bool))
+    constants = [t.detach() for t in teacher]
+    theirs = lightly.DINOLoss(48)(constants, student)
+    theirs = theirs + lightly.IBOTPatchLoss(48)(constants[0], student[0], torch.ones(3, 2, 2, dtype=torch.bool))
+    assert torch.autograd.grad(loss, teacher, allow_unused=True, retain_graph=True) == (None, None)
+    assert_same(value_and_gradients(loss, student), value_and_gradients(theirs, student))
+
+
 def test_dino_checkpoints_load_both_ways() -> None:
     ours, theirs = DINOLoss(48), lightly.DINOLoss(48)
     theirs.center.normal_()

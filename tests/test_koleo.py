@@ -379,7 +379,7 @@ def test_memory_is_linear_in_the_batch() -> None:
         ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
         ({"x": torch.ones(3)}, ValueError, r"x: expected 2 dimensions .* got shape \(3,\)"),
         ({"x": torch.ones(3, 4).int()}, TypeError, "x: expected dtype float32, .* got torch.int32"),
-        ({"x": torch.ones(1, 4)}, ValueError, "x: expected at least 2 rows, .* got 1"),
+        ({"x": torch.ones(1, 4)}, ValueError, "x: expected at least 2 rows, .* got 1"),  # the modules take it
         ({"x": torch.ones(0, 4)}, ValueError, "x: expected at least 2 rows, .* got 0"),
         ({"eps": 0.0}, ValueError, "eps: expected a positive number, got 0.0"),
         ({"eps": math.nan}, ValueError, "eps: expected a positive number, got nan"),

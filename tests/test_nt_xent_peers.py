@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from memory import saved_bytes
 from peers import assert_same, assert_same_signature, value_and_gradients
-from torch import Tensor
+from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels import NTXentLoss, SupConLoss
@@ -46,6 +46,23 @@ def test_lightly_with_a_memory_bank(batch: int) -> None:
         assert_same(value_and_gradients(ours(*leaves), leaves), value_and_gradients(theirs(*leaves), leaves))
         torch.testing.assert_close(ours.memory_bank.keys, theirs.memory_bank.bank, rtol=1e-6, atol=1e-7)
         assert ours.memory_bank.pointer == step * batch % 64
+
+
+@pytest.mark.parametrize("size", [(24, 16), (0, 16), (0,), 0])
+def test_checkpoints_of_lightly_load(size: int | tuple[int, ...]) -> None:
+    """They hold no bank, which is left as it is. lightly's own has no place for ours."""
+    lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    ours, theirs = (nn.ModuleDict({"criterion": m(memory_bank_size=size)}) for m in (NTXentLoss, lightly.NTXentLoss))
+    ours["criterion"](*views(batch=4))
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    ours.load_state_dict(theirs.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+    names = ["criterion.memory_bank.keys", "criterion.memory_bank.pointer"] if size == (24, 16) else []
+    assert theirs.load_state_dict(ours.state_dict(), strict=False).unexpected_keys == list(before) == names
+    if names:
+        del before[names[1]]
+        with pytest.raises(RuntimeError, match=r"Missing key.*memory_bank.pointer"):
+            ours.load_state_dict(before)
 
 
 def test_lightly_has_the_same_signature() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,24 +38,66 @@ def test_open_clip(output_dict: bool) -> None:
 
 def test_open_clip_has_the_same_signature() -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
-    assert_same_signature(SigLipLoss, open_clip.loss.SigLipLoss)
+    assert_same_signature(SigLipLoss, open_clip.loss.SigLipLoss, "get_logits", "get_ground_truth")
+
+
+def test_open_clip_without_a_bias() -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    leaves = inputs()[:3]
+    ours, theirs = (value_and_gradients(m()(*leaves, None), leaves) for m in (SigLipLoss, open_clip.loss.SigLipLoss))
+    assert_same(ours, theirs)
+
+
+def test_what_open_clip_s_subclasses_call() -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    x, y, scale, bias = inputs(batch=7)
+    for call in (
+        lambda loss: loss.get_logits(x, y, scale),
+        lambda loss: loss.get_logits(x[:3], y, logit_scale=2.0, logit_bias=bias),
+        lambda loss: loss.get_ground_truth("cpu", torch.float16, num_logits=7),
+        lambda loss: loss.get_ground_truth("cpu", torch.float32, 7, negative_only=True),
+    ):
+        torch.testing.assert_close(call(SigLipLoss()), call(open_clip.loss.SigLipLoss()), rtol=0, atol=0)
+
+
+def test_a_subclass_that_overrides_what_open_clip_calls_is_heard() -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+
+    def negatives_only(base: type[Any]) -> Any:
+        labels = {"get_ground_truth": lambda self, *arguments, **_: base.get_ground_truth(self, *arguments, True)}
+        return type("NegativesOnly", (base,), labels)()
+
+    def theirs(*leaves: Tensor) -> Tensor:
+        peer = open_clip.loss.SigLipLoss()
+        loss: Tensor = peer._loss(*leaves, negative_only=True)
+        return loss
+
+    leaves = inputs()
+    assert_same(
+        value_and_gradients(negatives_only(SigLipLoss)(*leaves), leaves), value_and_gradients(theirs(*leaves), leaves)
+    )
 
 
 def test_transformers() -> None:
     """SiglipModel's own loss, through the whole model."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from ssl_kernels.integrations.transformers import contrastive_loss
+
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.SiglipConfig(
         text_config=text | {"vocab_size": 32, "max_position_embeddings": 8},
         vision_config=text | {"image_size": 8, "patch_size": 4},
     )
     model = transformers.SiglipModel(config)
-    tokens, pixels = torch.randint(32, (6, 8)), torch.randn(6, 3, 8, 8)
-    output = model(input_ids=tokens, pixel_values=pixels, return_loss=True)
-    ours = K.sigmoid_contrastive_loss(
-        output.text_embeds, output.image_embeds, model.logit_scale.exp(), model.logit_bias
-    )
-    assert_same_through_a_model(ours, output.loss, model)
+    inputs = {"input_ids": torch.randint(32, (6, 8)), "pixel_values": torch.randn(6, 3, 8, 8)}
+    theirs = model(**inputs, return_loss=True).loss
+    assert_same_through_a_model(contrastive_loss(model, **inputs), theirs, model)
+    inputs = {name: value[:1].expand(600, *value.shape[1:]) for name, value in inputs.items()}
+    with saved_bytes() as theirs_saved:
+        model(**inputs, return_loss=True)
+    with saved_bytes() as ours_saved:
+        contrastive_loss(model, **inputs)
+    assert sum(theirs_saved) - sum(ours_saved) > 2 * 600 * 600 * 4
 
 
 def test_fp16_negatives_do_not_vanish_at_a_large_batch() -> None:

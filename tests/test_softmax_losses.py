@@ -121,7 +121,7 @@ def test_the_memory_bank_is_part_of_a_checkpoint() -> None:
     assert second.memory_bank.pointer == 3
 
 
-@pytest.mark.parametrize("size", [64, (64,), (1, 2, 3)])
+@pytest.mark.parametrize("size", [64, (64,), (1, 2, 3), (-1, 4), (4, -1)])
 def test_a_memory_bank_needs_rows_and_features(size: int | tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"memory_bank_size: expected \(rows, features\) or 0, got"):
         NTXentLoss(memory_bank_size=size)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels import VICRegLoss
+from ssl_kernels import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from ssl_kernels.integrations.solo import vicreg_loss_func
 
 
@@ -70,7 +70,8 @@ def test_views_of_different_shapes_are_named() -> None:
 
 
 WORKER = """
-from ssl_kernels import BarlowTwinsLoss, VICRegLoss
+from ssl_kernels import BarlowTwinsLoss, NTXentLoss, VICRegLoss
+from ssl_kernels.integrations import solo
 
 torch.manual_seed(0)
 everyone = [torch.randn(12, 5) for _ in range(2)]
@@ -79,32 +80,52 @@ whole = [z.clone().requires_grad_() for z in everyone]
 part = [z[own].clone().requires_grad_() for z in everyone]
 
 # The mean over processes is the loss of one process with all rows, in value and gradients.
-expected = VICRegLoss()(*whole)
-loss = VICRegLoss(gather_distributed=True)(*part)
-for value, leaves in ((expected, whole), (loss, part)):
-    value.backward()
-mean = loss.detach().clone()
-dist.all_reduce(mean)
-torch.testing.assert_close(mean / world, expected.detach())
-for a, b in zip(part, whole):
-    torch.testing.assert_close(a.grad / world, b.grad[own])
+for ours, alone in (
+    (VICRegLoss(gather_distributed=True), VICRegLoss()), (solo.vicreg_loss_func, VICRegLoss(mu_param=50.0))
+):
+    expected, mean = alone(*whole), ours(*part)
+    gradients = torch.autograd.grad(mean, part), torch.autograd.grad(expected, whole)
+    mean = mean.detach().clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean / world, expected.detach())
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a / world, b[own])
 try:
     from lightly.loss import VICRegLoss as Theirs
 except ImportError:
     pass
 else:
     again = [z.detach().clone().requires_grad_() for z in part]
-    Theirs(gather_distributed=True)(*again).backward()
-    for a, b in zip(part, again):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    theirs = torch.autograd.grad(Theirs(gather_distributed=True)(*again), again)
+    for a, b in zip(torch.autograd.grad(VICRegLoss(gather_distributed=True)(*part), part), theirs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 torch.testing.assert_close(VICRegLoss()(*part), VICRegLoss()(*(z[own] for z in everyone)))
-try:
-    BarlowTwinsLoss(gather_distributed=True)(*part)
-except NotImplementedError as error:
-    assert "gather_distributed" in str(error)
-else:
-    raise AssertionError("BarlowTwinsLoss did not say that it does not gather")
+
+# Where the peer gathers and ours cannot yet, it says so.
+for local, name in (
+    (lambda: BarlowTwinsLoss(gather_distributed=True)(*part), "BarlowTwinsLoss: gather_distributed"),
+    (lambda: NTXentLoss(gather_distributed=True)(*part), "NTXentLoss: gather_distributed without a memory bank"),
+    (lambda: solo.barlow_loss_func(*part), "barlow_loss_func"),
+    (lambda: solo.simclr_loss_func(torch.cat(part), torch.arange(12).repeat(2)), "simclr_loss_func"),
+):
+    try:
+        local()
+    except NotImplementedError as error:
+        assert str(error) == name + " in several processes is not implemented in this version"
+    else:
+        raise AssertionError(name + " did not say that it does not gather")
 """
+
+
+def test_torch_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that are to gather say so at once, as lightly's do; solo-learn's functions do without."""
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    for module in (VICRegLoss, BarlowTwinsLoss, NTXentLoss):
+        module()
+        with pytest.raises(ValueError, match="gather_distributed: expected False, for this build of torch has no"):
+            module(gather_distributed=True)
+    z = torch.randn(4, 3)
+    torch.testing.assert_close(vicreg_loss_func(z, z), VICRegLoss(mu_param=50.0)(z, z))
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
