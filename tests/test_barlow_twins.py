@@ -1,4 +1,4 @@
-"""Barlow Twins beside lightly's and solo-learn's. What it shares with VICReg: test_covariance.py, test_vicreg.py."""
+"""Barlow Twins beside lightly's. What it shares with VICReg: test_covariance.py, test_vicreg.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels import BarlowTwinsLoss
-from ssl_kernels.integrations.solo import barlow_loss_func
 
 
 def views(*shape: int) -> list[Tensor]:
@@ -35,17 +34,6 @@ def test_lightly(backend: str, shape: tuple[int, int], lambda_param: float) -> N
 def test_lightly_has_the_same_signature() -> None:
     lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
     assert_same_signature(BarlowTwinsLoss, lightly.BarlowTwinsLoss)
-
-
-def test_solo_learn() -> None:
-    """From its equation: batch normalisation, squared differences from the identity, weights, and a factor."""
-    leaves = views(40, 12)
-    a, b = (torch.nn.BatchNorm1d(12, affine=False)(z) for z in leaves)
-    weights = torch.full((12, 12), 5e-3).fill_diagonal_(1)
-    expected = 0.025 * (weights * (a.t() @ b / 40 - torch.eye(12)).square()).sum()
-    ours = value_and_gradients(barlow_loss_func(*leaves), leaves)
-    for mine, theirs in zip(ours, value_and_gradients(expected, leaves), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_identical_views_of_uncorrelated_features_cost_nothing() -> None:

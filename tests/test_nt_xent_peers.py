@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from memory import saved_bytes
 from peers import assert_same, assert_same_signature, value_and_gradients
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels import NTXentLoss, SupConLoss
-from ssl_kernels.integrations.solo import simclr_loss_func
+from ssl_kernels import NTXentLoss
 
 
 def views(batch: int = 48, width: int = 16) -> list[Tensor]:
@@ -68,33 +66,6 @@ def test_checkpoints_of_lightly_load(size: int | tuple[int, ...]) -> None:
 def test_lightly_has_the_same_signature() -> None:
     lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
     assert_same_signature(NTXentLoss, lightly.NTXentLoss)
-
-
-def test_solo_learn() -> None:
-    """From its equation: rows of one index attract each other, and a row is not its own positive."""
-    z = torch.randn(40, 16, requires_grad=True)
-    indexes = torch.arange(20).repeat(2)
-    rows = F.normalize(z, dim=-1)
-    similarity = torch.exp(rows @ rows.t() / 0.1)
-    same = indexes[:, None] == indexes
-    positive = (similarity * (same ^ torch.eye(40, dtype=torch.bool))).sum(1)
-    theirs = -torch.log(positive / (positive + (similarity * ~same).sum(1))).mean()
-    ours = simclr_loss_func(z, indexes)
-    torch.testing.assert_close(ours, theirs)
-    gradients = (torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (ours, theirs))
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-
-
-def test_pytorch_metric_learning_sup_con() -> None:
-    """With rows that have no positive: both leave them out of the mean."""
-    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
-    z = torch.randn(60, 16, requires_grad=True)
-    labels = torch.cat([torch.arange(50) % 9, torch.arange(100, 110)])
-    ours = SupConLoss(temperature=0.1)(F.normalize(z, dim=-1), labels)
-    theirs = losses.SupConLoss(temperature=0.1)(z, labels)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    gradients = (torch.autograd.grad(loss, z)[0] for loss in (ours, theirs))
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_pytorch_metric_learning_nt_xent() -> None:

@@ -1,4 +1,4 @@
-"""VICReg beside lightly's and solo-learn's, and in several processes. What it shares: test_covariance.py."""
+"""VICReg beside lightly's, and in several processes. What it shares: test_covariance.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from contrastive import BACKENDS
 from peers import assert_same, assert_same_signature, value_and_gradients
 from processes import run_processes
@@ -37,17 +36,6 @@ def test_lightly(backend: str, shape: tuple[int, ...]) -> None:
 def test_lightly_has_the_same_signature() -> None:
     lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
     assert_same_signature(VICRegLoss, lightly.VICRegLoss)
-
-
-def test_solo_learn() -> None:
-    """From its equation, whose variance term is the sum over both views."""
-    z1, z2 = leaves = views(40, 12)
-    expected = 25 * F.mse_loss(z1, z2)
-    for z in leaves:
-        covariance = torch.cov(z.t())
-        expected = expected + 25 * F.relu(1 - torch.sqrt(z.var(0) + 1e-4)).mean()
-        expected = expected + (covariance.square().sum() - covariance.diagonal().square().sum()) / 12
-    assert_same(value_and_gradients(vicreg_loss_func(z1, z2), leaves), value_and_gradients(expected, leaves))
 
 
 def test_each_term_alone() -> None:
