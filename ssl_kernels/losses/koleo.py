@@ -34,7 +34,7 @@ class KoLeoLoss(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The loss of features [B, D], normalised here. A row that is alone is its own neighbour, as in the peers."""
-        return K.koleo_loss(x.expand(2, -1) if x.shape[0] == 1 else x, eps=self.eps)
+        return K.koleo_loss(x.expand(2, -1) if x.dim() == 2 and len(x) == 1 else x, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, eps={self.eps}"
