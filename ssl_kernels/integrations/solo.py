@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels.distributed import refuse_several_processes, several_processes
-from ssl_kernels.losses.infonce import positive_temperature
+from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.losses.moco import MoCoV3Loss
-from ssl_kernels.losses.supcon import SupConLoss
+from ssl_kernels.losses.sup_con import SupConLoss
 from ssl_kernels.losses.vicreg import VICRegLoss
 from ssl_kernels.ops._checks import check_fraction
 from ssl_kernels.ops.unit_rows import unit_rows

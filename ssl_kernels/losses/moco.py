@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.losses.infonce import positive_temperature
+from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.ops._checks import autocast_features
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.queue import KeyQueue, gather_rows

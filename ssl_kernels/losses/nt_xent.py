@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels.distributed import check_gather_distributed, refuse_several_processes
-from ssl_kernels.losses.infonce import positive_temperature
+from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.queue import KeyQueue, keep_missing_bank
 

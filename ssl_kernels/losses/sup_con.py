@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.losses.infonce import positive_temperature
+from ssl_kernels.losses.info_nce import positive_temperature
 
 
 class SupConLoss(nn.Module):
