@@ -25,6 +25,11 @@ inline void check_size(const torch::stable::Tensor& t, const char* name, int64_t
                   t.size(axis));
 }
 
+inline void check_range(int64_t begin, int64_t end, int64_t size) {
+  STD_TORCH_CHECK(0 <= begin && begin <= end && end <= size, "begin, end: expected a range within 0 to ", size, ", got ",
+                  begin, " to ", end);
+}
+
 // A matrix of floats whose rows are contiguous and do not overlap.
 inline void check_tile(const torch::stable::Tensor& t, const char* name) {
   check_tensor(t, name, torch::headeronly::ScalarType::Float, 2);

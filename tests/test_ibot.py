@@ -143,6 +143,10 @@ def test_fp16_gradients_with_small_weights_survive(backend: str) -> None:
     floor = 2**-24 * exact.gradient.numel() ** 0.5
     assert distance(ours.gradient, exact.gradient) <= 2**-9 * exact.gradient.norm() + floor
     assert floor < 0.01 * exact.gradient.norm()
+    options: dict[str, Any] = {"weights": weights[:3], "student_temp": 1e-5}  # and with cold students
+    student, teacher = (1e-5 * t for t in patches(3, 9, torch.float16))
+    ours, exact = run(backend, student.half(), teacher, **options), oracle(student.half(), teacher, **options)
+    assert distance(ours.gradient, exact.gradient) <= 2**-9 * exact.gradient.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,19 +5,27 @@
 //
 //   z = (S - max S) / tau,   e = exp(z)                    one exponential to an element
 //   loss = n log(sum e) - sum q z                          both terms are >= 0: nothing cancels
-//   gradient = (n e / sum e - q) / tau                     when the sum is known, from e in scratch memory
+//   gradient = n e / sum e - q                             by z, when the sum is known, from e in scratch memory
 
 #include "logits-inl.h"
 
-// Scratch memory of one row and of one number to each of its blocks.
+// Scratch memory of one row, of one number to each of its blocks, and of a double.
 struct Row {
   float* values;
   float* of_block;
+  float* mass;
 };
 
 SSLK_INLINE Row scratch_row(float* scratch, int64_t width, int64_t i) {
-  float* values = scratch + i * (width + blocks_of(width));
-  return {values, values + width};
+  float* values = scratch + i * (width + blocks_of(width) + 2);
+  return {values, values + width, values + width + blocks_of(width)};
+}
+
+// What fill_target left in a row.
+SSLK_INLINE Target target_in(const Row& row) {
+  Target target = {row.values, row.of_block, 0};
+  std::memcpy(&target.mass, row.mass, sizeof target.mass);
+  return target;
 }
 
 // Fills a row with body(col, count) and its masses, and returns it as a target.
@@ -34,30 +42,32 @@ SSLK_INLINE Target fill_target(const Row& row, int64_t width, Body body) {
     row.of_block[block] = float(sum(total));
     mass += sum(total);
   });
-  return {row.values, row.of_block, mass};
+  std::memcpy(row.mass, &mass, sizeof mass);
+  return target_in(row);
 }
 
 template <typename Type>
-static Target teacher_target(const Dino& job, const typename Type::Element* teacher, const Row& row) {
+static void teacher_target(const Dino& job, const typename Type::Element* teacher, const Row& row) {
   if (job.teacher_probs) {
-    return fill_target(row, job.width, [&](int64_t, int64_t col, int count) __attribute__((always_inline)) {
+    fill_target(row, job.width, [&](int64_t, int64_t col, int count) __attribute__((always_inline)) {
       return load_features<Type>(teacher + col, count);
     });
+    return;
   }
   const Logits<Type> logits = {teacher, job.center};
   const Peak peak = exponentials<true, false>(logits, job.width, job.teacher_scale, row.values, row.of_block, {});
-  return fill_target(row, job.width, [&](int64_t block, int64_t col, int count) __attribute__((always_inline)) {
+  fill_target(row, job.width, [&](int64_t block, int64_t col, int count) __attribute__((always_inline)) {
     const double factor = factor_from(peak, row.of_block[block], job.teacher_scale) / peak.total;
     return load_features<Float32>(row.values + col, count) * float(factor);
   });
 }
 
-// The sum of all targets but one (or of all, for `except` outside of them); they are at least two.
-static Target sum_targets(const Target* targets, int64_t n, int64_t except, int64_t width, const Row& row) {
+// The sum of the first n rows of scratch memory but one (or of all, for `except` outside of them); they are at least two.
+static Target sum_targets(float* scratch, int64_t n, int64_t except, int64_t width, const Row& row) {
   return fill_target(row, width, [&](int64_t, int64_t col, int count) __attribute__((always_inline)) {
     Vec total = {};
     for (int64_t t = 0; t < n; ++t) {
-      if (t != except) total += load_features<Float32>(targets[t].q + col, count);
+      if (t != except) total += load_features<Float32>(scratch_row(scratch, width, t).values + col, count);
     }
     return total;
   });
@@ -76,7 +86,7 @@ static double student_row(const Dino& job, const typename Type::Element* student
   Peak peak;
   if (gradient) {
     peak = exponentials<true, true>(logits, job.width, scale, row.values, row.of_block, target);
-    const double unit = double(job.gradient_scale) * weight * scale;
+    const double unit = double(job.gradient_scale) * weight;
     const Vec theirs = broadcast(float(unit));
     const bool streams = job.stream_gradient && can_stream(gradient);
     for_each_block(job.width, [&](int64_t block, int64_t first, int64_t cols) __attribute__((always_inline)) {
@@ -106,12 +116,11 @@ static void dino_samples(const Dino& job, int64_t begin, int64_t end, float* scr
   const int64_t width = job.width, n = job.n_teachers;
   const Row all = scratch_row(scratch, width, n), others = scratch_row(scratch, width, n + 1);
   const Row exponentials = scratch_row(scratch, width, n + 2);
-  Target* targets = static_cast<Target*>(__builtin_alloca(n * sizeof(Target)));
   for (int64_t b = begin; b < end; ++b) {
     for (int64_t t = 0; t < n; ++t) {
       const Crop& crop = job.teachers[t];
       const TeacherElement* teacher = static_cast<const TeacherElement*>(crop.data) + b * crop.stride;
-      targets[t] = teacher_target<Teacher>(job, teacher, scratch_row(scratch, width, t));
+      teacher_target<Teacher>(job, teacher, scratch_row(scratch, width, t));
       if (teacher_sum) {
         for_each_vector(width, [&](int64_t col, int count) __attribute__((always_inline)) {
           Vec sum = load_features<Float32>(teacher_sum + col, count) + load_features<Teacher>(teacher + col, count);
@@ -119,7 +128,7 @@ static void dino_samples(const Dino& job, int64_t begin, int64_t end, float* scr
         });
       }
     }
-    const Target everything = n == 1 ? targets[0] : sum_targets(targets, n, -1, width, all);
+    const Target everything = n == 1 ? target_in(scratch_row(scratch, width, 0)) : sum_targets(scratch, n, -1, width, all);
     const float weight = job.weights ? job.weights[b] : 1;
     double loss = 0;
     for (int64_t v = 0; v < job.n_students; ++v) {
@@ -133,8 +142,8 @@ static void dino_samples(const Dino& job, int64_t begin, int64_t end, float* scr
         continue;
       }
       const Target target = !own     ? everything
-                            : n == 2 ? targets[1 - v]
-                                     : sum_targets(targets, n, v, width, others);
+                            : n == 2 ? target_in(scratch_row(scratch, width, 1 - v))
+                                     : sum_targets(scratch, n, v, width, others);
       loss += student_row<Student>(job, student, target, weight, gradient, exponentials);
     }
     job.losses[b] = float(loss * weight);

@@ -33,12 +33,17 @@ struct Dino {
   void* gradient;      // [n_students, samples, width] in the student's type, or null
   bool stream_gradient;  // past the caches, where it is larger than they are
   int64_t samples;
-  float gradient_scale;
+  float gradient_scale;  // factor on the gradient by logits / temperature
 };
 
 // Floats of scratch memory that dino_rows needs: each teacher's probabilities, their sum, the sum without one of them
-// and a student's exponentials, with a number to each block, of which none has fewer than 512 columns.
-inline int64_t dino_scratch(const Dino& job) { return (job.n_teachers + 3) * (job.width + job.width / 512 + 1); }
+// and a student's exponentials, with a number to each block, of which none has fewer than 512 columns, and two more.
+// It is at most INT64_MAX, as many as no machine has.
+inline int64_t dino_scratch(const Dino& job) {
+  int64_t floats;
+  const bool fits = !__builtin_mul_overflow(job.n_teachers + 3, job.width + job.width / 512 + 3, &floats);
+  return fits ? floats : INT64_MAX;
+}
 
 // Samples [begin, end); distinct ranges may run concurrently, each with a scratch memory of its own. The teacher's
 // logits of these samples are added to `teacher_sum` [width] unless that is null.

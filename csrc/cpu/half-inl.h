@@ -4,7 +4,6 @@
 // Conversions are exact upwards, and round to the nearest, ties to even, downwards. They are written in integer
 // arithmetic, for not every instruction set here converts 16-bit numbers.
 
-typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
 typedef uint16_t Short __attribute__((vector_size(LANES * sizeof(uint16_t))));
 
 struct Float32 {

@@ -9,20 +9,20 @@ SSLK_INLINE Logits<Type> row_of(const Sinkhorn& job, int64_t i) {
 }
 
 template <typename Type>
-static void column_lse(const Sinkhorn& job, int64_t begin, int64_t end, float* maxima, float* totals) {
+static void column_lse(const Sinkhorn& job, int64_t begin, int64_t end, float* maxima, float* totals, bool more) {
   constexpr int kRows = 8;
   const Vec scale = broadcast(job.scale);
-  for (int64_t i = 0; i < job.rows; i += kRows) {
+  for (int64_t i = 0; i < job.rows; i += kRows, more = true) {
     const int rows = job.rows - i < kRows ? int(job.rows - i) : kRows;
     for_each_vector(end - begin, [&](int64_t at, int count) __attribute__((always_inline)) {
       const int64_t col = begin + at;
-      Vec y[kRows], before = i ? load_features<Float32>(maxima + col, count) : broadcast(-kInfinity), top = before;
+      Vec y[kRows], before = more ? load_features<Float32>(maxima + col, count) : broadcast(-kInfinity), top = before;
       for (int r = 0; r < rows; ++r) {
         y[r] = load_features<Type>(row_of<Type>(job, i + r).row + col, count);
         top = y[r] > top || y[r] != y[r] ? y[r] : top;
       }
       Vec total = {};
-      if (i) total = load_features<Float32>(totals + col, count) * exp_or_zero((before - top) * scale);
+      if (more) total = load_features<Float32>(totals + col, count) * exp_or_zero((before - top) * scale);
       for (int r = 0; r < rows; ++r) total += exp_or_zero((y[r] - top) * scale);
       store_features<Float32>(maxima + col, top, count);
       store_features<Float32>(totals + col, total, count);
@@ -73,8 +73,9 @@ static void softmax_rows(const Sinkhorn& job, int64_t begin, int64_t end, float*
       return function<Float16>(__VA_ARGS__);   \
   }
 
-static void sinkhorn_column_lse(const Sinkhorn& job, int64_t begin, int64_t end, float* maxima, float* totals) {
-  SSLK_BY_TYPE(column_lse, job, begin, end, maxima, totals)
+static void sinkhorn_column_lse(const Sinkhorn& job, int64_t begin, int64_t end, float* maxima, float* totals,
+                                bool more) {
+  SSLK_BY_TYPE(column_lse, job, begin, end, maxima, totals, more)
 }
 
 static void sinkhorn_column_sums(const Sinkhorn& job, int64_t begin, int64_t end, float* scratch, float* sums) {

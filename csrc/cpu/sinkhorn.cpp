@@ -5,8 +5,9 @@
 
 namespace sslk {
 
-void sinkhorn_column_lse(const Sinkhorn& job, int64_t begin, int64_t end, float* maxima, float* totals, Isa isa) {
-  SSLK_DISPATCH(isa, sinkhorn_column_lse, job, begin, end, maxima, totals);
+void sinkhorn_column_lse(const Sinkhorn& job, int64_t begin, int64_t end, float* maxima, float* totals, bool more,
+                         Isa isa) {
+  SSLK_DISPATCH(isa, sinkhorn_column_lse, job, begin, end, maxima, totals, more);
 }
 
 void sinkhorn_column_sums(const Sinkhorn& job, int64_t begin, int64_t end, float* scratch, float* sums, Isa isa) {

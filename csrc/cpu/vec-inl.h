@@ -5,6 +5,7 @@
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(int32_t))));  // all bits set: true
+typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
 typedef int64_t Long __attribute__((vector_size(LANES * sizeof(int64_t))));
 
 template <typename V, typename T>
@@ -55,7 +56,7 @@ SSLK_INLINE double sum(Vec v) {
   return s;
 }
 
-// exp(x) for -87.3 <= x <= 0, to 1.5 units in the last place; NaN for NaN.
+// exp(x) for -87.3 <= x <= 0, to 1.5 units in the last place; NaN for NaN; some number for any other x.
 // x = n ln 2 + r with |r| <= ln(2)/2, then 2^n times a polynomial in r.
 SSLK_INLINE Vec exp_unclamped(Vec x) {
   const float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
@@ -69,7 +70,7 @@ SSLK_INLINE Vec exp_unclamped(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  Mask power = ((Mask)shifted << 23) + 0x3f800000;  // the bits of 2^n
+  Bits power = ((Bits)shifted << 23) + 0x3f800000;  // the bits of 2^n; unsigned, since far out they wrap around
   return p * (Vec)power;                            // a product, so that a NaN in p stays one
 }
 

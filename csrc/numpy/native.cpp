@@ -142,8 +142,9 @@ void softmax_stats(Array<float> tile, Array<double> row_stats, std::optional<Arr
   }
 }
 
-void softmax_grad(Array<float> tile, Array<double> stats, float scale, Array<double> row_lse, Array<double> col_lse,
-                  Array<float> row_weight, Array<float> col_weight, Array<float> row_target, Array<float> col_target,
+void softmax_grad(Array<float> tile, Array<double> stats, float scale, Array<float> row_top, Array<float> col_top,
+                  Array<float> row_log_sum, Array<float> col_log_sum, Array<float> row_weight,
+                  Array<float> col_weight, Array<float> row_target, Array<float> col_target,
                   std::optional<Array<float>> row_uniform, std::optional<Array<float>> col_uniform,
                   std::optional<Array<int64_t>> row_ids, std::optional<Array<int64_t>> col_ids, bool ignore_same_id,
                   int64_t positive, int64_t excluded, bool write, std::optional<std::string> isa) {
@@ -155,16 +156,15 @@ void softmax_grad(Array<float> tile, Array<double> stats, float scale, Array<dou
   const int64_t rows = grad.tile.rows, cols = grad.tile.cols;
   vector_data(stats, "stats", rows);
   grad.stats = stats.mutable_data();
-  grad.row = {vector_data(row_lse, "row_lse", rows), vector_data(row_weight, "row_weight", rows),
-              vector_data(row_target, "row_target", rows),
+  grad.row = {vector_data(row_top, "row_top", rows), vector_data(row_log_sum, "row_log_sum", rows),
+              vector_data(row_weight, "row_weight", rows), vector_data(row_target, "row_target", rows),
               row_uniform ? vector_data(*row_uniform, "row_uniform", rows) : nullptr};
-  grad.col = {vector_data(col_lse, "col_lse", cols), vector_data(col_weight, "col_weight", cols),
-              vector_data(col_target, "col_target", cols),
+  grad.col = {vector_data(col_top, "col_top", cols), vector_data(col_log_sum, "col_log_sum", cols),
+              vector_data(col_weight, "col_weight", cols), vector_data(col_target, "col_target", cols),
               col_uniform ? vector_data(*col_uniform, "col_uniform", cols) : nullptr};
   grad.write = write;
   const sslk::Isa chosen = choose_isa(isa);
   py::gil_scoped_release release;
-  sslk::softmax_grad_prepare(grad);
   sslk::softmax_grad(grad, 0, rows, chosen);
 }
 
@@ -344,7 +344,7 @@ py::tuple dino(py::array students, py::array teachers, std::optional<Array<float
   job.gradient = gradient.mutable_data();
   job.stream_gradient = stream_gradient;
   job.samples = samples;
-  job.gradient_scale = 1;
+  job.gradient_scale = 1 / student_temp;
   float* sum = teacher_sum.mutable_data();
   const sslk::Isa chosen = choose_isa(isa);
   {
@@ -372,7 +372,7 @@ py::tuple sinkhorn_column_lse(py::array rows, float temp, std::optional<std::str
   const sslk::Sinkhorn job = sinkhorn_job(rows, std::nullopt, temp);
   if (job.rows == 0) throw py::value_error("rows: expected at least 1 row, got 0");
   Array<float> maxima(job.width), totals(job.width);
-  sslk::sinkhorn_column_lse(job, 0, job.width, maxima.mutable_data(), totals.mutable_data(), choose_isa(isa));
+  sslk::sinkhorn_column_lse(job, 0, job.width, maxima.mutable_data(), totals.mutable_data(), false, choose_isa(isa));
   return py::make_tuple(maxima, totals);
 }
 
@@ -439,15 +439,16 @@ isa: "baseline", "avx2" or "avx512"; the active one by default.)");
         R"(Statistics of the rows and columns of one tile of raw similarities, for a softmax over either.
 
 tile [m, n] float32: x_i . y_j, unchanged. z = scale * tile, scale >= 0.
-row_stats [m, 4] and col_stats [n, 4] float64, or None for no columns: what other tiles gave to the maximum of z and to
-    the sum of exp(z - maximum), over the pairs that count, and to the sum of x_i . y_j over positives and their
-    number; start from -inf, 0, 0, 0. With 6 columns, then the sum over all pairs that count and their number.
+row_stats [m, 4] and col_stats [n, 4] float64, or None for no columns: what other tiles gave to the maximum of x_i . y_j
+    and to the sum of exp(scale * (x_i . y_j - maximum)), over the pairs that count, and to the sum of x_i . y_j over
+    positives and their number; start from -inf, 0, 0, 0. With 6 columns, then the sum over all pairs that count and their number.
 row_ids [m], col_ids [n] int64: equal ids are positives, or left out with ignore_same_id.
 positive, excluded: (i, i + positive) is a positive pair, (i, i + excluded) is left out; out of range for none.
 parts: in how many steps to take rows and columns; the result is the same.)");
   m.def("softmax_grad", &softmax_grad, py::arg("tile").noconvert(), py::arg("stats").noconvert(), py::arg("scale"),
-        py::arg("row_lse").noconvert(), py::arg("col_lse").noconvert(), py::arg("row_weight").noconvert(),
-        py::arg("col_weight").noconvert(), py::arg("row_target").noconvert(), py::arg("col_target").noconvert(),
+        py::arg("row_top").noconvert(), py::arg("col_top").noconvert(), py::arg("row_log_sum").noconvert(),
+        py::arg("col_log_sum").noconvert(), py::arg("row_weight").noconvert(), py::arg("col_weight").noconvert(),
+        py::arg("row_target").noconvert(), py::arg("col_target").noconvert(),
         py::arg("row_uniform").noconvert() = py::none(), py::arg("col_uniform").noconvert() = py::none(),
         py::arg("row_ids").noconvert() = py::none(), py::arg("col_ids").noconvert() = py::none(),
         py::arg("ignore_same_id") = false, py::arg("positive") = 0, py::arg("excluded") = sslk::kNoDiagonal,
@@ -455,14 +456,16 @@ parts: in how many steps to take rows and columns; the result is the same.)");
         R"(Gradient of a two-sided softmax loss by z = scale * tile, in place of the tile (if write).
 
 G = row_weight exp(z - row_lse) + col_weight exp(z - col_lse) - (row_uniform + col_uniform), less row_target +
-col_target on positives, and 0 for pairs that are left out. tile and pairs as in softmax_stats.
-stats [m] float64: the row sums of G * tile are added. Log-sum-exps are float64, the other vectors float32.)");
+col_target on positives, and 0 for pairs that are left out. tile and pairs as in softmax_stats, and
+lse = scale * top + log_sum, on either side.
+stats [m] float64: the row sums of G * tile are added. The other vectors are float32.)");
   m.def("key_softmax_panel", &key_softmax_panel, py::arg("tile").noconvert(), py::arg("stats").noconvert(),
         py::arg("mean").noconvert().none(true), py::arg("scale"), py::arg("isa") = py::none(),
         R"(Online softmax over one tile of raw similarities q_i . k_j, in place.
 
-tile [m, n] float32: on return exp(scale q_i . k_j - maximum), or unchanged if mean is None.
-stats [m, 2] float64: the running maximum and the sum of exp(scale q_i . k_j - maximum); start from -inf and 0.
+tile [m, n] float32: on return exp(scale q_i . k_j - |scale| maximum), or unchanged if mean is None.
+stats [m, 2] float64: the running maximum of q_i . k_j, or of -q_i . k_j if the scale is negative, and the sum of
+    exp(scale q_i . k_j - |scale| maximum); start from -inf and 0.
 mean [m, d] float32 or None: what the exponentials of earlier tiles have weighed, rescaled to the new maximum.)");
   m.def("koleo_panel", &koleo_panel, py::arg("tile").noconvert(), py::arg("best").noconvert(),
         py::arg("neighbor").noconvert(), py::arg("first_row"), py::arg("first_col"), py::arg("isa") = py::none(),

@@ -29,32 +29,42 @@ sslk::Sinkhorn job_of(const Tensor& rows, const std::optional<Tensor>& center, d
   return job;
 }
 
-void column_lse_cpu(Tensor rows, double temp, Tensor maxima, Tensor totals) {
-  const sslk::Sinkhorn job = job_of(rows, std::nullopt, temp);
+// Rows [begin, end) as a job of their own.
+sslk::Sinkhorn part_of(sslk::Sinkhorn job, int64_t begin, int64_t end) {
+  sslk::check_range(begin, end, job.rows);
+  const int64_t item = job.type == sslk::FeatureType::kFloat32 ? 4 : 2;
+  job.logits = static_cast<const char*>(job.logits) + begin * job.stride * item;
+  job.rows = end - begin;
+  return job;
+}
+
+// Rows [begin, end); those before are in maxima and totals already.
+void column_lse_cpu(Tensor rows, double temp, Tensor maxima, Tensor totals, int64_t begin, int64_t end) {
+  const sslk::Sinkhorn job = part_of(job_of(rows, std::nullopt, temp), begin, end);
   STD_TORCH_CHECK(job.rows > 0, "rows: expected at least 1 row, got 0");
   float* maximum = sslk::output_data(maxima, "maxima", job.width);
   float* total = sslk::output_data(totals, "totals", job.width);
   const sslk::Isa isa = sslk::active_isa();
   // Whole pages of a row, and blocks whose maxima and totals stay in the first-level cache.
   const int64_t block = 1024, blocks = (job.width + block - 1) / block;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      sslk::sinkhorn_column_lse(job, i * block, std::min((i + 1) * block, job.width), maximum, total, isa);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      sslk::sinkhorn_column_lse(job, i * block, std::min((i + 1) * block, job.width), maximum, total, begin > 0, isa);
     }
   });
 }
 
-void column_sums_cpu(Tensor rows, Tensor center, double temp, Tensor sums) {
-  const sslk::Sinkhorn job = job_of(rows, center, temp);
+// Adds the sums of rows [begin, end).
+void column_sums_cpu(Tensor rows, Tensor center, double temp, Tensor sums, int64_t begin, int64_t end) {
+  const sslk::Sinkhorn job = part_of(job_of(rows, center, temp), begin, end);
   float* out = sslk::output_data(sums, "sums", job.width);
-  std::fill_n(out, job.width, 0.f);
   const sslk::Isa isa = sslk::active_isa();
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(job.rows, torch::stable::get_num_threads()));
   // The first part adds to the output, the others to sums of their own.
   std::vector<float> others((parts - 1) * job.width);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     const std::unique_ptr<float[]> scratch(new float[sslk::sinkhorn_scratch(job)]);
-    for (int64_t part = begin; part < end; ++part) {
+    for (int64_t part = first; part < last; ++part) {
       float* here = part == 0 ? out : others.data() + (part - 1) * job.width;
       sslk::sinkhorn_column_sums(job, part * job.rows / parts, (part + 1) * job.rows / parts, scratch.get(), here, isa);
     }
@@ -64,28 +74,30 @@ void column_sums_cpu(Tensor rows, Tensor center, double temp, Tensor sums) {
   }
 }
 
-void centered_softmax_cpu(Tensor rows, std::optional<Tensor> center, double temp, Tensor out) {
+// Rows [begin, end) of both.
+void centered_softmax_cpu(Tensor rows, std::optional<Tensor> center, double temp, Tensor out, int64_t begin, int64_t end) {
   const sslk::Sinkhorn job = job_of(rows, center, temp);
   sslk::check_tensor(out, "out", ScalarType::Float, 2);
   sslk::check_size(out, "out", 0, job.rows);
+  sslk::check_range(begin, end, job.rows);
   sslk::check_size(out, "out", 1, job.width);
   STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
   float* probabilities = out.mutable_data_ptr<float>();
-  sslk::prefer_huge_pages(out);
+  if (begin == 0) sslk::prefer_huge_pages(out);
   const sslk::Isa isa = sslk::active_isa();
   const int64_t elements_per_task = 16384;
-  torch::stable::parallel_for(0, job.rows, elements_per_task / job.width + 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(begin, end, elements_per_task / job.width + 1, [&](int64_t first, int64_t last) {
     const std::unique_ptr<float[]> scratch(new float[sslk::sinkhorn_scratch(job)]);
-    sslk::centered_softmax(job, begin, end, scratch.get(), probabilities, isa);
+    sslk::centered_softmax(job, first, last, scratch.get(), probabilities, isa);
   });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
-  m.def("sinkhorn_column_lse_(Tensor rows, float temp, Tensor(a!) maxima, Tensor(b!) totals) -> ()");
-  m.def("sinkhorn_column_sums_(Tensor rows, Tensor center, float temp, Tensor(a!) sums) -> ()");
-  m.def("centered_softmax_(Tensor rows, Tensor? center, float temp, Tensor(a!) out) -> ()");
+  m.def("sinkhorn_column_lse_(Tensor rows, float temp, Tensor(a!) maxima, Tensor(b!) totals, int begin, int end) -> ()");
+  m.def("sinkhorn_column_sums_(Tensor rows, Tensor center, float temp, Tensor(a!) sums, int begin, int end) -> ()");
+  m.def("centered_softmax_(Tensor rows, Tensor? center, float temp, Tensor(a!) out, int begin, int end) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {

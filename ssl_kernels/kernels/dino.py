@@ -6,16 +6,16 @@ For crops of students S [V, B, K] and teachers T [T, B, K], temperatures ts and 
     q_vb = sum_t p_tb                   over the teachers t that are paired with v: all, or all but t = v
     n_vb = sum_k q_vbk                  their number, but for given probabilities
     CE_vb = n_vb lse_k(S_vb / ts) - sum_k q_vbk S_vbk / ts
-    G_vb  = w_b / ts (n_vb softmax(S_vb / ts) - q_vb)
+    G_vb  = w_b / ts (n_vb softmax(S_vb / ts) - q_vb)     in fp16 without 1 / ts, for which it has no room
 
 so that a sample takes one cross-entropy for each crop of the student, not one for each pair. Three steps:
 
     teachers   maximum and sum of each row, over blocks of its columns (row_stats in sinkhorn.py)
     forward    a program has one block of columns of one sample. It makes q of the teachers, in registers, and reads
-               each student once, with z = S / ts, for the maximum m of the block and the sums of exp(z - m), of
-               q (z - m) and of q. A second, small launch merges the blocks: with M the maximum of the row,
+               each student once, for the maximum m of the block and, with z = (S - m) / ts, the sums of exp(z), of q z
+               and of q. A second, small launch merges the blocks: with M the maximum of the row,
 
-                   CE = n log(sum_j l_j e^(m_j - M)) - sum_j (d_j + (m_j - M) n_j)
+                   CE = n log(sum_j l_j e^((m_j - M) / ts)) - sum_j (d_j + n_j (m_j - M) / ts)
 
                where no term is negative, so that nothing cancels, at whatever height the logits are.
     gradient   reads teachers and students once more, and writes G in the dtype of the students.
@@ -94,7 +94,7 @@ def _student_row(v, b, stride_round, stride_b, S0, S1, S2, S3, S4, S5, S6, S7, S
 def _targets(
     T0,
     T1,
-    SHIFTS,  # [T, B] fp32, in base 2; or None with TEACHER_PROBS
+    SHIFTS,  # [T, B] fp32; or None with TEACHER_PROBS
     RECIPROCALS,
     CENTER,
     scale,
@@ -127,7 +127,7 @@ def _targets(
             else:
                 center = load_center(CENTER, k, k_ok, HAS_CENTER)  # here: held over the loop, it would take registers
                 row = number.to(tl.int64) * B + b
-                q += tl.exp2((x - center) * scale - tl.load(SHIFTS + row)) * tl.load(RECIPROCALS + row)
+                q += tl.exp2((x - center - tl.load(SHIFTS + row)) * scale) * tl.load(RECIPROCALS + row)
     return q
 
 
@@ -152,14 +152,14 @@ def _forward_kernel(
     S11,
     T0,  # likewise
     T1,
-    SHIFTS,  # [T, B] fp32, in base 2; or None with TEACHER_PROBS
+    SHIFTS,  # [T, B] fp32; or None with TEACHER_PROBS
     RECIPROCALS,
     CENTER,  # [K] fp32, or None without HAS_CENTER
     STUDENT_TEMP,
     TEACHER_TEMP,
-    MAXIMA,  # this and what follows: [V, B, cdiv(K, BLOCK_K)] fp32, in base 2
+    MAXIMA,  # this and what follows: [V, B, cdiv(K, BLOCK_K)] fp32
     SUMS,
-    DOTS,
+    DOTS,  # in base 2
     MASSES,
     V: tl.int32,
     T: tl.int32,
@@ -202,8 +202,8 @@ def _forward_kernel(
                 v, b, stride_sr, stride_sb, S0, S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11, ALIGNED
             )  # fmt: skip
             s = tl.load(at + s_offset, mask=k_ok, other=float("-inf")).to(tl.float32)
-            maximum = tl.max(s, axis=0) * student_scale
-            z = s * student_scale - finite_from_below(maximum)
+            maximum = tl.max(s, axis=0)
+            z = (s - finite_from_below(maximum)) * student_scale
             to = (tl.cast(v, tl.int64) * B + b) * blocks + block
             tl.store(MAXIMA + to, maximum)
             tl.store(SUMS + to, tl.sum(tl.exp2(z), axis=0))
@@ -218,8 +218,9 @@ def _merge_kernel(
     DOTS,
     MASSES,
     WEIGHTS,  # [B] fp32, or None without HAS_WEIGHTS
-    SHIFTS,  # [V, B] fp32, in base 2
-    FACTORS,  # [V, B] fp32: of 2^(z - shift) in n softmax(z)
+    TEMPERATURE,
+    SHIFTS,  # [V, B] fp32
+    FACTORS,  # [V, B] fp32: of exp((S - shift) / ts) in n softmax(S / ts)
     LOSS,  # [B] fp32
     V: tl.int32,
     B: tl.int64,
@@ -230,13 +231,14 @@ def _merge_kernel(
 ):
     """One sample, STUDENTS of the crops at a time."""
     b = tl.program_id(0).to(tl.int64)
+    scale = _LOG2_E / tl.load(TEMPERATURE)
     loss = tl.zeros((STUDENTS,), tl.float32)
     for first_v in range(0, V, STUDENTS):
         v = first_v + tl.arange(0, STUDENTS)
         v_ok = v < V
         row = v.to(tl.int64) * B + b
         at = row * splits
-        shift, total = merge_maxima_and_sums(MAXIMA, SUMS, at, v_ok, splits, STUDENTS, SPLITS)
+        shift, total = merge_maxima_and_sums(MAXIMA, SUMS, scale, at, v_ok, splits, STUDENTS, SPLITS)
         dot = tl.zeros((STUDENTS,), tl.float32)
         mass = tl.zeros((STUDENTS,), tl.float32)
         for first in range(0, splits, SPLITS):
@@ -245,7 +247,7 @@ def _merge_kernel(
             maxima = tl.load(MAXIMA + at[:, None] + split[None, :], mask=ok, other=0.0)
             dots = tl.load(DOTS + at[:, None] + split[None, :], mask=ok, other=0.0)
             masses = tl.load(MASSES + at[:, None] + split[None, :], mask=ok, other=0.0)
-            dot += tl.sum(dots + (maxima - shift[:, None]) * masses, axis=1)
+            dot += tl.sum(dots + (maxima - shift[:, None]) * scale * masses, axis=1)
             mass += tl.sum(masses, axis=1)
         loss += tl.where(v_ok, mass * tl.log2(total) - dot, 0.0)
         tl.store(SHIFTS + row, shift, mask=v_ok)
@@ -278,7 +280,7 @@ def _grad_kernel(
     CENTER,
     STUDENT_TEMP,
     TEACHER_TEMP,
-    STUDENT_SHIFTS,  # [V, B] fp32, in base 2
+    STUDENT_SHIFTS,  # [V, B] fp32
     FACTORS,  # [V, B] fp32
     WEIGHTS,  # [B] fp32, or None without HAS_WEIGHTS
     GRAD,  # [V, B, K]
@@ -325,8 +327,8 @@ def _grad_kernel(
             )  # fmt: skip
             s = tl.load(at + s_offset, mask=k_ok, other=float("-inf")).to(tl.float32)
             row = tl.cast(v, tl.int64) * B + b
-            p = tl.exp2(s * student_scale - tl.load(STUDENT_SHIFTS + row)) * tl.load(FACTORS + row)
-            slope = grad_scale / student_temp
+            p = tl.exp2((s - tl.load(STUDENT_SHIFTS + row)) * student_scale) * tl.load(FACTORS + row)
+            slope = grad_scale if GRAD.dtype.element_ty == tl.float16 else grad_scale / student_temp
             if HAS_WEIGHTS:
                 slope *= tl.load(WEIGHTS + b)
             tl.store(GRAD + row * K + k, ((p - q) * slope).to(GRAD.dtype.element_ty), mask=k_ok)
@@ -383,7 +385,7 @@ def dino(
         distinct: whether teacher t and student v are no pair where t = v.
         teacher_probs: whether teachers hold probabilities, so that neither centre nor temperature is applied to them.
         grad: [V, B, K] in the dtype of the students, contiguous, receives ``grad_scale`` times the gradient of the sum
-            of what is returned; or None.
+            of what is returned, and in fp16 times ``student_temp`` too; or None.
         grad_scale: factor of the gradient.
         span: samples of one program, by default so many that programs fill the chip.
 
@@ -421,7 +423,7 @@ def dino(
             **shared, num_warps=_WARPS,
         )  # fmt: skip
         _merge_kernel[(batch,)](
-            *partials, weights, student_shifts, factors, loss, crops, batch, splits,
+            *partials, weights, student_temp, student_shifts, factors, loss, crops, batch, splits,
             HAS_WEIGHTS=weights is not None, STUDENTS=_MERGE_STUDENTS, SPLITS=_MERGE_SPLITS, num_warps=4,
         )  # fmt: skip
         if grad is not None:

@@ -14,7 +14,8 @@ One exponential per element and visit, in base 2. Statistics of a row are taken 
 its own maximum, and statistics of a column over a share of the rows, online against a running maximum; partial results
 go to buffers with one slot per block, which a second, small launch merges in a fixed order, without atomics. The result
 is bitwise reproducible on the same chip. A maximum is subtracted in the units of the logits, where the difference of
-two values of 16 bits is all but exact.
+two values of 16 bits is all but exact, and multiplied then: a product less a rounded product, as one fma, would leave
+the rounding, which exceeds 1 where logits are large.
 
 Budget, in reads of the logits: one for row statistics, one for the statistics of columns, two for column sums, of which
 the first is for the rows, two and a write for the probabilities. A program keeps its part of the centre in registers
@@ -72,7 +73,7 @@ def load_center(CENTER, k, k_ok, HAS_CENTER: tl.constexpr):
 
 
 @triton.jit
-def merge_maxima_and_sums(MAXIMA, SUMS, at, row_ok, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+def merge_maxima_and_sums(MAXIMA, SUMS, scale, at, row_ok, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
     """Maxima and sums of rows from those of their blocks, ``splits`` of them from ``at`` [ROWS] on; 0 and 1 beyond."""
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     for first in range(0, splits, SPLITS):
@@ -87,7 +88,7 @@ def merge_maxima_and_sums(MAXIMA, SUMS, at, row_ok, splits, ROWS: tl.constexpr, 
         ok = row_ok[:, None] & (split < splits)[None, :]
         maxima = tl.load(MAXIMA + at[:, None] + split[None, :], mask=ok, other=float("-inf"))
         sums = tl.load(SUMS + at[:, None] + split[None, :], mask=ok, other=0.0)
-        total += tl.sum(sums * tl.exp2(maxima - shift[:, None]), axis=1)
+        total += tl.sum(sums * tl.exp2((maxima - shift[:, None]) * scale), axis=1)
     return shift, total
 
 
@@ -98,7 +99,7 @@ def _row_stats_kernel(
     X,  # [crops, B, K]
     CENTER,  # [K] fp32, or None without HAS_CENTER
     TEMPERATURE,
-    MAXIMA,  # [crops, B, cdiv(K, BLOCK_K)] fp32, in base 2
+    MAXIMA,  # [crops, B, cdiv(K, BLOCK_K)] fp32, of x less the centre
     SUMS,
     crops: tl.int32,
     B: tl.int64,
@@ -123,18 +124,19 @@ def _row_stats_kernel(
             crop = tl.cast(i, tl.int64)
             at = X + crop * stride_xn + b * stride_xb
             x = tl.load(at + k.to(tl.int64) * stride_xk, mask=k_ok, other=float("-inf")).to(tl.float32)
-            z = (x - center) * scale
-            maximum = tl.max(z, axis=0)
+            x -= center
+            maximum = tl.max(x, axis=0)
             to = (crop * B + b) * blocks + block
             tl.store(MAXIMA + to, maximum)
-            tl.store(SUMS + to, tl.sum(tl.exp2(z - finite_from_below(maximum)), axis=0))
+            tl.store(SUMS + to, tl.sum(tl.exp2((x - finite_from_below(maximum)) * scale), axis=0))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _merge_rows_kernel(
     MAXIMA,  # [rows, splits]
     SUMS,
-    SHIFTS,  # [rows] fp32, in base 2
+    TEMPERATURE,
+    SHIFTS,  # [rows] fp32
     RECIPROCALS,  # [rows] fp32
     rows: tl.int64,
     splits,
@@ -143,7 +145,8 @@ def _merge_rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
-    shift, total = merge_maxima_and_sums(MAXIMA, SUMS, row * splits, row_ok, splits, ROWS, SPLITS)
+    scale = _LOG2_E / tl.load(TEMPERATURE)
+    shift, total = merge_maxima_and_sums(MAXIMA, SUMS, scale, row * splits, row_ok, splits, ROWS, SPLITS)
     tl.store(SHIFTS + row, shift, mask=row_ok)
     tl.store(RECIPROCALS + row, 1.0 / total, mask=row_ok)
 
@@ -215,7 +218,7 @@ def _column_sums_kernel(
     X,  # [N, K]
     CENTER,  # [K] fp32
     TEMPERATURE,
-    SHIFTS,  # [N] fp32, in base 2
+    SHIFTS,  # [N] fp32
     RECIPROCALS,  # [N]
     PARTIALS,  # [splits, K] fp32
     N: tl.int64,
@@ -242,7 +245,7 @@ def _column_sums_kernel(
         reciprocal = tl.load(RECIPROCALS + first_row + row, mask=row_ok, other=0.0)
         ok = row_ok[:, None] & k_ok[None, :]
         x = tl.load(at[None, :] + row[:, None] * stride_xn, mask=ok, other=float("-inf")).to(tl.float32)
-        total += tl.sum(tl.exp2((x - center[None, :]) * scale - shift[:, None]) * reciprocal[:, None], axis=0)
+        total += tl.sum(tl.exp2((x - center[None, :] - shift[:, None]) * scale) * reciprocal[:, None], axis=0)
     tl.store(PARTIALS + split * K + k, total, mask=k_ok)
 
 
@@ -251,7 +254,7 @@ def _centered_softmax_kernel(
     X,  # [N, K]
     CENTER,  # [K] fp32, or None without HAS_CENTER
     TEMPERATURE,
-    SHIFTS,  # [N] fp32, in base 2
+    SHIFTS,  # [N] fp32
     RECIPROCALS,  # [N]
     OUT,  # [N, K] fp32
     N: tl.int64,
@@ -271,7 +274,7 @@ def _centered_softmax_kernel(
     for step in range(tl.minimum(N - first, span).to(tl.int32)):
         row = first + step
         x = tl.load(X + row * stride_xn + k.to(tl.int64) * stride_xk, mask=k_ok, other=float("-inf")).to(tl.float32)
-        z = (x - center) * scale - tl.load(SHIFTS + row)
+        z = (x - center - tl.load(SHIFTS + row)) * scale
         tl.store(OUT + row * K + k, tl.exp2(z) * tl.load(RECIPROCALS + row), mask=k_ok)
 
 
@@ -295,7 +298,7 @@ def rows_per_program(rows: int, blocks: int, device: torch.device) -> int:
 def row_stats(
     blocks: list[Tensor], temp: Tensor, center: Tensor | None, *, span: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Shift and reciprocal that make probabilities of rows: exp2((T - center) log2(e) / temp - shift) times reciprocal.
+    """Shift and reciprocal that make probabilities of rows: exp((T - center - shift) / temp) times reciprocal.
 
     Args:
         blocks: at least one, each [n, B, K] in fp32, bf16 or fp16, any strides; all of one B and one K, which is at
@@ -326,7 +329,7 @@ def row_stats(
             )  # fmt: skip
             first += crops * batch
         _merge_rows_kernel[(cdiv(rows, _MERGE_ROWS),)](
-            maxima, sums, shifts, reciprocals, rows, splits, ROWS=_MERGE_ROWS, SPLITS=_MERGE_SPLITS, num_warps=4
+            maxima, sums, temp, shifts, reciprocals, rows, splits, ROWS=_MERGE_ROWS, SPLITS=_MERGE_SPLITS, num_warps=4
         )
     return shifts, reciprocals
 

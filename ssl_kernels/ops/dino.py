@@ -11,7 +11,9 @@ written in the same pass, one exponential to an element of the student; the floo
 write the gradient. :mod:`ssl_kernels.ops.ibot` is the case of one student and one teacher crop with weights.
 
 The gradient leaves this op as it will be returned if the upstream gradient is 1, as for ``loss.backward()``, and is
-handed over by the backward pass without a copy: it is as large as all logits together.
+handed over by the backward pass without a copy: it is as large as all logits together. In fp16 it leaves as
+2^k (n_v softmax - q_v), which neither underflows nor overflows whatever the temperature, and the rest comes with the
+upstream gradient.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ssl_kernels.ops import _checks
 from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.gradients import no_double_backward
 from ssl_kernels.ops.reuse import empty
+from ssl_kernels.ops.spans import spans
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 Crops = Tensor | Sequence[Tensor]
@@ -224,9 +227,11 @@ def distill(
         return _shared(scale, mean, students) * rows, sum_of_teacher(teachers) if want_sum else rows.new_empty(0)
     _checks.check_transforms(*students)
     want_grad = torch.is_grad_enabled() and any(block.requires_grad for block in students)
-    late = weights if student.dtype == torch.float16 else None  # its gradient has no room for small weights
-    if late is not None:
-        pairs = pairs._replace(weights=None)
+    late = None
+    if student.dtype == torch.float16:  # its gradient has no room for small weights
+        late = weights
+        # The backward pass needs the temperature, and the caller may write to its tensor before that.
+        pairs = pairs._replace(weights=None, student_temp=student_temp.clone())
     rows, _, teacher_sum = _dino(*pairs, want_grad, want_sum, scale, mean, backend)
     return rows if late is None else rows * late, teacher_sum
 
@@ -291,7 +296,8 @@ def reference(pairs: Pairs) -> Tensor:
 
 
 # A backend takes the pairs; the gradient [V, B, K] to be filled, or None, and the factor on it; and the teacher_sum [K]
-# to be filled, or None. It returns the weighted losses [B], summed over pairs.
+# to be filled, or None. It returns the weighted losses [B], summed over pairs. In fp16 the gradient is that by the
+# logits over the temperature.
 
 
 def _dino_eager(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
@@ -299,6 +305,7 @@ def _dino_eager(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum
     if teacher_sum is not None:
         teacher_sum.copy_(sum_of_teacher(pairs.teachers))
     losses = temp.new_zeros(samples)
+    slope = scale if pairs.students[0].dtype == torch.float16 else scale / temp
     held = _count(pairs.teachers) + 6  # matrices [step, K] at a time
     step = max(1, workspace_bytes() // (held * width * temp.element_size()))
     for b in range(0, samples, step):
@@ -322,14 +329,17 @@ def _dino_eager(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum
             loss = mass * total.log() - (q * z).sum(-1, keepdim=True)
             losses[part] += (loss if weight is None else loss * weight)[:, 0]
             if gradient is not None:
-                g = e.mul_(mass / total).sub_(q).mul_(scale / temp)
+                g = e.mul_(mass / total).sub_(q).mul_(slope)
                 gradient[v, part] = g if weight is None else g.mul_(weight)
     return losses
 
 
 def _dino_cpu(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
-    losses = pairs.student_temp.new_empty(pairs.students[0].shape[1])
-    torch.ops.ssl_kernels.dino_rows_(
+    samples, width = pairs.students[0].shape[1:]
+    losses = pairs.student_temp.new_empty(samples)
+    if teacher_sum is not None:
+        teacher_sum.zero_()
+    arguments = (
         [unit_stride(block) for block in pairs.students],
         [unit_stride(block) for block in pairs.teachers],
         pairs.center,
@@ -343,6 +353,8 @@ def _dino_cpu(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: 
         scale,
         teacher_sum,
     )
+    for begin, end in spans(samples, width * (_count(pairs.students) + _count(pairs.teachers))):
+        torch.ops.ssl_kernels.dino_rows_(*arguments, begin, end)
     return losses
 
 
@@ -368,10 +380,13 @@ def _shared(scale: float, mean: bool, students: Sequence[Tensor]) -> float:
 
 
 def _power(scale: float, terms: int, dtype: torch.dtype) -> float:
-    """The power of two that a gradient is stored with: 1 but in fp16, where probabilities of 1/65,536 are subnormal."""
+    """The power of two that a gradient is stored with: 1 but in fp16, where probabilities of 1/65,536 are subnormal.
+
+    With it a gradient is at most 1,024, which leaves room for given probabilities that sum up to more than 1.
+    """
     if dtype != torch.float16 or not 0 < scale < math.inf:
         return 1.0
-    return 2.0 ** (5 - math.ceil(math.log2(scale * terms)))
+    return 2.0 ** (10 - math.ceil(math.log2(scale * terms)))
 
 
 @torch.library.custom_op(
@@ -441,7 +456,9 @@ def _(
 )
 def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     """The gradient [V, B, K] times the factor of its sample, [B]."""
-    return (gradient * factor[:, None]).to(gradient.dtype)
+    if gradient.device.type != "cpu":
+        return (gradient * factor[:, None]).to(gradient.dtype)
+    return _multiply(gradient, factor, torch.empty_like(gradient))
 
 
 @_scale_gradient.register_fake
@@ -456,17 +473,26 @@ def _scale_gradient_(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """The same in place; by a kernel, or on a CPU, nothing at all where the factor is 1."""
     if backend == "triton":
         triton_kernels("dino").scale_(gradient, factor)
-    elif gradient.device.type != "cpu" or bool((factor != 1).any()):  # elsewhere to look would be to wait
+    elif gradient.device.type != "cpu":  # where to look would be to wait
         torch.mul(gradient, factor[:, None], out=gradient)
+    elif bool((factor != 1).any()):
+        _multiply(gradient, factor, gradient)
     return gradient
 
 
+def _multiply(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    for begin, end in spans(gradient.shape[1], gradient.shape[0] * gradient.shape[2]):
+        part = slice(begin, end)
+        torch.mul(gradient[:, part], factor[part, None], out=out[:, part])
+    return out
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    students, teachers, *_, scale, mean, ctx.backend = inputs
+    students, teachers, _, _, student_temp, *_, scale, mean, ctx.backend = inputs
     _, gradient, teacher_sum = output
     ctx.mark_non_differentiable(teacher_sum)  # and not the gradient: differentiating it again is to meet an error
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient)
+    ctx.save_for_backward(gradient, *([student_temp] if gradient.dtype == torch.float16 else []))
     ctx.crops, ctx.teachers = [block.shape[0] for block in students], len(teachers)
     ctx.unscale = 1 / _power(_shared(scale, mean, students), _count(teachers), students[0].dtype)
 
@@ -475,8 +501,10 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     rest = ([None] * ctx.teachers, *[None] * 11)
     if upstream is None:
         return ([None] * len(ctx.crops), *rest)
-    (gradient,) = ctx.saved_tensors
+    gradient, *student_temp = ctx.saved_tensors
     factor = upstream * ctx.unscale
+    for temp in student_temp:
+        factor = factor / temp
     # Handed over where nobody can ask for it again: not with retain_graph, and not while being traced.
     once = type(gradient) is Tensor and not torch.is_grad_enabled() and not _graph_is_kept()
     gradient = _scale_gradient_(gradient.detach(), factor, ctx.backend) if once else _scale_gradient(gradient, factor)

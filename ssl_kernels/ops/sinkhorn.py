@@ -24,6 +24,7 @@ from torch import Tensor
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.dino import as_center, check_constant, unit_stride
+from ssl_kernels.ops.spans import spans
 from ssl_kernels.settings import choose_backend
 
 
@@ -202,8 +203,9 @@ def _column_lse(rows: Tensor, temp: Tensor, backend: str) -> tuple[Tensor, Tenso
     if rows.shape[0] == 0:
         return temp.new_full((rows.shape[1],), -torch.inf), temp.new_zeros(rows.shape[1])
     if backend == "cpu":
-        maximum, total = temp.new_empty(rows.shape[1]), temp.new_empty(rows.shape[1])
-        torch.ops.ssl_kernels.sinkhorn_column_lse_(unit_stride(rows), temp.item(), maximum, total)
+        rows, maximum, total = unit_stride(rows), temp.new_empty(rows.shape[1]), temp.new_empty(rows.shape[1])
+        for span in spans(*rows.shape):
+            torch.ops.ssl_kernels.sinkhorn_column_lse_(rows, temp.item(), maximum, total, *span)
         return maximum, total
     if backend == "triton":
         maximum, total = triton_kernels("sinkhorn").column_lse(rows, temp)
@@ -222,8 +224,9 @@ def _column_sums(rows: Tensor, center: Tensor, temp: Tensor, backend: str) -> Te
     if rows.shape[0] == 0:
         return temp.new_zeros(rows.shape[1])
     if backend == "cpu":
-        sums = temp.new_empty(rows.shape[1])
-        torch.ops.ssl_kernels.sinkhorn_column_sums_(unit_stride(rows), center, temp.item(), sums)
+        rows, sums = unit_stride(rows), temp.new_zeros(rows.shape[1])
+        for span in spans(*rows.shape):
+            torch.ops.ssl_kernels.sinkhorn_column_sums_(rows, center, temp.item(), sums, *span)
         return sums
     if backend == "triton":
         found: Tensor = triton_kernels("sinkhorn").column_sums(rows, temp, center)
@@ -241,8 +244,9 @@ def _centered_softmax(rows: Tensor, center: Tensor | None, temp: Tensor, backend
     if rows.shape[0] == 0:
         return temp.new_empty(rows.shape)
     if backend == "cpu":
-        probabilities = temp.new_empty(rows.shape)
-        torch.ops.ssl_kernels.centered_softmax_(unit_stride(rows), center, temp.item(), probabilities)
+        rows, probabilities = unit_stride(rows), temp.new_empty(rows.shape)
+        for span in spans(*rows.shape):
+            torch.ops.ssl_kernels.centered_softmax_(rows, center, temp.item(), probabilities, *span)
         return probabilities
     if backend == "triton":
         found: Tensor = triton_kernels("sinkhorn").centered_softmax(rows, temp, center)

@@ -129,7 +129,9 @@ def test_executed_instructions_stay_within_the_recorded_budget(case):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_small_kernels_take_few_registers(chip):
-    types = dict.fromkeys(("MAXIMA", "SUMS", "DOTS", "MASSES", "WEIGHTS", "SHIFTS", "FACTORS", "LOSS"), "*fp32")
+    types = dict.fromkeys(
+        ("MAXIMA", "SUMS", "DOTS", "MASSES", "WEIGHTS", "TEMPERATURE", "SHIFTS", "FACTORS", "LOSS"), "*fp32"
+    )
     types |= {"V": "i32", "B": "i64", "splits": "i32"}
     constants = {"HAS_WEIGHTS": True, "STUDENTS": 16, "SPLITS": 16}
     made = build(_merge_kernel, CHIPS[chip], types, constants, num_warps=4)

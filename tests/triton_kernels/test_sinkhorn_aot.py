@@ -130,7 +130,10 @@ def test_executed_instructions_stay_within_the_recorded_budget(case):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_merging_takes_few_registers(chip):
-    types = dict.fromkeys(("MAXIMA", "SUMS", "SHIFTS", "RECIPROCALS"), "*fp32") | {"rows": "i64", "splits": "i32"}
+    types = dict.fromkeys(("MAXIMA", "SUMS", "TEMPERATURE", "SHIFTS", "RECIPROCALS"), "*fp32") | {
+        "rows": "i64",
+        "splits": "i32",
+    }
     made = build(_merge_rows_kernel, CHIPS[chip], types, {"ROWS": 32, "SPLITS": 16}, num_warps=4)
     aot.assert_sound(made)
     assert made.registers <= 64
