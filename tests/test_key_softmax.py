@@ -195,6 +195,19 @@ def test_a_shift_of_all_logits_shifts_lse_and_nothing_else(backend: str, shift: 
 
 
 @pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("scale", [100.0, -100.0])
+@pytest.mark.parametrize("workspace_mb", [64, 1e-6])
+def test_the_largest_of_huge_similarities_is_alone(backend: str, scale: float, workspace_mb: float) -> None:
+    """A logit of 9e12 is rounded by half a million: similarities are compared, not what is left of their products."""
+    query, keys = torch.tensor([[3e5], [-3e5], [1.0]]), torch.tensor([[3e5], [0.0], [-3e5], [3e5 - 1]])
+    with ssl_kernels.use_workspace(workspace_mb):
+        ours = run(backend, query, keys, scale)
+    exact = oracle(query, keys, scale)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_the_size_of_a_panel_does_not_matter(backend: str) -> None:
     query, keys = unit_rows(70, 16), unit_rows(900, 16)
     expected = run(backend, query, keys, 5.0)

@@ -157,6 +157,47 @@ def test_rows_and_columns_without_a_positive_are_counted(backend: str) -> None:
 # ---- numerics
 
 
+@pytest.mark.parametrize("name", ["nt_xent", "sup_con"])
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("budget_mb", [0, 64])
+def test_both_sides_of_a_pair_are_one_number(name: str, backend: str, budget_mb: int) -> None:
+    """A product of x with itself is not symmetric to the last bit, which is much where logits are a million."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        rows = 10 if name == "sup_con" else 5
+        loss, arguments = case(name, rows, width=63)
+        if name == "sup_con":
+            arguments = [torch.randn(rows, 63) * 300, torch.tensor(0.07)]
+        else:
+            arguments[-1] = torch.tensor(1e-7)
+        exact = oracle(loss, arguments)
+        with ssl_kernels.use_tile_budget(budget_mb):
+            ours = evaluate(backend, loss, arguments)
+        assert distance(ours.gradients[0], exact.gradients[0]) <= 1e-5 * exact.gradients[0].norm()
+
+
+def exact_clip(raw: Tensor, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and derivative by scale * raw, in extended precision."""
+    z = scale * (raw - raw.max()).numpy().astype(np.longdouble)  # what all have in common makes no difference
+    log_p = [z - z.max(axis, keepdims=True) for axis in (0, 1)]
+    log_p = [part - np.log(np.exp(part).sum(axis, keepdims=True)) for axis, part in enumerate(log_p)]
+    size = 2 * len(z)
+    return -sum(part.trace() for part in log_p) / size, sum(np.exp(part) - np.eye(len(z)) for part in log_p) / size
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="this processor has no extended precision")
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+def test_float64_keeps_its_digits_however_large_logits_are(size: float) -> None:
+    """Similarities of integers are exact; they are far from 0 and close to each other."""
+    x = F.pad(torch.eye(6), (0, 1), value=1).double()
+    y = F.pad(torch.randint(-2, 3, (6, 6)), (0, 1), value=int(size)).double()
+    value, by_z = exact_clip(x @ y.t(), 1.1)
+    ours = evaluate("eager", K.clip_loss, [x, y, torch.tensor(1.1, dtype=torch.float64)])
+    assert abs(ours.loss.item() - value) <= 1e-15 * value
+    for gradient, expected in zip(ours.gradients, (1.1 * by_z @ y.numpy(), 1.1 * by_z.T @ x.numpy()), strict=False):
+        assert np.abs(gradient.numpy() - expected).max() <= 1e-15 * np.abs(y.numpy()).max()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_result_does_not_depend_on_the_number_of_threads(name: str, threads: int) -> None:
@@ -580,20 +621,21 @@ def test_the_kernels_check_their_own_arguments() -> None:
         with pytest.raises(RuntimeError, match=message):
             stats_op(*arguments, False, 0, NO_DIAGONAL)
     wide, narrow, stats = torch.zeros(2), torch.zeros(3), torch.zeros(2, 1).double()
-    good = [tile, stats, 1.0, None, None, False, 0, NO_DIAGONAL, wide.double(), narrow.double()]
-    good += [wide, narrow, wide, narrow, None, None, True]
+    good = [tile, stats, 1.0, None, None, False, 0, NO_DIAGONAL, *4 * [wide, narrow], None, None, True]
     for place, bad, message in (
         (1, stats[:1], "stats: expected size 2 in dimension 0, got 1"),
-        (8, wide, "row_lse: expected dtype Double, got Float"),
-        (9, wide.double(), "col_lse: expected size 3 in dimension 0, got 2"),
-        (10, narrow, "row_weight: expected size 2 in dimension 0, got 3"),
-        (11, torch.zeros(6)[::2], "col_weight: expected a contiguous tensor"),
-        (13, narrow.double(), "col_target: expected dtype Float, got Double"),
-        (14, wide, "row_uniform, col_uniform: expected both or neither"),
+        (8, wide.double(), "row_top: expected dtype Float, got Double"),
+        (11, wide, "col_log_sum: expected size 3 in dimension 0, got 2"),
+        (12, narrow, "row_weight: expected size 2 in dimension 0, got 3"),
+        (13, torch.zeros(6)[::2], "col_weight: expected a contiguous tensor"),
+        (15, narrow.double(), "col_target: expected dtype Float, got Double"),
+        (16, wide, "row_uniform, col_uniform: expected both or neither"),
     ):
         with pytest.raises(RuntimeError, match=message):
             grad_op(*good[:place], bad, *good[place + 1 :])
     grad_op(*good)
+    with pytest.raises(RuntimeError, match="tile: expected size 2 in dimension 1, got 3"):
+        torch.ops.ssl_kernels.mirror_(tile)
 
 
 def test_scale_gradients_are_those_of_finite_differences() -> None:

@@ -46,10 +46,17 @@ def definition(raw: np.ndarray, scale: float, positives: np.ndarray, ignored: np
     return np.stack([lse, *sums], 1)
 
 
-def finish(stats: np.ndarray) -> np.ndarray:
+def finish(stats: np.ndarray, scale: float = 10.0) -> np.ndarray:
     """Running maximum and sum become the log-sum-exp."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.concatenate([stats[:, :1] + np.log(stats[:, 1:2]), stats[:, 2:]], 1)
+        top = np.where(np.isneginf(stats[:, :1]), -np.inf, scale * stats[:, :1])
+        return np.concatenate([top + np.log(stats[:, 1:2]), stats[:, 2:]], 1)
+
+
+def split(lse: np.ndarray, raw: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """The largest similarities of the rows, 0 where all are left out, and what the log-sum-exp is beyond them."""
+    top = np.where(np.isinf(lse), 0, raw.max(1, initial=-1)).astype(np.float32)
+    return top, (lse - scale * top.astype(np.float64)).astype(np.float32)
 
 
 OPTIONS = {
@@ -97,7 +104,7 @@ def test_statistics_match_the_definition(
         (row_stats, definition(raw, scale, *pairs)),
         (col_stats, definition(raw.T, scale, *(m.T for m in pairs))),
     ):
-        np.testing.assert_allclose(finish(got), expected[:, : width - 1], rtol=2e-6, atol=1e-5)
+        np.testing.assert_allclose(finish(got, scale), expected[:, : width - 1], rtol=2e-6, atol=1e-5)
         assert np.array_equal(got[:, 3], expected[:, 2])
 
 
@@ -140,7 +147,7 @@ def test_tiles_of_one_matrix_merge_in_any_order(isa: str, cuts: list[int], seed:
     wide = raw.astype(np.float64)
     expected = definition(wide, scale, *pairs), definition(wide.T, scale, *(m.T for m in pairs))
     for got, exact in zip((row_stats, col_stats), expected, strict=True):
-        np.testing.assert_allclose(finish(got), exact, rtol=2e-6, atol=1e-5)
+        np.testing.assert_allclose(finish(got, scale), exact, rtol=2e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -158,9 +165,9 @@ def test_columns_that_underflow_next_to_the_best_pair(isa: str, scale: float, na
     native.softmax_stats(raw, row_stats, col_stats, scale, **ids, ignore_same_id=True, positive=3, excluded=1, isa=isa)
     pairs = masks(raw.shape, ids, True, 3, 1)
     wide = raw.astype(np.float64)
-    np.testing.assert_allclose(finish(row_stats), definition(wide, scale, *pairs)[:, :3], rtol=2e-6)
+    np.testing.assert_allclose(finish(row_stats, scale), definition(wide, scale, *pairs)[:, :3], rtol=2e-6)
     expected = definition(wide.T, scale, *(m.T for m in pairs))[:, :3]
-    np.testing.assert_allclose(finish(col_stats), expected, rtol=2e-6)
+    np.testing.assert_allclose(finish(col_stats, scale), expected, rtol=2e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -170,7 +177,7 @@ def test_padding_is_never_a_maximum(isa: str, cols: int) -> None:
     row_stats, col_stats = fresh(5), fresh(cols)
     native.softmax_stats(tile, row_stats, col_stats, 200.0, positive=NONE, isa=isa)
     for stats, size in ((row_stats, cols), (col_stats, 5)):
-        np.testing.assert_allclose(stats[:, 0], 200 * float(np.float32(-0.9)), rtol=1e-12)
+        assert (stats[:, 0] == np.float32(-0.9)).all()
         np.testing.assert_allclose(stats[:, 1], size, rtol=1e-6)
 
 
@@ -202,7 +209,9 @@ def test_gradients_match_the_definition(
     grad = np.where(ignored, 0, grad)
 
     options = {"ignore_same_id": ignore, "positive": positive, "excluded": excluded, "isa": isa, **named}
-    options |= {"row_lse": lse[0], "col_lse": lse[1], **sides}
+    parts = [split(side, r, scale) for side, r in zip(lse, (raw, raw.T), strict=True)]
+    names = ("row_top", "row_log_sum"), ("col_top", "col_log_sum")
+    options |= {name: v for n, part in zip(names, parts, strict=True) for name, v in zip(n, part, strict=True)} | sides
     before, stats = buffer.copy(), np.ones(rows)
     native.softmax_grad(tile, stats, scale, write=False, **options)
     assert np.array_equal(buffer, before)
@@ -217,12 +226,13 @@ def test_gradients_match_the_definition(
 def test_probabilities_keep_their_relative_precision(isa: str) -> None:
     """exp(z - lse) at the scale where a single float for lse would cost 1e-5, from e^0 to e^-78."""
     raw = np.linspace(1, 0.22, 50_001, dtype=np.float32)[:, None]
-    tile, zero, lse = raw.copy(), np.zeros(1, np.float32), np.array([100.0 + 1 / 3])
+    tile, (zero, one) = raw.copy(), np.eye(2, 1, dtype=np.float32)[::-1]
+    rows, third = np.zeros(len(raw), np.float32), np.float32([1 / 3])
     native.softmax_grad(
-        tile, np.zeros(len(raw)), 100.0, np.full(len(raw), np.inf), lse, np.zeros(len(raw), np.float32),
-        np.ones(1, np.float32), np.zeros(len(raw), np.float32), zero, positive=NONE, isa=isa,
+        tile, np.zeros(len(raw)), 100.0, rows, one, rows + np.float32(np.inf), third, rows, one, rows, zero,
+        positive=NONE, isa=isa,
     )  # fmt: skip
-    z = 100.0 * raw.astype(np.float64) - lse
+    z = 100.0 * (raw.astype(np.float64) - 1) - third
     assert (np.abs(tile / np.exp(z) - 1) <= 3e-7 + 2e-7 * np.abs(z)).all()  # z itself is rounded to fp32
 
 
@@ -285,11 +295,8 @@ def test_bad_arrays_are_named() -> None:
     with pytest.raises(TypeError):
         native.softmax_stats(tile.astype(np.float64), rows, cols, 1.0)
 
-    names = ["row_lse", "col_lse", "row_weight", "col_weight", "row_target", "col_target"]
-    good: dict[str, Any] = {
-        name: np.zeros(2 if name.startswith("row") else 3, np.float64 if "lse" in name else np.float32)
-        for name in names
-    }
+    names = [f"{side}_{name}" for name in ("top", "log_sum", "weight", "target") for side in ("row", "col")]
+    good: dict[str, Any] = {name: np.zeros(2 if name.startswith("row") else 3, np.float32) for name in names}
     for name in names:
         with pytest.raises(ValueError, match=f"{name}: expected a contiguous vector of .* got shape \\(4,\\)"):
             native.softmax_grad(tile, np.zeros(2), 1.0, **good | {name: np.zeros(4, good[name].dtype)})
@@ -298,4 +305,4 @@ def test_bad_arrays_are_named() -> None:
     with pytest.raises(ValueError, match="row_uniform, col_uniform: expected both or neither"):
         native.softmax_grad(tile, np.zeros(2), 1.0, **good, row_uniform=np.zeros(2, np.float32))
     with pytest.raises(TypeError):
-        native.softmax_grad(tile, np.zeros(2), 1.0, **good | {"row_lse": np.zeros(2, np.float32)})
+        native.softmax_grad(tile, np.zeros(2), 1.0, **good | {"row_top": np.zeros(2)})

@@ -1,10 +1,13 @@
-// Online softmax over a tile of raw similarities r = q_i . k_j, z = scale r, in two sweeps of a row that stays in L1:
+// Online softmax over a tile of raw similarities r = q_i . k_j, z = scale r, in two sweeps of a row that stays in L1.
+// With u = r, or -r where the scale is negative, and t = |scale|:
 //
-//   m' = max(m, max_j z_j)                       the running maximum
-//   e_j = exp(z_j - m'),   s' = s exp(m - m') + sum_j e_j
+//   m' = max(m, max_j u_j)                       the running maximum
+//   e_j = exp(t (u_j - m')),   s' = s exp(t (m - m')) + sum_j e_j
 //
-// and whatever was weighed by exponentials of earlier tiles is multiplied by exp(m - m') too. One exponential to an
-// element; the sum is about 1 at least, so that an exponential that bottoms out at 1.2e-38 changes nothing.
+// and whatever was weighed by exponentials of earlier tiles is multiplied by exp(t (m - m')) too. The maximum is one of
+// similarities, and their difference comes before the product, so that the largest has the exponential 1 however large
+// z is: t u_j less a rounded t m' would be what the rounding left. One exponential to an element; the sum is 1 at
+// least, so that an exponential that bottoms out at 1.2e-38 changes nothing.
 //
 // As in logsumexp, nothing is subtracted from a row whose maximum is infinite: it sums to +infinity, or to a finite
 // number beside the maximum -infinity. A NaN does not enter the maximum and shows in the sum.
@@ -14,15 +17,15 @@ constexpr int64_t kColumnsPerSum = 64 * LANES;
 
 constexpr float kInfinity = __builtin_inff();
 
-SSLK_INLINE float row_maximum(const float* row, int64_t cols, float scale) {
+SSLK_INLINE float row_maximum(const float* row, int64_t cols, float sign) {
   constexpr int kChains = 4;  // comparisons in flight
   Vec top[kChains];
   for (Vec& t : top) t = broadcast(-kInfinity);
   int64_t col = 0;
   for (; col + kChains * LANES <= cols; col += kChains * LANES) {
     for (int chain = 0; chain < kChains; ++chain) {
-      Vec z = load<Vec>(row + col + chain * LANES) * scale;
-      top[chain] = z > top[chain] ? z : top[chain];
+      Vec u = load<Vec>(row + col + chain * LANES) * sign;
+      top[chain] = u > top[chain] ? u : top[chain];
     }
   }
   float maximum = -kInfinity;
@@ -30,18 +33,18 @@ SSLK_INLINE float row_maximum(const float* row, int64_t cols, float scale) {
     for (int k = 0; k < LANES; ++k) maximum = t[k] > maximum ? t[k] : maximum;
   }
   for (; col < cols; ++col) {
-    const float z = row[col] * scale;
-    maximum = z > maximum ? z : maximum;
+    const float u = row[col] * sign;
+    maximum = u > maximum ? u : maximum;
   }
   return maximum;
 }
 
-// exp(z - shift), where the difference exceeds a rounding error only beside an infinite maximum: then any large number
-// will do, for the infinity is in the sum.
+// exp(scale (raw - shift)), where the difference is positive only beside an infinite maximum: then any large number will
+// do, for the infinity is in the sum.
 SSLK_INLINE Vec exp_from(Vec raw, Vec scale, Vec shift) {
-  Vec x = raw * scale - shift;
+  Vec x = (raw - shift) * scale;
   Vec e = exp_nonpositive(x);
-  return x > 1 ? x : e;
+  return x > 0 ? x : e;
 }
 
 template <bool kWrite>
@@ -70,15 +73,17 @@ SSLK_INLINE double exp_row(float* row, int64_t cols, Vec scale, Vec shift) {
 
 static void key_softmax_panel(const KeySoftmaxPanel& p, int64_t begin, int64_t end) {
   const Vec scale = broadcast(p.scale);
+  const float sign = p.scale < 0 ? -1 : 1;
   for (int64_t i = begin; i < end; ++i) {
     float* row = p.tile + i * p.row_stride;
     double* stats = p.stats + 2 * i;
-    const double before = stats[0], here = row_maximum(row, p.cols, p.scale);
+    const double before = stats[0], here = row_maximum(row, p.cols, sign);
     const double maximum = here > before ? here : before;
     const bool infinite = maximum == kInfinity || maximum == -kInfinity;
-    const Vec shift = broadcast(infinite ? 0 : float(maximum));
+    const Vec shift = broadcast(infinite ? 0 : sign * float(maximum));
     const double total = p.mean ? exp_row<true>(row, p.cols, scale, shift) : exp_row<false>(row, p.cols, scale, shift);
-    const double rescale = before == maximum ? 1 : std::exp(before - maximum);
+    double rescale = before == maximum ? 1 : 0;  // 0 before the first tile, at a scale of 0 too
+    if (before != maximum && before != -kInfinity) rescale = std::exp(sign * p.scale * (before - maximum));
     stats[0] = maximum;
     stats[1] = stats[1] * rescale + total;
     if (p.mean && rescale != 1) {

@@ -8,12 +8,12 @@
 namespace sslk {
 
 struct KeySoftmaxPanel {
-  float* tile;         // [rows, cols]: q_i . k_j on entry; with a mean, exp(scale q_i . k_j - maximum) on return
+  float* tile;         // [rows, cols]: r = q_i . k_j on entry; with a mean, exp(|scale| (sign r - maximum)) on return
   int64_t rows;
   int64_t cols;
   int64_t row_stride;  // of tile, in elements
-  double* stats;       // [rows, 2], contiguous: maximum of scale q_i . k_j, sum of exp(scale q_i . k_j - maximum);
-                       // -infinity and 0 before the first tile
+  double* stats;       // [rows, 2], contiguous: maximum of sign r, sign that of the scale, and the sum of
+                       // exp(|scale| (sign r - maximum)); -infinity and 0 before the first tile
   float* mean;         // [rows, width]: keys weighed by the exponentials so far, brought to the new maximum; or null
   int64_t width;
   int64_t mean_stride;

@@ -5,9 +5,10 @@
 //   column j adds e_ij w_i,  w_i = exp(t (a_i - c)), c the largest r of a chunk of rows
 // A row's sum is at least 1. A column's may be small next to c, and then has lost digits; such columns, and their
 // neighbours in the vector, are summed again from their own maximum. Taking the difference before multiplying by t is exact where
-// it matters, close to the maximum.
+// it matters, close to the maximum; so maxima stay those of r, and t m + log s, which may be far larger than log s, is
+// never made.
 //
-// Gradient. P = exp(t (r - lse_raw) - lse_rest), see split_lse, once for the row and once for the column.
+// Gradient. P = exp(t (r - m) - log s), once for the row and once for the column.
 
 // Below it a column is far from c: the rounding of t (a_i - c) would be in its sum, and in the end its terms underflow.
 constexpr float kLeastColumnSum = 0.5f;
@@ -82,13 +83,13 @@ SSLK_INLINE float largest(Vec v) {
 
 SSLK_INLINE float exp_scalar(float x) { return exp_nonpositive(broadcast(x))[0]; }
 
-// Adds `sum` of exponentials that refer to `top` (in z) to the running pair (maximum, sum).
-SSLK_INLINE void merge(double* stats, double top, double sum) {
+// Adds `sum` of exponentials that refer to `top` to the running pair (maximum, sum).
+SSLK_INLINE void merge(double* stats, double top, double sum, double scale) {
   if (top > stats[0]) {
-    stats[1] = (stats[1] == 0 ? 0 : stats[1] * std::exp(stats[0] - top)) + sum;
+    stats[1] = (stats[1] == 0 ? 0 : stats[1] * std::exp(scale * (stats[0] - top))) + sum;
     stats[0] = top;
   } else {
-    stats[1] += sum == 0 ? 0 : sum * std::exp(top - stats[0]);
+    stats[1] += sum == 0 ? 0 : sum * std::exp(scale * (top - stats[0]));
   }
 }
 
@@ -167,7 +168,7 @@ SSLK_INLINE void stats_row(SoftmaxStats& s, int64_t row, float top, float chunk_
         exps = positives = positive_count = all = all_count = Vec{};
       });
   if (!empty) {
-    merge(stats, double(t.scale) * top, exp_sum);
+    merge(stats, top, exp_sum, t.scale);
   } else if (exp_sum != exp_sum) {
     stats[1] = exp_sum;
   }
@@ -240,7 +241,7 @@ static void softmax_stats_columns(SoftmaxStats& s, int64_t col_begin, int64_t co
     for (int k = 0; k < count; ++k) {
       double* stats = s.col_stats + (col + k) * s.width;
       if (top[k] != kNothing) {
-        merge(stats, double(t.scale) * top[k], planes[0][k]);
+        merge(stats, top[k], planes[0][k], t.scale);
       } else if (planes[0][k] != planes[0][k]) {
         stats[1] = planes[0][k];
       }
@@ -258,15 +259,15 @@ static void grad_rows(const SoftmaxGrad& g, int64_t begin, int64_t end) {
   const Vec scale = broadcast(t.scale);
   for (int64_t row = begin; row < end; ++row) {
     float* raw = t.raw + row * t.row_stride;
-    const SplitLse split = split_lse(g.row.lse[row], t.scale);
-    const Vec lse_raw = broadcast(split.raw), lse_rest = broadcast(split.rest), weight = broadcast(g.row.weight[row]);
+    const Vec top = broadcast(g.row.top[row]), log_sum = broadcast(g.row.log_sum[row]);
+    const Vec weight = broadcast(g.row.weight[row]);
     const Vec uniform = broadcast(kUniform ? g.row.uniform[row] : 0);
     Vec moment = {};
 
     auto grad = [&](Vec r, Mask ignored, int64_t col, int count) SSLK_LAMBDA {
-      const Vec col_raw = load_first<Vec>(g.col_lse_raw.data() + col, count);
-      const Vec col_rest = load_first<Vec>(g.col_lse_rest.data() + col, count);
-      const Vec row_z = (r - lse_raw) * scale - lse_rest, col_z = (r - col_raw) * scale - col_rest, zero = {};
+      const Vec col_top = load_first<Vec>(g.col.top + col, count);
+      const Vec col_log_sum = load_first<Vec>(g.col.log_sum + col, count);
+      const Vec row_z = (r - top) * scale - log_sum, col_z = (r - col_top) * scale - col_log_sum, zero = {};
       Vec G = weight * probability(ignored ? zero : row_z);  // may be positive where ignored
       G += load_first<Vec>(g.col.weight + col, count) * probability(ignored ? zero : col_z);
       if (kUniform) G -= uniform + load_first<Vec>(g.col.uniform + col, count);

@@ -1,22 +1,6 @@
 #include "softmax.h"
 
-#include <cmath>
-
-namespace sslk {
-
-// lse = scale * raw + rest in two floats: scale * (x - raw) - rest keeps the digits that a single float of the size of
-// lse would drop, 1e-5 of a probability at scale 100.
-struct SplitLse {
-  float raw, rest;
-};
-
-static inline SplitLse split_lse(double lse, float scale) {
-  const float quotient = static_cast<float>(lse / scale);
-  const float raw = std::isfinite(quotient) ? quotient : 0.f;  // infinite at a scale of 0, or next to it
-  return {raw, static_cast<float>(lse - static_cast<double>(scale) * raw)};
-}
-
-}  // namespace sslk
+#include <algorithm>
 
 #define SSLK_KERNEL "softmax-inl.h"
 #include "foreach_isa.h"
@@ -44,13 +28,14 @@ void SoftmaxStats::add_columns(int64_t col_begin, int64_t col_end, Isa isa) {
   SSLK_DISPATCH(isa, softmax_stats_columns, *this, col_begin, col_end);
 }
 
-void softmax_grad_prepare(SoftmaxGrad& grad) {
-  grad.col_lse_raw.resize(grad.tile.cols);
-  grad.col_lse_rest.resize(grad.tile.cols);
-  for (int64_t col = 0; col < grad.tile.cols; ++col) {
-    const SplitLse lse = split_lse(grad.col.lse[col], grad.tile.scale);
-    grad.col_lse_raw[col] = lse.raw;
-    grad.col_lse_rest[col] = lse.rest;
+void mirror_rows(float* tile, int64_t stride, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 16;  // whole cache lines, so that each is read once
+  for (int64_t i = begin; i < end; i += kBlock) {
+    for (int64_t j = 0; j < i + kBlock; j += kBlock) {
+      for (int64_t row = i; row < std::min(i + kBlock, end); ++row) {
+        for (int64_t col = j; col < std::min(j + kBlock, row); ++col) tile[row * stride + col] = tile[col * stride + row];
+      }
+    }
   }
 }
 

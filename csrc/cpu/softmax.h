@@ -26,7 +26,7 @@ struct SoftmaxTile {
 };
 
 // Statistics of a row or a column, accumulated over tiles, in this order. The last two only if `uniform`.
-//   max of z = scale * raw over the pairs that count, sum of exp(z - max), sum of raw over positives, their number,
+//   max of raw over the pairs that count, sum of exp(scale * (raw - max)), sum of raw over positives, their number,
 //   sum of raw over the pairs that count, their number
 constexpr int64_t kStats = 4, kUniformStats = 6;
 
@@ -53,12 +53,13 @@ class SoftmaxStats {
   const int64_t planes;
 };
 
-// The gradient of the loss by z, in place of the raw similarities. With P = exp(z - lse):
+// The gradient of the loss by z = scale * raw, in place of the similarities. With P = exp(scale * (raw - top) - log_sum):
 //   G_ij = row_weight_i P_ij(rows) + col_weight_j P_ij(columns)
 //          - [positive] (row_target_i + col_target_j) - (row_uniform_i + col_uniform_j),   0 where left out
 struct SoftmaxGrad {
   struct Side {
-    const double* lse;
+    const float* top;
+    const float* log_sum;
     const float* weight;
     const float* target;
     const float* uniform;  // null without label smoothing, then on both sides
@@ -66,14 +67,15 @@ struct SoftmaxGrad {
   SoftmaxTile tile;
   double* stats;  // [rows]: sum_j G_ij raw_ij is added
   Side row, col;
-  bool write;                       // whether G replaces the similarities
-  std::vector<float> col_lse_raw;   // [cols] each, made by softmax_grad_prepare: lse = scale * raw + rest
-  std::vector<float> col_lse_rest;
+  bool write;  // whether G replaces the similarities
 };
-
-void softmax_grad_prepare(SoftmaxGrad& grad);
 
 // Rows [row_begin, row_end); distinct ranges may run concurrently, and the result does not depend on the split.
 void softmax_grad(const SoftmaxGrad& grad, int64_t row_begin, int64_t row_end, Isa isa);
+
+// Of a square tile, what is above the diagonal over rows [begin, end) of what is below. A product of a matrix with its
+// own transpose is not symmetric to the last bit, which decides where logits are large. Distinct ranges may run
+// concurrently.
+void mirror_rows(float* tile, int64_t stride, int64_t begin, int64_t end);
 
 }  // namespace sslk

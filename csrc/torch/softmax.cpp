@@ -31,18 +31,6 @@ sslk::SoftmaxTile make_tile(Tensor& tile, double scale, const std::optional<Tens
   return result;
 }
 
-template <typename T>
-T* vector_data(const Tensor& vector, const char* name, ScalarType dtype, int64_t size) {
-  sslk::check_tensor(vector, name, dtype, 1);
-  sslk::check_size(vector, name, 0, size);
-  STD_TORCH_CHECK(vector.is_contiguous(), name, ": expected a contiguous tensor");
-  return vector.mutable_data_ptr<T>();
-}
-
-const float* floats(const std::optional<Tensor>& vector, const char* name, int64_t size) {
-  return vector ? vector_data<float>(*vector, name, ScalarType::Float, size) : nullptr;
-}
-
 double* stats_data(const Tensor& stats, const char* name, int64_t rows, int64_t width) {
   sslk::check_tensor(stats, name, ScalarType::Double, 2);
   sslk::check_size(stats, name, 0, rows);
@@ -78,27 +66,34 @@ void softmax_stats_cpu(Tensor tile, Tensor row_stats, std::optional<Tensor> col_
 
 void softmax_grad_cpu(Tensor tile, Tensor stats, double scale, std::optional<Tensor> row_ids,
                       std::optional<Tensor> col_ids, bool ignore_same_id, int64_t positive, int64_t excluded,
-                      Tensor row_lse, Tensor col_lse, Tensor row_weight, Tensor col_weight, Tensor row_target,
-                      Tensor col_target, std::optional<Tensor> row_uniform, std::optional<Tensor> col_uniform,
-                      bool write) {
+                      Tensor row_top, Tensor col_top, Tensor row_log_sum, Tensor col_log_sum, Tensor row_weight,
+                      Tensor col_weight, Tensor row_target, Tensor col_target, std::optional<Tensor> row_uniform,
+                      std::optional<Tensor> col_uniform, bool write) {
   STD_TORCH_CHECK(row_uniform.has_value() == col_uniform.has_value(), "row_uniform, col_uniform: expected both or neither");
   sslk::SoftmaxGrad grad{};
   grad.tile = make_tile(tile, scale, row_ids, col_ids, ignore_same_id, positive, excluded);
   const int64_t rows = grad.tile.rows, cols = grad.tile.cols;
   grad.stats = stats_data(stats, "stats", rows, 1);
-  grad.row = {vector_data<double>(row_lse, "row_lse", ScalarType::Double, rows),
-              vector_data<float>(row_weight, "row_weight", ScalarType::Float, rows),
-              vector_data<float>(row_target, "row_target", ScalarType::Float, rows),
-              floats(row_uniform, "row_uniform", rows)};
-  grad.col = {vector_data<double>(col_lse, "col_lse", ScalarType::Double, cols),
-              vector_data<float>(col_weight, "col_weight", ScalarType::Float, cols),
-              vector_data<float>(col_target, "col_target", ScalarType::Float, cols),
-              floats(col_uniform, "col_uniform", cols)};
+  grad.row = {sslk::vector_data(row_top, "row_top", rows), sslk::vector_data(row_log_sum, "row_log_sum", rows),
+              sslk::vector_data(row_weight, "row_weight", rows), sslk::vector_data(row_target, "row_target", rows),
+              sslk::vector_data(row_uniform, "row_uniform", rows)};
+  grad.col = {sslk::vector_data(col_top, "col_top", cols), sslk::vector_data(col_log_sum, "col_log_sum", cols),
+              sslk::vector_data(col_weight, "col_weight", cols), sslk::vector_data(col_target, "col_target", cols),
+              sslk::vector_data(col_uniform, "col_uniform", cols)};
   grad.write = write;
-  sslk::softmax_grad_prepare(grad);
   const sslk::Isa isa = sslk::active_isa();
   torch::stable::parallel_for(0, rows, kElementsPerTask / (cols > 0 ? cols : 1) + 1,
                               [&](int64_t begin, int64_t end) { sslk::softmax_grad(grad, begin, end, isa); });
+}
+
+void mirror_cpu(Tensor tile) {
+  sslk::check_tile(tile, "tile");
+  const int64_t size = tile.size(0), stride = tile.stride(0);
+  sslk::check_size(tile, "tile", 1, size);
+  float* data = tile.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, size, kElementsPerTask / (size > 0 ? size : 1) + 1, [&](int64_t begin, int64_t end) {
+    sslk::mirror_rows(data, stride, begin, end);
+  });
 }
 
 }  // namespace
@@ -109,12 +104,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
       "Tensor? col_ids, bool ignore_same_id, int positive, int excluded) -> ()");
   m.def(
       "softmax_grad_(Tensor(a!) tile, Tensor(b!) stats, float scale, Tensor? row_ids, Tensor? col_ids, "
-      "bool ignore_same_id, int positive, int excluded, Tensor row_lse, Tensor col_lse, Tensor row_weight, "
-      "Tensor col_weight, Tensor row_target, Tensor col_target, Tensor? row_uniform, Tensor? col_uniform, bool write) "
-      "-> ()");
+      "bool ignore_same_id, int positive, int excluded, Tensor row_top, Tensor col_top, Tensor row_log_sum, "
+      "Tensor col_log_sum, Tensor row_weight, Tensor col_weight, Tensor row_target, Tensor col_target, "
+      "Tensor? row_uniform, Tensor? col_uniform, bool write) -> ()");
+  m.def("mirror_(Tensor(a!) tile) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {
   m.impl("softmax_stats_", TORCH_BOX(&softmax_stats_cpu));
   m.impl("softmax_grad_", TORCH_BOX(&softmax_grad_cpu));
+  m.impl("mirror_", TORCH_BOX(&mirror_cpu));
 }

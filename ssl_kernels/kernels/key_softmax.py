@@ -5,22 +5,23 @@ For queries q [M, D], keys k [K, D] that take no gradient, and scale t,
     z_ij = t q_i . k_j        lse_i = log sum_j exp(z_ij)        mean_i = sum_j exp(z_ij - lse_i) k_j
 
 The mean is d lse_i / d (t q_i), so forward and backward of InfoNCE against the queue need nothing else. This is
-attention with the keys for values. Running along its share of the keys, a program keeps for each query the maximum m of
-z so far (in base 2, as everything here), the sum l of 2^(z - m) and the weighted keys a; with m' = max(m, max_j z_j) of
-the next block,
+attention with the keys for values. With u = q . k, or -q . k where t is negative, and s = |t| log2(e), s u is z in base
+2. Running along its share of the keys, a program keeps for each query the maximum m of u so far, the sum l of
+2^(s (u - m)) and the weighted keys a; with m' = max(m, max_j u_j) of the next block,
 
-    l <- l 2^(m - m') + sum_j 2^(z_j - m')        a <- a 2^(m - m') + sum_j 2^(z_j - m') k_j
+    l <- l 2^(s (m - m')) + sum_j 2^(s (u_j - m'))        a <- a 2^(s (m - m')) + sum_j 2^(s (u_j - m')) k_j
 
-so there is no scale at which a sum underflows. As there are far more keys than queries, keys are split over programs
-until the chip is full; a second, small launch merges their (m, l, a) in a fixed order: the result is bitwise
-reproducible on the same chip.
+so there is no scale at which a sum underflows. The difference comes before the product: s u_j less a rounded s m', as
+one fma, would leave the rounding, which is all that counts where z is large. As there are far more keys than queries,
+keys are split over programs until the chip is full; a second, small launch merges their (m, l, a) in a fixed order: the
+result is bitwise reproducible on the same chip.
 
 Products take operands in the dtype of the queries, to which keys are converted as they are read; the exponentials are
 rounded to 16 bits for the second product only where queries have 16 bits, and l is summed before.
 
 Budget, in units of 2 M K D FLOP: 2 for D up to 256, as one program then accumulates the whole mean, one for each
 further 256. Where D is at most 128 a key is also read but once, for both products. The rest per element of M x K is
-about 7 instructions (multiplication, selection, maximum, subtraction, ex2, addition, conversion) and, in global memory,
+about 7 instructions (selection, maximum, subtraction, multiplication, ex2, addition, conversion) and, in global memory,
 D / block_m elements of keys, most of which come from L2, as the programs of the same keys are neighbours. Compiled for
 sm_90 and followed through the code, not timed: 20 instructions per element of M x K in bf16 for D = 128, addresses and
 both products included. No similarity is written to memory.
@@ -46,6 +47,7 @@ __all__ = ["CONFIGS", "Config", "key_softmax"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+_LEAST_SCALE = tl.constexpr(2.0**-126)
 _WIDEST_WHOLE = 128
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _MERGE_SPLITS = 16
@@ -92,12 +94,20 @@ def _finite_from_below(maximum):
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
+@triton.jit
+def _load_scale(SCALE):
+    """Its magnitude, and whether it is negative. 0 is replaced: it would make NaN of the -inf of a key that is missing."""
+    scale = tl.load(SCALE)
+    is_negative = scale < 0.0
+    return tl.where(scale == 0.0, _LEAST_SCALE, tl.where(is_negative, -scale, scale)), is_negative
+
+
 # The number of keys grows while a queue fills, and batches differ: specialising on either would recompile.
 @triton.jit(do_not_specialize=["M", "K", "span"])
 def _key_softmax_kernel(
     QUERY,  # [M, D]
     KEYS,  # [K, D]
-    MAXIMA,  # [splits, M] fp32, in base 2
+    MAXIMA,  # [splits, M] fp32
     SUMS,  # [splits, M] fp32
     MEANS,  # [splits, M, D] fp32, not yet divided by the sums; or None without WANT_MEAN
     SCALE,
@@ -127,7 +137,8 @@ def _key_softmax_kernel(
     row_ok = row < M
     depth = tl.arange(0, BLOCK_D)
     e = first_e + tl.arange(0, BLOCK_E)
-    scale = tl.load(SCALE) * _LOG2_E
+    scale, is_negative = _load_scale(SCALE)
+    scale *= _LOG2_E
 
     q_at = QUERY + row[:, None] * stride_qm + depth[None, :].to(tl.int64) * stride_qd
     if WHOLE:
@@ -156,11 +167,13 @@ def _key_softmax_kernel(
                 k = tl.load(key_at + at * stride_kd, mask=k_ok, other=0.0).to(QUERY.dtype.element_ty)
                 raw = tl.dot(q, tl.trans(k), raw, input_precision=INPUT_PRECISION)
 
-        z = tl.where(key_ok[None, :], raw * scale, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(z, axis=1))
+        if is_negative:  # behind a branch, uniform over the program
+            raw = -raw
+        raw = tl.where(key_ok[None, :], raw, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(raw, axis=1))
         shift = _finite_from_below(larger)
-        fade = tl.exp2(maximum - shift)
-        p = tl.exp2(z - shift[:, None])
+        fade = tl.exp2((maximum - shift) * scale)
+        p = tl.exp2((raw - shift[:, None]) * scale)
         total = total * fade + tl.sum(p, axis=1)
         maximum = larger
         if WANT_MEAN:
@@ -185,6 +198,7 @@ def _merge_splits_kernel(
     MEANS,  # [splits, M, D]
     LSE,  # [M]
     MEAN,  # [M, D]
+    SCALE,
     M: tl.int64,
     D,
     splits,
@@ -195,6 +209,8 @@ def _merge_splits_kernel(
     """One query, and BLOCK_E columns of its mean: SPLITS of the splits at a time, in their order."""
     row = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    natural_scale, _ = _load_scale(SCALE)
+    scale = natural_scale * _LOG2_E
     maximum = tl.full((SPLITS,), float("-inf"), tl.float32)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
@@ -208,14 +224,14 @@ def _merge_splits_kernel(
         split = first + tl.arange(0, SPLITS)
         split_ok = split < splits
         at = split.to(tl.int64) * M + row
-        weight = tl.exp2(tl.load(MAXIMA + at, mask=split_ok, other=float("-inf")) - shift)
+        weight = tl.exp2((tl.load(MAXIMA + at, mask=split_ok, other=float("-inf")) - shift) * scale)
         total += weight * tl.load(SUMS + at, mask=split_ok, other=0.0)
         if WANT_MEAN:
             part = tl.load(MEANS + at[:, None] * D + e[None, :], mask=split_ok[:, None] & (e < D)[None, :], other=0.0)
             mean += tl.sum(weight[:, None] * part, axis=0)
     sum_exp = tl.sum(total, axis=0)
     if tl.program_id(1) == 0:
-        tl.store(LSE + row, (shift + tl.log2(sum_exp)) * _LN_2)
+        tl.store(LSE + row, shift * natural_scale + tl.log2(sum_exp) * _LN_2)
     if WANT_MEAN:
         tl.store(MEAN + row * D + e, mean / sum_exp, mask=e < D)
 
@@ -294,7 +310,7 @@ def key_softmax(
     maxima, sums, means = launch(config or choose_config(query, keys, want_mean, launch))
     with on_device(query.device):
         _merge_splits_kernel[(m, cdiv(width, _MERGE_COLUMNS) if want_mean else 1)](
-            maxima, sums, means, lse, mean, m, width, len(maxima),
+            maxima, sums, means, lse, mean, scale, m, width, len(maxima),
             WANT_MEAN=want_mean, SPLITS=_MERGE_SPLITS, BLOCK_E=_MERGE_COLUMNS, num_warps=4,
         )  # fmt: skip
     return lse, mean

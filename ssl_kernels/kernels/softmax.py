@@ -7,11 +7,11 @@ For panels x [m, D] and y [n, D], scale t and
 
 a first visit to the tiles merges into running statistics of each row, and of each column, over the pairs that are kept
 
-    maximum of z, sum of exp(z - maximum), sum of raw over positives, number of positives
+    maximum of raw, sum of exp(t (raw - maximum)), sum of raw over positives, number of positives
     and for label smoothing: sum of raw, number of pairs
 
-of which the log-sum-exps lr_i and lc_j are made. A second visit, with weights a, b, p, q, u, v that the loss chooses,
-writes
+of which the log-sum-exps lr_i and lc_j are made, t times the maximum plus the logarithm of the sum. A second visit,
+with weights a, b, p, q, u, v that the loss chooses, writes
 
     G_ij = a_i exp(z_ij - lr_i) + b_j exp(z_ij - lc_j) - [ij positive] (p_i + q_j) - (u_i + v_j)
 
@@ -22,15 +22,18 @@ multiplies the gradient multiplies the fp32 products made of G.
 One exponential per element and visit, though rows and columns have different maxima. Everything is in base 2, with
 log2(e) folded into t.
 
-    statistics   e = 2^(z - c) against the maximum c of the tile serves rows and columns alike: multiplication, maximum,
-                 subtraction, ex2 and two additions. A sum of at least 2^-90 has lost terms below 2^-126 to underflow,
-                 2^-28 of it at most for 256 terms. If any row or column of the tile has less, the program takes each
-                 against its own maximum instead: exact for every scale, and rare, since it takes logits that are 62
-                 apart within one tile. Where column sums are not wanted, rows have their own maximum to begin with.
+    statistics   e = 2^(t (raw - c)) against the maximum c of the tile serves rows and columns alike: maximum,
+                 subtraction, multiplication, ex2 and two additions. The difference comes first: t raw less a rounded
+                 t c, as one fma, would leave the rounding, which exceeds 1 where logits are large. A sum of at least
+                 2^-90 has lost terms below 2^-126 to underflow, 2^-28 of it at most for 256 terms. If any row or column
+                 of the tile has less, the program takes each against its own maximum instead: exact for every scale,
+                 and rare, since it takes logits that are 62 apart within one tile. Where column sums are not wanted,
+                 rows have their own maximum to begin with.
     gradient     e = 2^(z - c) against the largest c of the tile's log-sum-exps, which no z exceeds; then
                  G = e (a_i 2^(c - lr_i) + b_j 2^(c - lc_j)), whose factors are made once per row and column: fma, ex2,
                  addition, multiplication. If the log-sum-exps of the tile are more than 60 (41 in natural units)
-                 apart, the two exponentials are taken one by one; if not, what underflows is below 2^-66.
+                 apart, or beyond 2^10, where their rounding would be seen, the two exponentials are taken one by one,
+                 of differences with the maxima; if not, what underflows is below 2^-66.
 
 The maximum that is kept for a row or column is that of the tiles that it met: at least its own, at most 68 more.
 
@@ -68,9 +71,10 @@ from ssl_kernels.kernels.tiles import cdiv, locate_tile, on_device, operands, si
 __all__ = ["CONFIGS", "Config", "gradient_scale", "softmax_grad", "softmax_stats"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 _LEAST_SUM = tl.constexpr(2.0**-90)
 _WIDEST_RANGE = tl.constexpr(60.0)
+_FARTHEST = tl.constexpr(2.0**10)
+_LEAST_SCALE = tl.constexpr(2.0**-126)
 _FP16_GRADIENT_SCALE = tl.constexpr(2.0**14)
 _MERGE_ROWS = 32
 _MERGE_BLOCKS = 32
@@ -102,10 +106,20 @@ def _finite_from_below(maximum):
 
 
 @triton.jit
-def _sum_exp2(z, AXIS: tl.constexpr):
-    """Maxima along an axis, and sums of 2^(z - maximum)."""
-    maximum = tl.max(z, axis=AXIS)
-    return maximum, tl.sum(tl.exp2(z - tl.expand_dims(_finite_from_below(maximum), AXIS)), axis=AXIS)
+def _load_scale(SCALE):
+    """As it is but for 0, which would make NaN of the -inf of a pair that is left out, and for negative numbers, which
+    would make the largest product the least z: these are NaN."""
+    scale = tl.load(SCALE)
+    scale = tl.where(scale < 0.0, float("nan"), scale)
+    return tl.where(scale == 0.0, _LEAST_SCALE, scale)
+
+
+@triton.jit
+def _sum_exp2(raw, scale, AXIS: tl.constexpr):
+    """Maxima along an axis, and sums of 2^(scale (raw - maximum))."""
+    maximum = tl.max(raw, axis=AXIS)
+    shift = tl.expand_dims(_finite_from_below(maximum), AXIS)
+    return maximum, tl.sum(tl.exp2((raw - shift) * scale), axis=AXIS)
 
 
 @triton.jit
@@ -141,9 +155,9 @@ def _stats_epilogue(
     has_excluded = (excluded_at > -BLOCK_M) & (excluded_at < cols_left)
     POSITIVE_IDS: tl.constexpr = HAS_IDS and not IGNORE_SAME_ID
 
-    # A pair that is left out gets z = -inf, and raw = 0, since 0 times a NaN or an infinity would count. With ids that
-    # is decided element by element without a branch, across which the masks would be kept in registers.
-    z = raw * scale
+    # A pair that is left out counts as -inf, and its raw as 0, since 0 times a NaN or an infinity would count. With ids
+    # that is decided element by element without a branch, across which the masks would be kept in registers.
+    counted = raw
     row_pairs = tl.zeros((BLOCK_M,), tl.float32) + cols_left
     col_pairs = tl.zeros((BLOCK_N,), tl.float32) + rows_left
     if HAS_IDS:
@@ -154,7 +168,7 @@ def _stats_epilogue(
             kept = kept & (is_positive | (same_id == 0))
         else:
             is_positive = (is_positive | same_id) & kept
-        z = tl.where(kept, z, float("-inf"))
+        counted = tl.where(kept, raw, float("-inf"))
         raw = tl.where(kept, raw, 0.0)
         if STATS == 6:
             row_pairs = tl.sum(kept.to(tl.float32), axis=1)
@@ -164,7 +178,7 @@ def _stats_epilogue(
         if is_edge | has_excluded:
             kept = (row < rows_left)[:, None] & (col < cols_left)[None, :]
             kept = kept & (col[None, :] != (row + excluded_at)[:, None])
-            z = tl.where(kept, z, float("-inf"))
+            counted = tl.where(kept, raw, float("-inf"))
             raw = tl.where(kept, raw, 0.0)
             row_pairs -= ((row + excluded_at >= 0) & (row + excluded_at < cols_left)).to(tl.float32)
             col_pairs -= ((col - excluded_at >= 0) & (col - excluded_at < rows_left)).to(tl.float32)
@@ -206,8 +220,8 @@ def _stats_epilogue(
             tl.store(col_at + 3 * n, col_positives, mask=col_ok)
 
     if WITH_COLS:
-        maximum = tl.max(tl.max(z, axis=1), axis=0)
-        e = tl.exp2(z - _finite_from_below(maximum))
+        maximum = tl.max(tl.max(counted, axis=1), axis=0)
+        e = tl.exp2((counted - _finite_from_below(maximum)) * scale)
         row_max = tl.zeros((BLOCK_M,), tl.float32) + maximum
         col_max = tl.zeros((BLOCK_N,), tl.float32) + maximum
         row_sum = tl.sum(e, axis=1)
@@ -215,12 +229,12 @@ def _stats_epilogue(
         least_row = tl.min(tl.where(row < rows_left, row_sum, 1.0), axis=0)
         least_col = tl.min(tl.where(col_ok, col_sum, 1.0), axis=0)
         if tl.minimum(least_row, least_col) < _LEAST_SUM:
-            row_max, row_sum = _sum_exp2(z, 1)
-            col_max, col_sum = _sum_exp2(z, 0)
+            row_max, row_sum = _sum_exp2(counted, scale, 1)
+            col_max, col_sum = _sum_exp2(counted, scale, 0)
         tl.store(col_at, col_max, mask=col_ok)
         tl.store(col_at + n, col_sum, mask=col_ok)
     else:
-        row_max, row_sum = _sum_exp2(z, 1)
+        row_max, row_sum = _sum_exp2(counted, scale, 1)
     return row_max, row_sum, row_positive, row_positives, row_raw, row_pairs
 
 
@@ -264,7 +278,7 @@ def _softmax_stats_kernel(
         EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
-    scale = tl.load(SCALE) * _LOG2_E
+    scale = _load_scale(SCALE) * _LOG2_E
     if HALVES:  # the left columns and then the right: half as much of the epilogue is in registers at a time
         WIDTH: tl.constexpr = BLOCK_N // 2
         left, right = split_columns(raw, BLOCK_M, BLOCK_N)
@@ -278,7 +292,7 @@ def _softmax_stats_kernel(
         )  # fmt: skip
         row_max = tl.maximum(max_l, max_r)
         shift = _finite_from_below(row_max)
-        row_sum = sum_l * tl.exp2(max_l - shift) + sum_r * tl.exp2(max_r - shift)
+        row_sum = sum_l * tl.exp2((max_l - shift) * scale) + sum_r * tl.exp2((max_r - shift) * scale)
         row_positive = positive_l + positive_r
         row_positives = positives_l + positives_r
         row_raw = raw_l + raw_r
@@ -302,8 +316,9 @@ def _softmax_stats_kernel(
 
 @triton.jit(do_not_specialize=["size", "blocks"], do_not_specialize_on_alignment=["STATISTICS"])
 def _merge_stats_kernel(
-    PARTIALS,  # [blocks, STATS, size] fp32, maxima in base 2
+    PARTIALS,  # [blocks, STATS, size] fp32
     STATISTICS,  # [size, STATS] float64
+    SCALE,
     size: tl.int64,
     blocks,
     stride_m,
@@ -315,6 +330,8 @@ def _merge_stats_kernel(
     """Merge the statistics of the blocks, BLOCKS at a time, and then with the running ones."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row_ok = rows < size
+    natural_scale = _load_scale(SCALE)
+    scale = natural_scale * _LOG2_E
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, blocks, BLOCKS):
@@ -325,17 +342,17 @@ def _merge_stats_kernel(
         sums = tl.load(at + size, mask=ok, other=0.0)
         larger = tl.maximum(maximum, tl.max(maxima, axis=0))
         shift = _finite_from_below(larger)
-        total *= tl.exp2(maximum - shift)
-        total += tl.sum((sums * tl.exp2(maxima - shift[None, :])).to(tl.float64), axis=0)
+        total *= tl.exp2((maximum - shift) * scale)
+        total += tl.sum((sums * tl.exp2((maxima - shift[None, :]) * scale)).to(tl.float64), axis=0)
         maximum = larger
 
     at = STATISTICS + rows * stride_m
     running = tl.load(at, mask=row_ok, other=0.0)
-    maximum = maximum.to(tl.float64) * _LN_2
+    maximum = maximum.to(tl.float64)
     larger = tl.maximum(running, maximum)
     shift = _finite_from_below(larger)
-    total *= tl.exp(maximum - shift)
-    total += tl.load(at + stride_k, mask=row_ok, other=0.0) * tl.exp(running - shift)
+    total *= tl.exp((maximum - shift) * natural_scale)
+    total += tl.load(at + stride_k, mask=row_ok, other=0.0) * tl.exp((running - shift) * natural_scale)
     tl.store(at, larger, mask=row_ok)
     tl.store(at + stride_k, total, mask=row_ok)
     for k in tl.static_range(2, STATS):
@@ -349,13 +366,13 @@ def _merge_stats_kernel(
 
 
 @triton.jit
-def _load_lse(LSE, WEIGHT, at, ok):
-    """Log-sum-exps in base 2 with their weights, and which of them count: a row or column without any kept pair has
-    weight 0 and a log-sum-exp of -inf, which becomes +inf here, so that its exponentials are 0."""
-    lse = tl.load(LSE + at, mask=ok, other=float("-inf")) * _LOG2_E
+def _load_lse(TOP, LOG_SUM, WEIGHT, at, ok, scale):
+    """Log-sum-exps in base 2, made of a maximum and the logarithm of a sum, and their weights. Those of weight 0 do not
+    count: their log-sum-exp is +inf, so that their exponentials are 0."""
+    top = tl.load(TOP + at, mask=ok, other=0.0)
+    log_sum = tl.load(LOG_SUM + at, mask=ok, other=float("inf")) * _LOG2_E
     weight = tl.load(WEIGHT + at, mask=ok, other=0.0)
-    counts = (weight != 0.0) | (lse != float("-inf"))
-    return tl.where(counts, lse, float("inf")), weight, counts
+    return top * scale + log_sum, top, log_sum, weight
 
 
 @triton.jit
@@ -370,8 +387,10 @@ def _grad_epilogue(
     GRAD,
     X_IDS,
     Y_IDS,
-    ROW_LSE,
-    COL_LSE,
+    ROW_TOP,
+    COL_TOP,
+    ROW_LOG_SUM,
+    COL_LOG_SUM,
     ROW_WEIGHT,
     COL_WEIGHT,
     ROW_TARGET,
@@ -414,10 +433,10 @@ def _grad_epilogue(
         e = tl.exp2(raw * scale - tl.where(highest == float("-inf"), float("inf"), highest))
         g = e * (row_factor[:, None] + col_factor[None, :])
     else:
-        row_lse, row_weight, _ = _load_lse(ROW_LSE, ROW_WEIGHT, first_row + row, row_ok)
-        col_lse, col_weight, _ = _load_lse(COL_LSE, COL_WEIGHT, first_col + col, col_ok)
-        z = raw * scale
-        g = row_weight[:, None] * tl.exp2(z - row_lse[:, None]) + col_weight[None, :] * tl.exp2(z - col_lse[None, :])
+        _, top, log_sum, weight = _load_lse(ROW_TOP, ROW_LOG_SUM, ROW_WEIGHT, first_row + row, row_ok, scale)
+        g = weight[:, None] * tl.exp2((raw - top[:, None]) * scale - log_sum[:, None])
+        _, top, log_sum, weight = _load_lse(COL_TOP, COL_LOG_SUM, COL_WEIGHT, first_col + col, col_ok, scale)
+        g += weight[None, :] * tl.exp2((raw - top[None, :]) * scale - log_sum[None, :])
     if HAS_UNIFORM:
         row_uniform = tl.load(ROW_UNIFORM + first_row + row, mask=row_ok, other=0.0)
         col_uniform = tl.load(COL_UNIFORM + first_col + col, mask=col_ok, other=0.0)
@@ -466,8 +485,8 @@ def _grad_epilogue(
 @triton.jit(
     do_not_specialize=["m", "n", "positive", "excluded"],
     do_not_specialize_on_alignment=[
-        "X_IDS", "Y_IDS", "ROW_LSE", "COL_LSE", "ROW_WEIGHT", "COL_WEIGHT", "ROW_TARGET", "COL_TARGET",
-        "ROW_UNIFORM", "COL_UNIFORM",
+        "X_IDS", "Y_IDS", "ROW_TOP", "COL_TOP", "ROW_LOG_SUM", "COL_LOG_SUM", "ROW_WEIGHT", "COL_WEIGHT", "ROW_TARGET",
+        "COL_TARGET", "ROW_UNIFORM", "COL_UNIFORM",
     ],
 )  # fmt: skip
 def _softmax_grad_kernel(
@@ -478,8 +497,10 @@ def _softmax_grad_kernel(
     SCALE,
     X_IDS,  # [m] int64, or None without HAS_IDS
     Y_IDS,  # [n]
-    ROW_LSE,  # this and what follows: [m] or [n] fp32
-    COL_LSE,
+    ROW_TOP,  # this and what follows: [m] or [n] fp32
+    COL_TOP,
+    ROW_LOG_SUM,
+    COL_LOG_SUM,
     ROW_WEIGHT,
     COL_WEIGHT,
     ROW_TARGET,
@@ -519,14 +540,14 @@ def _softmax_grad_kernel(
     scale = tl.load(SCALE) * _LOG2_E
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
-    row_lse, row_weight, row_counts = _load_lse(ROW_LSE, ROW_WEIGHT, row, row < m)
-    col_lse, col_weight, col_counts = _load_lse(COL_LSE, COL_WEIGHT, col, col < n)
+    row_lse, _, _, row_weight = _load_lse(ROW_TOP, ROW_LOG_SUM, ROW_WEIGHT, row, row < m, scale)
+    col_lse, _, _, col_weight = _load_lse(COL_TOP, COL_LOG_SUM, COL_WEIGHT, col, col < n, scale)
     highest = tl.maximum(
-        tl.max(tl.where(row_counts, row_lse, float("-inf")), axis=0),
-        tl.max(tl.where(col_counts, col_lse, float("-inf")), axis=0),
+        tl.max(tl.where(row_weight != 0.0, row_lse, float("-inf")), axis=0),
+        tl.max(tl.where(col_weight != 0.0, col_lse, float("-inf")), axis=0),
     )
     lowest = tl.minimum(tl.min(row_lse, axis=0), tl.min(col_lse, axis=0))
-    is_narrow = highest - lowest <= _WIDEST_RANGE
+    is_narrow = (highest - lowest <= _WIDEST_RANGE) & (highest <= _FARTHEST) & (lowest >= -_FARTHEST)
     row_factor = _factors(row_lse, row_weight, highest)
     col_factor = _factors(col_lse, col_weight, highest)
     if HALVES:
@@ -534,20 +555,22 @@ def _softmax_grad_kernel(
         left, right = split_columns(raw, BLOCK_M, BLOCK_N)
         left_factor, right_factor = tl.split(tl.permute(tl.reshape(col_factor, (2, WIDTH)), (1, 0)))
         row_g_raw = _grad_epilogue(
-            left, GRAD, X_IDS, Y_IDS, ROW_LSE, COL_LSE, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
-            COL_UNIFORM, scale, highest, is_narrow, row_factor, left_factor, m, n, positive, excluded, first_row,
-            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
+            left, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_LOG_SUM, COL_LOG_SUM, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET,
+            COL_TARGET, ROW_UNIFORM, COL_UNIFORM, scale, highest, is_narrow, row_factor, left_factor, m, n, positive,
+            excluded, first_row, first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
         )  # fmt: skip
         row_g_raw += _grad_epilogue(
-            right, GRAD, X_IDS, Y_IDS, ROW_LSE, COL_LSE, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
-            COL_UNIFORM, scale, highest, is_narrow, row_factor, right_factor, m, n, positive, excluded, first_row,
-            first_col + WIDTH, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
+            right, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_LOG_SUM, COL_LOG_SUM, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET,
+            COL_TARGET, ROW_UNIFORM, COL_UNIFORM, scale, highest, is_narrow, row_factor, right_factor, m, n, positive,
+            excluded, first_row, first_col + WIDTH, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M,
+            WIDTH,
         )  # fmt: skip
     else:
         row_g_raw = _grad_epilogue(
-            raw, GRAD, X_IDS, Y_IDS, ROW_LSE, COL_LSE, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
-            COL_UNIFORM, scale, highest, is_narrow, row_factor, col_factor, m, n, positive, excluded, first_row,
-            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, BLOCK_N,
+            raw, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_LOG_SUM, COL_LOG_SUM, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET,
+            COL_TARGET, ROW_UNIFORM, COL_UNIFORM, scale, highest, is_narrow, row_factor, col_factor, m, n, positive,
+            excluded, first_row, first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M,
+            BLOCK_N,
         )  # fmt: skip
     partial_at = PARTIALS + block_n.to(tl.int64) * m + first_row + tl.arange(0, BLOCK_M)
     tl.store(partial_at, row_g_raw, mask=first_row + tl.arange(0, BLOCK_M) < m)
@@ -577,16 +600,16 @@ def softmax_stats(
 ) -> None:
     """Merge one panel into the running statistics of its rows and columns.
 
-    Columns of the statistics: a maximum of z over kept pairs (of all that this row's or column's tiles hold, so at
-    least its own; -inf before the first), the sum of exp(z - maximum), the sum of x_i . y_j over positive pairs, and
-    their number; of six, also the sum of x_i . y_j over kept pairs, and their number.
+    Columns of the statistics: a maximum of x_i . y_j over kept pairs (of all that this row's or column's tiles hold, so
+    at least its own; -inf before the first), the sum of exp(scale (x_i . y_j - maximum)), the sum of x_i . y_j over
+    positive pairs, and their number; of six, also the sum of x_i . y_j over kept pairs, and their number.
 
     Args:
         x: rows [m, D] in fp32, bf16 or fp16, any strides; m and D at least 1.
         y: columns [n, D], of the same dtype, any strides; n at least 1.
         row_stats: [m, 4] or [m, 6] float64, any strides.
         col_stats: [n, 4] or [n, 6] alike, or None where only rows matter.
-        scale: 0-dim fp32 on the device.
+        scale: 0-dim fp32 on the device, at least 0.
         x_ids: [m] int64, contiguous, or None.
         y_ids: [n] likewise, given together with ``x_ids``.
         ignore_same_id: leave pairs of equal ids out, unless they are on the positive diagonal, instead of making them
@@ -637,7 +660,7 @@ def softmax_stats(
                 continue
             blocks, _, size = partials.shape
             _merge_stats_kernel[(cdiv(size, _MERGE_ROWS),)](
-                partials, running, size, blocks, *running.stride(),
+                partials, running, scale, size, blocks, *running.stride(),
                 STATS=stats, BLOCK=_MERGE_ROWS, BLOCKS=_MERGE_BLOCKS, num_warps=4,
             )  # fmt: skip
 
@@ -653,8 +676,10 @@ def softmax_grad(
     ignore_same_id: bool,
     positive: int,
     excluded: int,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    row_top: Tensor,
+    col_top: Tensor,
+    row_log_sum: Tensor,
+    col_log_sum: Tensor,
     row_weight: Tensor,
     col_weight: Tensor,
     row_target: Tensor,
@@ -671,11 +696,13 @@ def softmax_grad(
         grad: [m, n] in the dtype of x with unit stride along n, receives G times :func:`gradient_scale`; None where no
             feature gradient is wanted.
         stats: [m, 1] float64.
-        row_lse: [m] fp32, contiguous, as are all that follow: log-sum-exps over all kept pairs of each row, at least
-            every z of it; -inf, with weight 0, where there is none.
-        col_lse: [n], of the columns.
-        row_weight: [m], of exp(z - row_lse).
-        col_weight: [n], of exp(z - col_lse).
+        row_top: [m] fp32, contiguous, as are all that follow: a maximum of x_i . y_j in each row. With row_log_sum it
+            makes the log-sum-exp over all kept pairs, scale row_top + row_log_sum, at least every z of the row.
+        col_top: [n], of the columns.
+        row_log_sum: [m], infinite where the weight is 0.
+        col_log_sum: [n], likewise.
+        row_weight: [m], of exp(z - log-sum-exp of the row).
+        col_weight: [n], of exp(z - log-sum-exp of the column).
         row_target: [m], subtracted from positive pairs.
         col_target: [n], likewise.
         row_uniform: [m], subtracted from every kept pair; or None, together with ``col_uniform``.
@@ -698,8 +725,10 @@ def softmax_grad(
                 scale,
                 x_ids,
                 y_ids,
-                row_lse,
-                col_lse,
+                row_top,
+                col_top,
+                row_log_sum,
+                col_log_sum,
                 row_weight,
                 col_weight,
                 row_target,

@@ -111,18 +111,24 @@ def reference(query: Tensor, keys: Tensor, scale: Tensor, want_mean: bool) -> tu
 
 
 # The panel function of each backend takes: query [m, D], keys [n, D]; stats [m, 2] float64, the running maximum of
-# z = scale query . key and the sum of exp(z - maximum); mean [m, D], the keys weighed by exp(z - maximum) so far, or
-# None; the scale. It brings stats and mean to the new maximum, adds this tile to the stats, and returns the tile's
-# exponentials if there is a mean for them to weigh keys in.
+# u = query . key, or of -query . key if the scale is negative, and the sum of exp(|scale| (u - maximum)); mean [m, D],
+# the keys weighed by these exponentials so far, or None; the scale. It brings stats and mean to the new maximum, adds
+# this tile to the stats, and returns the tile's exponentials if there is a mean for them to weigh keys in. The
+# difference comes before the product: with a rounded product of the maximum taken off, rounding would decide between
+# large similarities.
 
 
 def _panel_eager(query: Tensor, keys: Tensor, stats: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor | None:
-    z = scale * matmul(query, keys.t())
+    raw = matmul(query, keys.t())
     before, total = stats.unbind(1)
-    peak = torch.maximum(before, z.amax(1).to(stats.dtype))
+    sign = torch.where(scale < 0, -1, 1)
+    least, largest = torch.aminmax(raw, dim=1)
+    peak = torch.maximum(before, torch.where(scale < 0, -least, largest).to(stats.dtype))
     # As in torch.logsumexp, nothing is subtracted from a row whose maximum is infinite.
-    e = torch.exp(z - torch.where(peak.isinf(), 0, peak).to(z.dtype)[:, None])
-    rescale = torch.where(before == peak, 1, torch.exp(before - peak))
+    shift = sign * torch.where(peak.isinf(), 0, peak)
+    e = torch.exp(scale * (raw - shift.to(raw.dtype)[:, None]))
+    faded = torch.exp(scale.abs().to(stats.dtype) * (before - peak))
+    rescale = torch.where(before == peak, 1, torch.where(before == -math.inf, 0, faded))
     stats[:, 1] = total * rescale + e.sum(1, dtype=stats.dtype)
     stats[:, 0] = peak
     if mean is None:
@@ -185,7 +191,7 @@ def _key_softmax(
     peak, total = stats.unbind(1)
     if want_mean:
         mean /= total.masked_fill(peak.isinf(), math.nan)[:, None]  # no softmax of infinite logits
-    return (peak + total.log()).to(query.dtype), mean
+    return (scale.abs().to(stats.dtype) * peak + total.log()).to(query.dtype), mean
 
 
 @_key_softmax.register_fake

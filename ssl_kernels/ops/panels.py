@@ -116,8 +116,8 @@ def run_panels(
     that is given receives the gradient of x; ``panel`` may rescale its rows before a tile after the first is added.
 
     With ``symmetric``, ``y`` is ``x``, and only tiles on and above the diagonal are visited. One above it stands for
-    its mirror image too: G must hold the gradient through both. Both gradients are then in the first, and the second
-    is empty. No panel lies across the row ``seam``.
+    its mirror image too: G must hold the gradient through both. On the diagonal ``panel`` is given the same tensor
+    twice. Both gradients are then in the first, and the second is empty. No panel lies across the row ``seam``.
     """
     rows, cols, width = x.shape[0], y.shape[0], x.shape[1]
     device = x.device
@@ -148,7 +148,7 @@ def run_panels(
         first_col = a if symmetric else 0
         for b in range(first_col, len(col_panels)):
             col_panel = col_panels[b]
-            y_j = y[col_panel].to(compute_dtype)
+            y_j = x_i if symmetric and a == b else y[col_panel].to(compute_dtype)
             tile = panel(x_i, y_j, stats[row_panel], i, col_panel.start)
             if tile is None:
                 continue

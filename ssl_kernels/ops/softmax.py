@@ -3,13 +3,18 @@
 With z_ij = t x_i . y_j, every row with a positive pair contributes LSE_j z_ij less the mean z of its positives, and
 every column likewise. Two passes over the tiles:
 
-1. statistics: the log-sum-exp of rows and columns, merged online, and the sums over positives: 1 unit of 2 M N D FLOP;
+1. statistics: of rows and columns the largest x_i . y_j and the sum of exponentials against it, merged online, and the
+   sums over positives: 1 unit of 2 M N D FLOP;
 2. gradients: G_ij = w_i (P_ij - T_ij) + v_j (P'_ij - T'_ij), with softmax P by rows and P' by columns, targets T and
    T', and the weights of rows and columns in the loss; then two products: 3 units, or 2 for tiles that the first pass
    kept within the budget of ``ssl_kernels.use_tile_budget``.
 
 Where y is x (``y`` None), the matrix is symmetric: tiles above the diagonal give the columns' side too, and each pass
 costs half.
+
+However large z is, a loss and a gradient are made of differences of z, and those are made of differences of x_i . y_j:
+t times a maximum plus the logarithm of a sum would be rounded to the digits of the larger. For the same reason z_ij and
+z_ji are one number where the matrix is symmetric, and a tile is the same in both passes.
 """
 
 from __future__ import annotations
@@ -107,7 +112,8 @@ def reduce_losses(losses: Tensor, paired: Tensor, reduction: str) -> Tensor:
 class Side(NamedTuple):
     """What the gradient needs to know of every row, or every column."""
 
-    lse: Tensor  # float64
+    top: Tensor  # the log-sum-exp is t top + log_sum
+    log_sum: Tensor
     weight: Tensor
     target: Tensor  # taken from every positive pair
     uniform: Tensor | None  # taken from every pair that counts
@@ -117,26 +123,34 @@ class Side(NamedTuple):
 
 
 # Per backend, the two panel functions. Statistics [m, 4] or [m, 6] float64 of rows, and of columns or None, are
-# updated: max z, sum of exp(z - max), sum of x_i . y_j over positives, their number; and with label smoothing the sum
-# over all pairs that count, and their number. The raw tile is returned where there is one. Gradients: G [m, n] if
-# ``write``, and its row sums of G (x_i . y_j) are added to stats [m, 1].
+# updated: max x_i . y_j, sum of exp(t (x_i . y_j - max)), sum of x_i . y_j over positives, their number; and with label
+# smoothing the sum over all pairs that count, and their number. The raw tile is returned where there is one. Gradients:
+# G [m, n] if ``write``, and its row sums of G (x_i . y_j) are added to stats [m, 1].
+
+
+def _similarities(x: Tensor, y: Tensor) -> Tensor:
+    """x y^T, symmetric to the last bit where y is x: a product is rounded as the place in it requires."""
+    raw = matmul(x, y.t())
+    if y is x and raw.device.type == "cpu" and raw.dtype == torch.float32:
+        torch.ops.ssl_kernels.mirror_(raw)
+    elif y is x:
+        raw = torch.maximum(raw, raw.t().contiguous())
+    return raw
 
 
 def _stats_eager(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale: Tensor, pairs: Pairs) -> Tensor:
-    raw = matmul(x, y.t())
+    raw = _similarities(x, y)
     positive, ignored = pairs.masks(raw.shape, raw.device)
     counted = raw.masked_fill(ignored, -torch.inf)
     for stats, dim in ((rows, 1), (cols, 0)):
         if stats is None:
             continue
-        # The difference from the maximum before the product with t: exact close to it, where it matters.
         best = counted.amax(dim)
         reference = best.masked_fill(best == -torch.inf, 0)
         exps = (scale * (raw - reference.unsqueeze(dim))).exp().masked_fill(ignored, 0).sum(dim)
-        best = (scale * reference.to(stats.dtype)).masked_fill(best == -torch.inf, -torch.inf)
+        best, wide = best.to(stats.dtype), scale.to(stats.dtype)
         top = torch.maximum(stats[:, 0], best)
-        finite = top.masked_fill(top == -torch.inf, 0)
-        stats[:, 1] = stats[:, 1] * (stats[:, 0] - finite).exp() + exps * (best - finite).exp()
+        stats[:, 1] = _rescaled(stats[:, 1], stats[:, 0], top, wide) + _rescaled(exps, best, top, wide)
         stats[:, 0] = top
         stats[:, 2] += raw.masked_fill(~positive, 0).sum(dim)
         stats[:, 3] += positive.sum(dim)
@@ -146,23 +160,19 @@ def _stats_eager(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale:
     return raw
 
 
-def _softmax(raw: Tensor, lse: Tensor, scale: Tensor) -> Tensor:
-    """exp(scale * raw - lse). Most of lse is taken off before the product: rounded to fp32 as it is, it would cost 1e-5
-    of a probability at scale 100."""
-    base = (lse / scale).to(raw.dtype)
-    base = torch.where(base.isfinite(), base, 0)
-    rest = lse - scale * base.to(lse.dtype)
-    return (scale * (raw - base) - rest.to(raw.dtype)).exp()
+def _rescaled(sums: Tensor, top: Tensor, new_top: Tensor, scale: Tensor) -> Tensor:
+    """Sums of exponentials against ``top`` as sums against ``new_top``."""
+    return sums * torch.where(top == new_top, 1, torch.where(top == -torch.inf, 0, (scale * (top - new_top)).exp()))
 
 
 def _grad_eager(
     raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Side, col: Side,
     write: bool,
 ) -> Tensor | None:  # fmt: skip
-    raw = matmul(x, y.t()) if raw is None else raw
+    raw = _similarities(x, y) if raw is None else raw
     positive, ignored = pairs.masks(raw.shape, raw.device)
-    grad = row.weight[:, None] * _softmax(raw, row.lse[:, None], scale)
-    grad += col.weight * _softmax(raw, col.lse, scale)
+    grad = row.weight[:, None] * (scale * (raw - row.top[:, None]) - row.log_sum[:, None]).exp()
+    grad += col.weight * (scale * (raw - col.top) - col.log_sum).exp()
     grad -= torch.where(positive, row.target[:, None] + col.target, 0)
     if row.uniform is not None and col.uniform is not None:
         grad -= row.uniform[:, None] + col.uniform
@@ -172,7 +182,7 @@ def _grad_eager(
 
 
 def _stats_cpu(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale: Tensor, pairs: Pairs) -> Tensor:
-    raw = matmul(x, y.t())
+    raw = _similarities(x, y)
     torch.ops.ssl_kernels.softmax_stats_(raw, rows, cols, scale.item(), *pairs)
     return raw
 
@@ -181,7 +191,7 @@ def _grad_cpu(
     raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Side, col: Side,
     write: bool,
 ) -> Tensor | None:  # fmt: skip
-    tile = matmul(x, y.t()) if raw is None else raw
+    tile = _similarities(x, y) if raw is None else raw
     interleaved = (part for both in zip(row, col, strict=True) for part in both)
     torch.ops.ssl_kernels.softmax_grad_(tile, stats, scale.item(), *pairs, *interleaved, write)
     return tile if write else None
@@ -197,7 +207,6 @@ def _grad_triton(
 ) -> Tensor | None:  # fmt: skip
     m, n = x.shape[0], y.shape[0]
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
-    row, col = (side._replace(lse=side.lse.float()) for side in (row, col))
     interleaved = (part for both in zip(row, col, strict=True) for part in both)
     triton_kernels("softmax").softmax_grad(x, y, grad, stats, scale, *pairs, *interleaved)
     return grad
@@ -294,25 +303,22 @@ class _Passes:
         return dx, dy, stats.sum()
 
 
-def _log_sum_exp(stats: Tensor) -> Tensor:
-    return stats[:, 0] + stats[:, 1].log()
-
-
 def _losses(stats: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
     """The loss of each row (or column); 0 for one without a positive pair."""
     scale = scale.to(stats.dtype)  # before it meets the smoothing: rounded to fp32, 1e-5 of a logit of 100 is lost
-    loss = _log_sum_exp(stats) - (1 - label_smoothing) * scale * stats[:, 2] / stats[:, 3]
+    gap = stats[:, 0] - stats[:, 2] / stats[:, 3]
     if label_smoothing:
-        loss = loss - label_smoothing * scale * stats[:, 4] / stats[:, 5]
-    return loss.masked_fill(stats[:, 3] == 0, 0)
+        gap = (1 - label_smoothing) * gap + label_smoothing * (stats[:, 0] - stats[:, 4] / stats[:, 5])
+    return (scale * gap + stats[:, 1].log()).masked_fill(stats[:, 3] == 0, 0)
 
 
 def _side(stats: Tensor, weight: Tensor, label_smoothing: float, dtype: torch.dtype) -> Side:
     weight = weight.masked_fill(stats[:, 3] == 0, 0)
-    lse = _log_sum_exp(stats).masked_fill(weight == 0, torch.inf)  # so that no 0 meets an infinite exponential
+    # So that no 0 meets an infinite exponential.
+    top, log_sum = stats[:, 0].masked_fill(weight == 0, 0), stats[:, 1].log().masked_fill(weight == 0, torch.inf)
     target = (1 - label_smoothing) * weight / stats[:, 3].clamp(min=1)
     uniform = (label_smoothing * weight / stats[:, 5].clamp(min=1)).to(dtype) if label_smoothing else None
-    return Side(lse, weight.to(dtype), target.to(dtype), uniform)
+    return Side(top.to(dtype), log_sum.to(dtype), weight.to(dtype), target.to(dtype), uniform)
 
 
 @torch.library.custom_op(

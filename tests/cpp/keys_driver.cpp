@@ -59,7 +59,7 @@ bool run_softmax(int64_t rows, int64_t cols, int64_t gap, int64_t width, bool wr
         if (j < cols) total[i] += e;
         if (!close(tile[i * stride + j], write && j < cols ? e : raw, 1e-5)) return false;
       }
-      if (cols && !close(stats[2 * i], top[i], 1e-6)) return false;
+      if (cols && !close(scale * stats[2 * i], top[i], 1e-6)) return false;
       if (!close(stats[2 * i + 1], total[i], 1e-5)) return false;
       for (int64_t k = 0; k < width; ++k) {
         double& expected = weighed[i * width + k];

@@ -91,15 +91,19 @@ bool run(const Case& c, sslk::Isa isa, std::mt19937& random) {
   if (c.cols > 64) job.add_columns(64, c.cols, isa);
 
   std::vector<double> lse[2];
+  std::vector<float> top[2], log_sum[2];
   for (int side = 0; side < 2; ++side) {
     for (int64_t i = 0; i < (side ? c.cols : c.rows); ++i) {
       const double* got = stats[side].data() + i * width;
       const auto expected = statistics(tile, i, side == 1);
-      if (!close(got[0] + std::log(got[1]), expected[0], 1e-5)) return false;
+      if (!close(kScale * got[0] + std::log(got[1]), expected[0], 1e-5)) return false;
       for (int64_t k = 2; k < width; ++k) {
         if (!close(got[k], expected[k - 1], 1e-5)) return false;
       }
-      lse[side].push_back(expected[2] > 0 ? expected[0] : kInfinity);  // without a positive: of no weight
+      const bool paired = expected[2] > 0;  // without a positive: of no weight
+      lse[side].push_back(paired ? expected[0] : kInfinity);
+      top[side].push_back(paired ? float(got[0]) : 0.f);
+      log_sum[side].push_back(paired ? float(std::log(got[1])) : float(kInfinity));
     }
   }
 
@@ -112,10 +116,13 @@ bool run(const Case& c, sslk::Isa isa, std::mt19937& random) {
   sslk::SoftmaxGrad grad{};
   grad.tile = tile;
   grad.stats = moment.data();
-  grad.row = {lse[0].data(), weight[0].data(), weight[0].data(), c.uniform ? ones[0].data() : nullptr};
-  grad.col = {lse[1].data(), weight[1].data(), weight[1].data(), c.uniform ? ones[1].data() : nullptr};
+  const auto side = [&](int i) {
+    const float* uniform = c.uniform ? ones[i].data() : nullptr;
+    return sslk::SoftmaxGrad::Side{top[i].data(), log_sum[i].data(), weight[i].data(), weight[i].data(), uniform};
+  };
+  grad.row = side(0);
+  grad.col = side(1);
   grad.write = true;
-  sslk::softmax_grad_prepare(grad);
   sslk::softmax_grad(grad, 0, c.rows / 2, isa);
   sslk::softmax_grad(grad, c.rows / 2, c.rows, isa);
   for (int64_t i = 0; i < c.rows; ++i) {

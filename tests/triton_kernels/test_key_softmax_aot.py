@@ -100,7 +100,7 @@ def test_executed_instructions_stay_within_the_recorded_budget(case):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_merging_takes_few_registers(chip):
-    types = dict.fromkeys(("MAXIMA", "SUMS", "MEANS", "LSE", "MEAN"), "*fp32")
+    types = dict.fromkeys(("MAXIMA", "SUMS", "MEANS", "LSE", "MEAN", "SCALE"), "*fp32")
     types |= {"M": "i64", "D": "i32", "splits": "i32"}
     constants = {"WANT_MEAN": True, "SPLITS": 16, "BLOCK_E": 128}
     made = build(_merge_splits_kernel, CHIPS[chip], types, constants, num_warps=4)

@@ -155,7 +155,14 @@ def test_executed_instructions_stay_within_the_recorded_budget(case):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_merging_takes_few_registers(chip):
-    types = {"PARTIALS": "*fp32", "STATISTICS": "*fp64", "size": "i64", "blocks": "i32", "stride_m": "i32"}
+    types = {
+        "PARTIALS": "*fp32",
+        "STATISTICS": "*fp64",
+        "SCALE": "*fp32",
+        "size": "i64",
+        "blocks": "i32",
+        "stride_m": "i32",
+    }
     constants = {"stride_k": 1, "STATS": 6, "BLOCK": 32, "BLOCKS": 32}
     made = build(_merge_stats_kernel, CHIPS[chip], types, constants, ("PARTIALS",), num_warps=4)
     aot.assert_sound(made)
@@ -167,5 +174,5 @@ def test_nothing_recompiles_when_sizes_change(kernel):
     aot.assert_sizes_do_not_recompile(kernel, ("m", "n", "positive", "excluded"))
     # Slices of these begin anywhere when a batch is cut unevenly.
     for parameter in kernel.params:
-        if re.match(r"(ROW|COL)_(LSE|WEIGHT|TARGET|UNIFORM)|[XY]_IDS", parameter.name):
+        if re.match(r"(ROW|COL)_(TOP|LOG_SUM|WEIGHT|TARGET|UNIFORM)|[XY]_IDS", parameter.name):
             assert parameter.do_not_specialize_on_alignment

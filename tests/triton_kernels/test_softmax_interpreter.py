@@ -51,8 +51,8 @@ def some_stats(size: int, width: int) -> Tensor:
     return stats
 
 
-def lse_of(stats: Tensor) -> Tensor:
-    return stats[:, 0] + stats[:, 1].log()
+def lse_of(stats: Tensor, scale: float = 1.0) -> Tensor:
+    return torch.where(stats[:, 1] == 0, -INF, scale * stats[:, 0] + stats[:, 1].log())
 
 
 def dense_stats(raw: Tensor, scale: float, positive: Tensor, kept: Tensor) -> Tensor:
@@ -101,10 +101,10 @@ def check_stats(
         assert not after.isnan().any()
         # The maximum, and with it the sum, is a matter of choice within bounds.
         assert ((after[:, 1] > 0) == (after[:, 0] > -INF)).all()
-        lse = torch.logaddexp(lse_of(start), want[:, 0])
-        same = lse == lse_of(after)  # -inf included
-        error = (lse_of(after) - lse).abs().masked_fill(same, 0)
-        rough_error = (torch.logaddexp(lse_of(start), rough[:, 0]) - lse).abs().masked_fill(same, 0)
+        lse = torch.logaddexp(lse_of(start, scale), want[:, 0])
+        same = lse == lse_of(after, scale)  # -inf included
+        error = (lse_of(after, scale) - lse).abs().masked_fill(same, 0)
+        rough_error = (torch.logaddexp(lse_of(start, scale), rough[:, 0]) - lse).abs().masked_fill(same, 0)
         assert (error <= z_error).all(), (error / z_error).max()
         assert (error <= 2 * rough_error + z_error).all()
         for k in (2, 4)[: width // 2 - 1]:
@@ -113,6 +113,16 @@ def check_stats(
             tolerance = 1e-6 * ((exact.t() if transposed else exact).abs() * scope).sum(1) + norms * scope.sum(1)
             assert (error <= tolerance).all(), (k, (error / tolerance).max())
             assert torch.equal((after[:, k + 1] - start[:, k + 1]).round(decimals=9), want[:, k])
+
+
+def parts_of(raw: Tensor, scale: float, row_lse: Tensor, col_lse: Tensor) -> dict[str, Tensor]:
+    """Log-sum-exps as the kernel takes them: similarities of that height and the rest, infinite where there is none."""
+    found = {}
+    for side, lse, top in (("row", row_lse, raw.amax(1)), ("col", col_lse, raw.amax(0))):
+        top = top.nan_to_num().float().masked_fill(lse == -INF, 0)
+        found[f"{side}_top"] = top
+        found[f"{side}_log_sum"] = (lse.double() - scale * top.double()).float().masked_fill(lse == -INF, INF)
+    return found
 
 
 def check_grad(
@@ -141,8 +151,7 @@ def check_grad(
     # The rows and columns have more pairs than those of this panel.
     row_lse, col_lse = lse or ((z.logsumexp(1) + torch.rand(m)).float(), (z.logsumexp(0) + torch.rand(n)).float())
     vectors = {
-        "row_lse": row_lse,
-        "col_lse": col_lse,
+        **parts_of(exact, t, row_lse, col_lse),
         "row_weight": (2 * torch.rand(m) - 1) * (row_lse > -INF),
         "col_weight": (2 * torch.rand(n) - 1) * (col_lse > -INF),
         "row_target": torch.rand(m) / 2,
@@ -164,8 +173,8 @@ def check_grad(
         )
         z = raw * t
         made = [
-            (row["weight"] * torch.ones(n, 1, dtype=kind)).t() * (z - row["lse"][:, None]).exp(),
-            col["weight"] * torch.ones(m, 1, dtype=kind) * (z - col["lse"]).exp(),
+            (row["weight"] * torch.ones(n, 1, dtype=kind)).t() * (z - row_lse.to(kind)[:, None]).exp(),
+            col["weight"] * torch.ones(m, 1, dtype=kind) * (z - col_lse.to(kind)).exp(),
             -(row["target"][:, None] + col["target"]) * is_positive,
         ]
         if uniform:
@@ -287,13 +296,20 @@ def test_only_the_gradients_that_are_wanted(uniform, ids):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 3000.0, -3000.0])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 3000.0, 1e8])
 def test_rows_and_columns_that_are_far_below_their_tile(scale, dtype):
     """At 3000 nearly every row and column underflows against the largest logit of its tile."""
     x, y = features(40, 32, dtype), features(75, 32, dtype)
     y[:30] = x[:30]
     check(x, y, scale=scale)
     check_stats(x, y, scale=scale, with_cols=False)
+
+
+def test_a_negative_scale_is_nan():
+    stats = empty_stats(5, 4)
+    x = features(5, 8, torch.float32)
+    softmax_stats(x, x, stats, None, torch.tensor(-1.0), None, None, False, 0, NOWHERE)
+    assert stats[:, 1].isnan().all()
 
 
 def test_logits_of_random_features_at_a_temperature_of_a_hundredth():
@@ -311,7 +327,6 @@ def test_one_row_or_column_is_far_below_the_others(which, far):
     lonely = x if which == "row" else y
     lonely[5] = 0
     check_stats(x, y, scale=far)
-    check_stats(torch.cat([x, x[:1]], dim=0), y, scale=-far)
     lse = torch.full((66,), far), torch.full((70,), far)
     lse[which == "col"][5] = 0
     x[lse[0] == 0], y[lse[1] == 0] = 0.0, 0.0
@@ -335,20 +350,21 @@ def test_nothing_is_left_of_ignored_pairs_even_if_they_are_nan(positive):
     rows, cols = empty_stats(m, 6), empty_stats(n, 6)
     scale = torch.tensor(10.0)
     softmax_stats(x, y, rows, cols, scale, *ids, True, positive, NOWHERE)
-    empty = torch.full((m,), -INF), torch.full((n,), -INF)
+    tops, log_sums = (torch.zeros(m), torch.zeros(n)), (torch.full((m,), INF), torch.full((n,), INF))
     weights = torch.zeros(m), torch.zeros(n)
     if positive == 69:  # all that is kept is the first row's positive, in the last column
         raw = (x[0].double() @ y[69].double()).item()
         for stats, at in ((rows, 0), (cols, 69)):
-            want = torch.tensor([10 * raw, 1, raw, 1, raw, 1], dtype=torch.float64)
+            want = torch.tensor([raw, 1, raw, 1, raw, 1], dtype=torch.float64)
             torch.testing.assert_close(stats[at], want, rtol=1e-6, atol=1e-6)
             stats[at] = empty_stats(1, 6)[0]
-        empty[0][0] = empty[1][69] = 10 * raw
+        tops[0][0] = tops[1][69] = raw
+        log_sums[0][0] = log_sums[1][69] = 0
         weights[0][0] = weights[1][69] = 1.0
     assert torch.equal(rows, empty_stats(m, 6))
     assert torch.equal(cols, empty_stats(n, 6))
     grad, stats = torch.empty(m, n, dtype=torch.bfloat16), torch.zeros(m, 1, dtype=torch.float64)
-    vectors = (*empty, *weights, torch.rand(m), torch.rand(n), torch.rand(m), torch.rand(n))
+    vectors = (*tops, *log_sums, *weights, torch.rand(m), torch.rand(n), torch.rand(m), torch.rand(n))
     softmax_grad(x, y, grad, stats, scale, *ids, True, positive, NOWHERE, *vectors)
     if positive == 69:
         assert grad[0, 69] != 0
@@ -359,7 +375,7 @@ def test_nothing_is_left_of_ignored_pairs_even_if_they_are_nan(positive):
 
 @pytest.mark.parametrize("spread", [0.0, 100.0])
 def test_a_row_without_any_kept_pair_takes_no_part(spread):
-    """Weight 0 and a log-sum-exp of -inf mean no row term, not 0 times infinity, whatever the others are."""
+    """Weight 0 and an infinite logarithm of the sum mean no row term, not 0 times infinity, whatever the others are."""
     x, y = features(6, 8, torch.float32), features(7, 8, torch.float32)
     row_lse, col_lse = torch.full((6,), -INF), 12 + torch.rand(7) * spread
     check_grad(x, y, lse=(row_lse, col_lse), uniform=False)
@@ -388,21 +404,20 @@ def test_nan_features_give_nan_and_only_where_they_belong(where, ids):
                 assert torch.equal(stats[:, 1].isnan(), want)
                 assert torch.equal(stats[:, 4].isnan(), want)
     grad, stats = torch.empty(m, n), torch.zeros(m, 1, dtype=torch.float64)
-    lse, ones = (torch.full((m,), 12.0), torch.full((n,), 12.0)), (torch.ones(m), torch.ones(n))
-    softmax_grad(
-        x, y, grad, stats, torch.tensor(10.0), *pair, ids == "ignore", 0, NOWHERE, *lse, *ones, *ones, None, None
-    )
+    ones = torch.ones(m), torch.ones(n)
+    softmax_grad(x, y, grad, stats, torch.tensor(10.0), *pair, ids == "ignore", 0, NOWHERE, *4 * ones, None, None)
     assert torch.equal(grad.isnan(), touched)
     assert torch.equal(stats[:, 0].isnan(), touched.any(1))
 
 
-@pytest.mark.parametrize("name", ["row_lse", "col_lse", "row_weight", "col_weight"])
-@pytest.mark.parametrize("far", [12.0, 200.0])
+@pytest.mark.parametrize("name", [f"{side}_{k}" for side in ("row", "col") for k in ("top", "log_sum", "weight")])
+@pytest.mark.parametrize("far", [1.0, 20.0, 200.0])
 def test_nan_in_a_vector_comes_out(name, far):
     m, n = 20, 70
     x, y = features(m, 12, torch.float32), features(n, 12, torch.float32)
-    vectors = {"row_lse": torch.full((m,), 12.0), "col_lse": torch.full((n,), far)}
-    vectors |= {f"{side}_{k}": torch.ones(s) for k in ("weight", "target") for side, s in (("row", m), ("col", n))}
+    kinds = ("top", "log_sum", "weight", "target")
+    vectors = {f"{side}_{k}": torch.ones(s) for k in kinds for side, s in (("row", m), ("col", n))}
+    vectors["col_top"] *= far
     vectors[name][3] = float("nan")
     grad, stats = torch.empty(m, n), torch.zeros(m, 1, dtype=torch.float64)
     options = (torch.tensor(10.0), None, None, False, 0, NOWHERE)
@@ -496,7 +511,7 @@ def test_results_are_reproducible_bit_by_bit_and_independent_of_panels(ids):
         part = (None, None) if pair[0] is None else (pair[0][r], pair[1][c])
         softmax_stats(x[r], y[c], row_sums[r], col_sums[c], scale, *part, rest[0], 7 + i - j, 9 + i - j)
     for pieces, stats in ((row_sums, rows), (col_sums, cols)):
-        torch.testing.assert_close(lse_of(pieces), lse_of(stats), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(lse_of(pieces, 100.0), lse_of(stats, 100.0), rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(pieces[:, 2:], stats[:, 2:], rtol=1e-5, atol=1e-6)
 
 
