@@ -11,7 +11,9 @@
 // Gradient. P = exp(t (r - m) - log s), once for the row and once for the column.
 
 // Below it a column is far from c: the rounding of t (a_i - c) would be in its sum, and in the end its terms underflow.
-constexpr float kLeastColumnSum = 0.5f;
+// A column that one row has to itself comes to 1 at most, and has to come to its own term to the last bit: in the
+// gradient the two must cancel.
+constexpr float kLeastColumnSum = 1;
 
 struct Pairs {
   Mask positive, ignored;
