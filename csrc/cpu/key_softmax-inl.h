@@ -17,14 +17,16 @@ constexpr int64_t kColumnsPerSum = 64 * LANES;
 
 constexpr float kInfinity = __builtin_inff();
 
-SSLK_INLINE float row_maximum(const float* row, int64_t cols, float sign) {
+// The largest number of a row, or of its negatives.
+template <bool kNegative>
+SSLK_INLINE float row_maximum(const float* row, int64_t cols) {
   constexpr int kChains = 4;  // comparisons in flight
   Vec top[kChains];
   for (Vec& t : top) t = broadcast(-kInfinity);
   int64_t col = 0;
   for (; col + kChains * LANES <= cols; col += kChains * LANES) {
     for (int chain = 0; chain < kChains; ++chain) {
-      Vec u = load<Vec>(row + col + chain * LANES) * sign;
+      const Vec r = load<Vec>(row + col + chain * LANES), u = kNegative ? -r : r;
       top[chain] = u > top[chain] ? u : top[chain];
     }
   }
@@ -33,7 +35,7 @@ SSLK_INLINE float row_maximum(const float* row, int64_t cols, float sign) {
     for (int k = 0; k < LANES; ++k) maximum = t[k] > maximum ? t[k] : maximum;
   }
   for (; col < cols; ++col) {
-    const float u = row[col] * sign;
+    const float u = kNegative ? -row[col] : row[col];
     maximum = u > maximum ? u : maximum;
   }
   return maximum;
@@ -74,16 +76,20 @@ SSLK_INLINE double exp_row(float* row, int64_t cols, Vec scale, Vec shift) {
 static void key_softmax_panel(const KeySoftmaxPanel& p, int64_t begin, int64_t end) {
   const Vec scale = broadcast(p.scale);
   const float sign = p.scale < 0 ? -1 : 1;
+  const double magnitude = sign * p.scale;
   for (int64_t i = begin; i < end; ++i) {
     float* row = p.tile + i * p.row_stride;
     double* stats = p.stats + 2 * i;
-    const double before = stats[0], here = row_maximum(row, p.cols, sign);
+    const double before = stats[0];
+    const double here = p.scale < 0 ? row_maximum<true>(row, p.cols) : row_maximum<false>(row, p.cols);
     const double maximum = here > before ? here : before;
-    const bool infinite = maximum == kInfinity || maximum == -kInfinity;
+    const bool infinite = std::fabs(magnitude * maximum) == kInfinity;
     const Vec shift = broadcast(infinite ? 0 : sign * float(maximum));
     const double total = p.mean ? exp_row<true>(row, p.cols, scale, shift) : exp_row<false>(row, p.cols, scale, shift);
-    double rescale = before == maximum ? 1 : 0;  // 0 before the first tile, at a scale of 0 too
-    if (before != maximum && before != -kInfinity) rescale = std::exp(sign * p.scale * (before - maximum));
+    double rescale = 1;
+    if (before != maximum && !infinite) {  // 0 before the first tile, at a scale of 0 too
+      rescale = before == -kInfinity ? 0 : std::exp(magnitude * (before - maximum));
+    }
     stats[0] = maximum;
     stats[1] = stats[1] * rescale + total;
     if (p.mean && rescale != 1) {

@@ -96,7 +96,7 @@ def _finite_from_below(maximum):
 
 @triton.jit
 def _load_scale(SCALE):
-    """Its magnitude, and whether it is negative. 0 is replaced: it would make NaN of the -inf of a key that is missing."""
+    """Its magnitude, and whether it is negative. 0 is replaced: it would make NaN of the -inf of a missing key."""
     scale = tl.load(SCALE)
     is_negative = scale < 0.0
     return tl.where(scale == 0.0, _LEAST_SCALE, tl.where(is_negative, -scale, scale)), is_negative

@@ -121,14 +121,15 @@ def reference(query: Tensor, keys: Tensor, scale: Tensor, want_mean: bool) -> tu
 def _panel_eager(query: Tensor, keys: Tensor, stats: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor | None:
     raw = matmul(query, keys.t())
     before, total = stats.unbind(1)
-    sign = torch.where(scale < 0, -1, 1)
+    sign, magnitude = torch.where(scale < 0, -1, 1), scale.abs().to(stats.dtype)
     least, largest = torch.aminmax(raw, dim=1)
     peak = torch.maximum(before, torch.where(scale < 0, -least, largest).to(stats.dtype))
     # As in torch.logsumexp, nothing is subtracted from a row whose maximum is infinite.
-    shift = sign * torch.where(peak.isinf(), 0, peak)
+    infinite = (magnitude * peak).isinf()
+    shift = sign * torch.where(infinite, 0, peak)
     e = torch.exp(scale * (raw - shift.to(raw.dtype)[:, None]))
-    faded = torch.exp(scale.abs().to(stats.dtype) * (before - peak))
-    rescale = torch.where(before == peak, 1, torch.where(before == -math.inf, 0, faded))
+    faded = torch.exp(magnitude * (before - peak))
+    rescale = torch.where(infinite | (before == peak), 1, torch.where(before == -math.inf, 0, faded))
     stats[:, 1] = total * rescale + e.sum(1, dtype=stats.dtype)
     stats[:, 0] = peak
     if mean is None:
@@ -188,10 +189,10 @@ def _key_softmax(
             want_dy=False,
             dx=mean,
         )
-    peak, total = stats.unbind(1)
+    peak, total = scale.abs().to(stats.dtype) * stats[:, 0], stats[:, 1]
     if want_mean:
         mean /= total.masked_fill(peak.isinf(), math.nan)[:, None]  # no softmax of infinite logits
-    return (scale.abs().to(stats.dtype) * peak + total.log()).to(query.dtype), mean
+    return (peak + total.log()).to(query.dtype), mean
 
 
 @_key_softmax.register_fake

@@ -81,7 +81,11 @@ class Case(aot.Case):
                 fixed |= {"COL_PARTIALS": None}
         else:
             fixed = grad_constants(*shared, has_uniform=self.smoothed, with_grad=True)
-            vectors = [f"{side}_{name}" for side in ("ROW", "COL") for name in ("LSE", "WEIGHT", "TARGET", "UNIFORM")]
+            vectors = [
+                f"{side}_{name}"
+                for side in ("ROW", "COL")
+                for name in ("TOP", "LOG_SUM", "WEIGHT", "TARGET", "UNIFORM")
+            ]
             types |= dict.fromkeys(("PARTIALS", *vectors), "*fp32")
             strides.append("stride_gm")
             if not self.smoothed:
