@@ -19,8 +19,8 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.ops.gradients import finish_gradients
-from ssl_kernels.ops.sigmoid import _sigmoid_contrastive
+from ssl_kernels.ops import sigmoid
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, finish_gradients
 
 
 class Result(NamedTuple):
@@ -463,15 +463,17 @@ def test_opcheck(backend: str, reduction: str) -> None:
         for given_ids, weight in itertools.product((ids, (None, None)), (None, torch.rand(9))):
             leaves = [t.detach().requires_grad_(n) for t, n in zip((x, y, scale, bias), needs, strict=True)]
             torch.library.opcheck(
-                _sigmoid_contrastive, (*leaves, *given_ids, weight, False, 1, reduction, needs, 2**26, backend)
+                sigmoid._op.in_graphs,
+                (*leaves, *given_ids, False, 1, NO_DIAGONAL, weight, reduction, needs, 2**26, backend),
             )
 
 
 def test_opcheck_of_the_last_step() -> None:
     dx, dy_t = torch.randn(3, 4), torch.randn(4, 5)
     for dtype in (torch.float32, torch.bfloat16):
-        arguments = (torch.tensor(0.5), torch.tensor(10.0), dx, dy_t.t(), torch.randn(()), torch.randn(0), dtype)
-        torch.library.opcheck(finish_gradients, arguments)
+        for upstream in (torch.tensor(0.5), None):
+            arguments = (upstream, torch.tensor(10.0), torch.randn(3), dx, dy_t.t(), dtype)
+            torch.library.opcheck(finish_gradients.in_graphs, arguments)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

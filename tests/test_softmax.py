@@ -26,7 +26,8 @@ from torch import Tensor
 import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels.ops import panels, softmax
-from ssl_kernels.ops.softmax import NO_DIAGONAL, _softmax_contrastive, softmax_contrastive
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
+from ssl_kernels.ops.softmax import softmax_contrastive
 
 # ---- tiles
 
@@ -101,7 +102,7 @@ def test_no_grad_computes_the_loss_alone(name: str, reduction: str, monkeypatch:
     loss, arguments = case(name, 40, reduction=reduction)
     with torch.no_grad():
         loss(*(t.requires_grad_() for t in arguments))
-    assert counts == {"tiles": 3 if name == "nt_xent" else 1, "gradients": 0}
+    assert counts == {"tiles": 1, "gradients": 0}
 
 
 def test_a_frozen_tower_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +140,9 @@ def test_rows_and_columns_without_a_positive_are_counted(backend: str) -> None:
     scale = torch.tensor(3.0)
 
     def unpaired(**options: Any) -> int:
-        named = {"x_ids": None, "y_ids": None} | options
+        pairs = Pairs(None, None, False, NO_DIAGONAL, NO_DIAGONAL)._replace(**options)
         with ssl_kernels.use_workspace(0.002):
-            _, count = softmax_contrastive(x, y, scale, **named, reduction="mean", backend=backend)
+            _, count = softmax_contrastive(x, y, scale, pairs, reduction="mean", backend=backend)
         assert count.dtype == torch.int64
         return int(count)
 
@@ -149,7 +150,7 @@ def test_rows_and_columns_without_a_positive_are_counted(backend: str) -> None:
     assert unpaired(positive=15) == 5 + 15
     assert unpaired() == 50
     assert unpaired(positive=0, excluded=0) == 50
-    ids = {"x_ids": torch.arange(20) // 2, "y_ids": torch.arange(30) // 3}
+    ids = {"row_ids": torch.arange(20) // 2, "col_ids": torch.arange(30) // 3}
     assert unpaired(**ids) == 0
     assert unpaired(**ids, ignore_same_id=True, positive=29) == 19 + 29
 
@@ -377,17 +378,17 @@ def test_opcheck(backend: str, reduction: str, symmetric: bool) -> None:
     x, y = features(8, 8, 4)
     ids = torch.randint(3, (8,))
     options = [
-        (None, False, 0, NO_DIAGONAL, 0, 0.0),
-        (ids, True, 0, NO_DIAGONAL, 0, 0.1),
-        *([(None, False, 4, 0, 4, 0.0), (ids, False, NO_DIAGONAL, 0, 0, 0.0)] if symmetric else []),
+        (None, False, 0, NO_DIAGONAL, None, 0, 0.0),
+        (ids, True, 0, NO_DIAGONAL, None, 0, 0.1),
+        *([(None, False, 4, 0, None, 4, 0.0), (ids, False, NO_DIAGONAL, 0, None, 0, 0.0)] if symmetric else []),
     ]
     needs = ((True, not symmetric, True), (False,) * 3, (False, False, True), (True, False, False))
     for (named, *pairs, smoothing), need in itertools.product(options, needs):
         leaves = [t.clone().requires_grad_(n) for t, n in zip((x, y, torch.tensor(10.0)), need, strict=True)]
         torch.library.opcheck(
-            _softmax_contrastive,
+            softmax._op.in_graphs,
             (
-                leaves[0], None if symmetric else leaves[1], leaves[2], named, None if symmetric else named, None,
+                leaves[0], None if symmetric else leaves[1], leaves[2], named, None if symmetric else named,
                 *pairs, smoothing, reduction, list(need), 2**26, 0 if reduction == "none" else 2**20, backend,
             ),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
@@ -397,10 +398,10 @@ def test_opcheck(backend: str, reduction: str, symmetric: bool) -> None:
 def test_opcheck_of_the_whole() -> None:
     x, y = (t.requires_grad_() for t in features(9, 6, 4))
     arguments = (
-        x, y, torch.tensor(10.0, requires_grad=True), None, None, None, False, 1, NO_DIAGONAL, 0, 0.1, "mean",
+        x, y, torch.tensor(10.0, requires_grad=True), None, None, False, 1, NO_DIAGONAL, None, 0, 0.1, "mean",
         [True] * 3, 2**26, 2**20, "cpu",
     )  # fmt: skip
-    torch.library.opcheck(_softmax_contrastive, arguments)
+    torch.library.opcheck(softmax._op.in_graphs, arguments)
 
 
 def gradients_of(function: Any, arguments: list[Tensor]) -> list[Tensor]:
@@ -620,16 +621,14 @@ def test_the_kernels_check_their_own_arguments() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             stats_op(*arguments, False, 0, NO_DIAGONAL)
-    wide, narrow, stats = torch.zeros(2), torch.zeros(3), torch.zeros(2, 1).double()
-    good = [tile, stats, 1.0, None, None, False, 0, NO_DIAGONAL, *4 * [wide, narrow], None, None, True]
+    wide, narrow, stats = torch.zeros(4, 2), torch.zeros(4, 3), torch.zeros(2, 1).double()
+    good = [tile, stats, 1.0, None, None, False, 0, NO_DIAGONAL, wide, narrow, True]
     for place, bad, message in (
         (1, stats[:1], "stats: expected size 2 in dimension 0, got 1"),
-        (8, wide.double(), "row_top: expected dtype Float, got Double"),
-        (11, wide, "col_log_sum: expected size 3 in dimension 0, got 2"),
-        (12, narrow, "row_weight: expected size 2 in dimension 0, got 3"),
-        (13, torch.zeros(6)[::2], "col_weight: expected a contiguous tensor"),
-        (15, narrow.double(), "col_target: expected dtype Float, got Double"),
-        (16, wide, "row_uniform, col_uniform: expected both or neither"),
+        (8, wide.double(), "row_side: expected dtype Float, got Double"),
+        (8, narrow, "row_side: expected size 2 in dimension 1, got 3"),
+        (9, narrow[:3], "row_side, col_side: expected the same number of vectors"),
+        (9, torch.zeros(3, 4).t(), "col_side: expected vectors that are contiguous in memory"),
     ):
         with pytest.raises(RuntimeError, match=message):
             grad_op(*good[:place], bad, *good[place + 1 :])

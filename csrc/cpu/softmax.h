@@ -70,6 +70,28 @@ struct SoftmaxGrad {
   bool write;  // whether G replaces the similarities
 };
 
+// What the statistics of rows and columns come to, between the two passes over the tiles.
+//   loss of a row or column = scale (max - mean of raw over positives) + log(sum of exp), 0 without a positive; with
+//   label smoothing s, 1 - s of the first term and s of that with the mean over all pairs that count
+// Its weight in the whole is 1 / n_sides, over the number of those with a positive if `mean`; or row_weight / n_sides.
+struct SoftmaxSummary {
+  int64_t n_sides;  // 2, or 1 where columns are rows
+  const double* stats[2];
+  int64_t size[2];
+  int64_t width;  // kStats, or kUniformStats with label smoothing
+  double scale;
+  double label_smoothing;
+  bool mean;
+  const float* row_weight;  // [size], the same for all sides, or null
+  float* losses;            // [size], the sum over sides of each row, or null
+  float* loss;              // of all, or null
+  int64_t* unpaired;        // how many have no positive
+  float* unit;              // the largest weight, by which all in `side` are divided; 1 if that is 0
+  float* side[2];           // the vectors of SoftmaxGrad::Side, one after the other; or null
+};
+
+void softmax_summary(const SoftmaxSummary& summary);
+
 // Rows [row_begin, row_end); distinct ranges may run concurrently, and the result does not depend on the split.
 void softmax_grad(const SoftmaxGrad& grad, int64_t row_begin, int64_t row_end, Isa isa);
 

@@ -39,6 +39,17 @@ double* stats_data(const Tensor& stats, const char* name, int64_t rows, int64_t 
   return stats.mutable_data_ptr<double>();
 }
 
+// The vectors of a side, [4, size] or with label smoothing [5, size].
+sslk::SoftmaxGrad::Side side_of(const Tensor& side, const char* name, int64_t size) {
+  sslk::check_tensor(side, name, ScalarType::Float, 2);
+  sslk::check_size(side, name, 1, size);
+  STD_TORCH_CHECK(side.size(0) == 4 || side.size(0) == 5, name, ": expected 4 or 5 vectors, got ", side.size(0));
+  STD_TORCH_CHECK(size <= 1 || side.stride(1) == 1, name, ": expected vectors that are contiguous in memory");
+  const float* data = side.const_data_ptr<float>();
+  const int64_t stride = side.stride(0);
+  return {data, data + stride, data + 2 * stride, data + 3 * stride, side.size(0) == 5 ? data + 4 * stride : nullptr};
+}
+
 constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work, so that small tiles stay on one thread
 
 void softmax_stats_cpu(Tensor tile, Tensor row_stats, std::optional<Tensor> col_stats, double scale,
@@ -66,24 +77,55 @@ void softmax_stats_cpu(Tensor tile, Tensor row_stats, std::optional<Tensor> col_
 
 void softmax_grad_cpu(Tensor tile, Tensor stats, double scale, std::optional<Tensor> row_ids,
                       std::optional<Tensor> col_ids, bool ignore_same_id, int64_t positive, int64_t excluded,
-                      Tensor row_top, Tensor col_top, Tensor row_log_sum, Tensor col_log_sum, Tensor row_weight,
-                      Tensor col_weight, Tensor row_target, Tensor col_target, std::optional<Tensor> row_uniform,
-                      std::optional<Tensor> col_uniform, bool write) {
-  STD_TORCH_CHECK(row_uniform.has_value() == col_uniform.has_value(), "row_uniform, col_uniform: expected both or neither");
+                      Tensor row_side, Tensor col_side, bool write) {
+  STD_TORCH_CHECK(row_side.size(0) == col_side.size(0), "row_side, col_side: expected the same number of vectors");
   sslk::SoftmaxGrad grad{};
   grad.tile = make_tile(tile, scale, row_ids, col_ids, ignore_same_id, positive, excluded);
   const int64_t rows = grad.tile.rows, cols = grad.tile.cols;
   grad.stats = stats_data(stats, "stats", rows, 1);
-  grad.row = {sslk::vector_data(row_top, "row_top", rows), sslk::vector_data(row_log_sum, "row_log_sum", rows),
-              sslk::vector_data(row_weight, "row_weight", rows), sslk::vector_data(row_target, "row_target", rows),
-              sslk::vector_data(row_uniform, "row_uniform", rows)};
-  grad.col = {sslk::vector_data(col_top, "col_top", cols), sslk::vector_data(col_log_sum, "col_log_sum", cols),
-              sslk::vector_data(col_weight, "col_weight", cols), sslk::vector_data(col_target, "col_target", cols),
-              sslk::vector_data(col_uniform, "col_uniform", cols)};
+  grad.row = side_of(row_side, "row_side", rows);
+  grad.col = side_of(col_side, "col_side", cols);
   grad.write = write;
   const sslk::Isa isa = sslk::active_isa();
   torch::stable::parallel_for(0, rows, kElementsPerTask / (cols > 0 ? cols : 1) + 1,
                               [&](int64_t begin, int64_t end) { sslk::softmax_grad(grad, begin, end, isa); });
+}
+
+void softmax_summary_cpu(std::vector<Tensor> stats, double scale, double label_smoothing, bool mean,
+                         std::optional<Tensor> row_weight, Tensor loss, Tensor unpaired, Tensor scalars,
+                         std::vector<Tensor> sides) {
+  STD_TORCH_CHECK(stats.size() == sides.size() && (stats.size() == 1 || stats.size() == 2),
+                  "stats, sides: expected as many, 1 or 2, got ", stats.size(), " and ", sides.size());
+  sslk::SoftmaxSummary summary{};
+  summary.width = label_smoothing != 0 ? sslk::kUniformStats : sslk::kStats;
+  summary.n_sides = int64_t(stats.size());
+  for (int64_t i = 0; i < summary.n_sides; ++i) {
+    const int64_t size = stats[i].size(0);
+    summary.stats[i] = stats_data(stats[i], "stats", size, summary.width);
+    summary.size[i] = size;
+    sslk::check_tensor(sides[i], "sides", ScalarType::Float, 2);
+    STD_TORCH_CHECK(sides[i].is_contiguous() && sides[i].size(1) == size &&
+                        (sides[i].size(0) == 0 || sides[i].size(0) == (label_smoothing != 0 ? 5 : 4)),
+                    "sides: expected contiguous [4, ", size, "], [5, ", size, "] with label smoothing, or no rows");
+    summary.side[i] = sides[i].size(0) ? sides[i].mutable_data_ptr<float>() : nullptr;
+  }
+  summary.scale = scale;
+  summary.label_smoothing = label_smoothing;
+  summary.mean = mean;
+  summary.row_weight = sslk::vector_data(row_weight, "row_weight", summary.size[0]);
+  if (loss.dim() == 1) {
+    for (int64_t i = 0; i < summary.n_sides; ++i) sslk::check_size(loss, "loss", 0, summary.size[i]);
+    summary.losses = sslk::output_data(loss, "loss", summary.size[0]);
+  } else {
+    sslk::check_tensor(loss, "loss", ScalarType::Float, 0);
+    summary.loss = loss.mutable_data_ptr<float>();
+  }
+  sslk::check_tensor(unpaired, "unpaired", ScalarType::Long, 0);
+  summary.unpaired = unpaired.mutable_data_ptr<int64_t>();
+  float* factors = sslk::output_data(scalars, "scalars", 3);
+  factors[0] = factors[1] = 0;
+  summary.unit = factors + 2;
+  sslk::softmax_summary(summary);
 }
 
 void mirror_cpu(Tensor tile) {
@@ -104,14 +146,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
       "Tensor? col_ids, bool ignore_same_id, int positive, int excluded) -> ()");
   m.def(
       "softmax_grad_(Tensor(a!) tile, Tensor(b!) stats, float scale, Tensor? row_ids, Tensor? col_ids, "
-      "bool ignore_same_id, int positive, int excluded, Tensor row_top, Tensor col_top, Tensor row_log_sum, "
-      "Tensor col_log_sum, Tensor row_weight, Tensor col_weight, Tensor row_target, Tensor col_target, "
-      "Tensor? row_uniform, Tensor? col_uniform, bool write) -> ()");
+      "bool ignore_same_id, int positive, int excluded, Tensor row_side, Tensor col_side, bool write) -> ()");
+  m.def(
+      "softmax_summary_(Tensor[] stats, float scale, float label_smoothing, bool mean, Tensor? row_weight, "
+      "Tensor(a!) loss, Tensor(b!) unpaired, Tensor(c!) scalars, Tensor(d!)[] sides) -> ()");
   m.def("mirror_(Tensor(a!) tile) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {
   m.impl("softmax_stats_", TORCH_BOX(&softmax_stats_cpu));
   m.impl("softmax_grad_", TORCH_BOX(&softmax_grad_cpu));
+  m.impl("softmax_summary_", TORCH_BOX(&softmax_summary_cpu));
   m.impl("mirror_", TORCH_BOX(&mirror_cpu));
 }

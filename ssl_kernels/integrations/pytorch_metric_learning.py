@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ssl_kernels import losses
-from ssl_kernels.ops.unit_rows import unit_rows
+from ssl_kernels.ops.unit_rows import fused_unit_rows
 
 
 class SupConLoss(losses.SupConLoss):
@@ -44,4 +44,4 @@ class SupConLoss(losses.SupConLoss):
             if value is not None:
                 raise NotImplementedError(f"SupConLoss: {name}: only None is implemented, got {type(value).__name__}")
         labels = labels.to(embeddings.device)
-        return super().forward(unit_rows(embeddings), labels) * (labels != labels[:1]).any()
+        return super().forward(fused_unit_rows(embeddings), labels) * (labels != labels[:1]).any()

@@ -11,7 +11,7 @@ from ssl_kernels.losses.moco import MoCoV3Loss
 from ssl_kernels.losses.sup_con import SupConLoss
 from ssl_kernels.losses.vicreg import VICRegLoss
 from ssl_kernels.ops._checks import check_fraction
-from ssl_kernels.ops.unit_rows import unit_rows
+from ssl_kernels.ops.unit_rows import fused_unit_rows
 from ssl_kernels.schedules import cosine_momentum
 
 
@@ -43,7 +43,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     0.5944
     """
     refuse_several_processes("simclr_loss_func")
-    return SupConLoss(temperature)(unit_rows(z), indexes)
+    return SupConLoss(temperature)(fused_unit_rows(z), indexes)
 
 
 def vicreg_loss_func(

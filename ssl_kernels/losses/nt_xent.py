@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import ssl_kernels.functional as K
 from ssl_kernels.distributed import check_gather_distributed, refuse_several_processes
 from ssl_kernels.losses.info_nce import positive_temperature
-from ssl_kernels.ops.unit_rows import unit_rows
+from ssl_kernels.ops.unit_rows import fused_unit_rows
 from ssl_kernels.queue import KeyQueue, keep_missing_bank
 
 
@@ -61,7 +61,7 @@ class NTXentLoss(nn.Module):
             if self.gather_distributed:
                 refuse_several_processes("NTXentLoss: gather_distributed without a memory bank")
             return K.nt_xent_loss(out0, out1, self.temperature)
-        query, key = unit_rows(out0), unit_rows(out1)
+        query, key = fused_unit_rows(out0), fused_unit_rows(out1)
         loss = K.info_nce_loss(query, key, self.memory_bank.keys, 1 / self.temperature)
         if query.requires_grad:
             self.memory_bank.enqueue(key)

@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -85,10 +85,12 @@ def check_offset(offset: int) -> None:
 
 def check_transforms(*tensors: Tensor) -> None:
     """Reverse-mode autograd is all that fused losses support; anything else must not pass in silence."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
         return
     for tensor in tensors:
-        if is_functorch_wrapped_tensor(tensor) or unpack_dual(tensor).tangent is not None:
+        if is_functorch_wrapped_tensor(tensor) or forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 "ssl_kernels: fused losses support neither forward-mode AD nor torch.func transforms; run the loss "
                 "inside `with ssl_kernels.use_backend('reference'):`"
@@ -104,6 +106,8 @@ def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
                 f"{name}: expected a float or a floating tensor of one element, "
                 f"got {value.dtype} of shape {tuple(value.shape)}"
             )
+        if value.dim() == 0 and value.dtype == dtype and value.device == like.device:
+            return value
         return value.reshape(()).to(device=like.device, dtype=dtype)
     if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(f"{name}: expected a float or a tensor of one element, got {type(value).__name__}")
@@ -121,9 +125,20 @@ def as_softmax_scale(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 
 def as_temperature(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """As :func:`as_scalar`, and a float must be positive; a tensor is not read, for that would wait for the device."""
+    _check_positive(name, value)
+    return as_scalar(name, value, like)
+
+
+def _check_positive(name: str, value: Tensor | float) -> None:
     if isinstance(value, int | float | Real) and not isinstance(value, bool) and not value > 0:
         raise ValueError(f"{name}: expected a positive number, got {value}")
-    return as_scalar(name, value, like)
+
+
+def as_inverse_temperature(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """1 over :func:`as_temperature`, at the cost of one tensor where the value is a float."""
+    if type(value) is float and value > 0:
+        return as_scalar(name, 1 / value, like)
+    return 1 / as_temperature(name, value, like)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -158,7 +173,5 @@ def _autocast_device(features: Sequence[Tensor]) -> str | None:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Products inside keep the dtype that they are given."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    device = _autocast_device((x,))
+    return contextlib.nullcontext() if device is None else torch.autocast(device, enabled=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops.softmax import NO_DIAGONAL, Pairs, dense_losses, reduce_losses, softmax_contrastive
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
+from ssl_kernels.ops.softmax import dense_losses, reduce_losses, softmax_contrastive
 from ssl_kernels.settings import choose_backend
 
 
@@ -79,33 +80,21 @@ def clip_loss(
             f"got {x.shape[0]}, {y.shape[0]} and {offset}"
         )
     scale = _checks.as_softmax_scale("scale", scale, x)
-    ignore_same_id = same_id == "ignore"
+    pairs = Pairs(x_ids, y_ids, same_id == "ignore", offset, NO_DIAGONAL)
     backend = choose_backend(x.device.type, x.dtype)
     if backend == "reference":
-        return reference(x, y, scale, x_ids, y_ids, ignore_same_id, offset, label_smoothing, reduction)
-    loss, _ = softmax_contrastive(
-        x, y, scale, x_ids, y_ids, ignore_same_id=ignore_same_id, positive=offset, label_smoothing=label_smoothing,
-        reduction=reduction, backend=backend,
-    )  # fmt: skip
-    return loss
+        return reference(x, y, scale, pairs, label_smoothing, reduction)
+    return softmax_contrastive(
+        x, y, scale, pairs, label_smoothing=label_smoothing, reduction=reduction, backend=backend
+    )[0]
 
 
-def reference(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    ignore_same_id: bool,
-    offset: int,
-    label_smoothing: float,
-    reduction: str,
-) -> Tensor:
+def reference(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, label_smoothing: float, reduction: str) -> Tensor:
     """The definition: dense, differentiable any number of times, in fp32 or float64."""
     dtype = _checks.accumulation_dtype(x.dtype)
     with _checks.without_autocast(x):
         z = scale * (x.to(dtype) @ y.to(dtype).t())
-        positive, ignored = Pairs(x_ids, y_ids, ignore_same_id, offset, NO_DIAGONAL).masks(z.shape, z.device)
+        positive, ignored = pairs.masks(z.shape, z.device)
         rows, paired_rows = dense_losses(z, positive, ignored, label_smoothing)
         cols, paired_cols = dense_losses(z.t(), positive.t(), ignored.t(), label_smoothing)
         return (reduce_losses(rows, paired_rows, reduction) + reduce_losses(cols, paired_cols, reduction)) / 2

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops._checks import check_features
-from ssl_kernels.ops.gradients import finish_gradients
+from ssl_kernels.ops.contrastive import Finish, finish_gradients
 from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.matmul import add_matmul, matmul
 from ssl_kernels.settings import workspace_bytes
@@ -127,7 +127,6 @@ def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None
     if upstream is None:
         return (None, None, *ctx.others)
     da, db = ctx.saved_tensors
-    nothing = upstream.new_empty(0)
-    ga, gb, *_ = finish_gradients(upstream, torch.ones_like(upstream), da, db, nothing, nothing, ctx.dtype)
+    ga, gb, *_ = finish_gradients(Finish(upstream, torch.ones_like(upstream), upstream.new_ones(3), da, db, ctx.dtype))
     needs_a, needs_b, *_ = ctx.needs_input_grad
     return (ga if needs_a else None, gb if needs_b else None, *ctx.others)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._triton import triton_kernels
-from ssl_kernels.ops.gradients import no_double_backward
+from ssl_kernels.ops.contrastive import no_double_backward
 from ssl_kernels.ops.reuse import empty
 from ssl_kernels.ops.spans import spans
 from ssl_kernels.settings import choose_backend, workspace_bytes

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._triton import triton_kernels
-from ssl_kernels.ops.gradients import no_double_backward
+from ssl_kernels.ops.contrastive import no_double_backward
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.settings import choose_backend, workspace_bytes

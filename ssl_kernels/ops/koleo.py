@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._triton import triton_kernels
-from ssl_kernels.ops.gradients import no_double_backward
+from ssl_kernels.ops.contrastive import no_double_backward
 from ssl_kernels.ops.info_nce import reduce_rows
 from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.matmul import matmul

@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
 from ssl_kernels.ops.softmax import dense_losses, reduce_losses, softmax_contrastive
-from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.settings import choose_backend
+from ssl_kernels.ops.unit_rows import fused_unit_rows
+from ssl_kernels.settings import choose_backend, workspace_bytes
+
+# Up to so many rows of a view one tile of all pairs takes less time than three, of which ids then tell the positives.
+_ONE_TILE = 128
 
 
 def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reduction: str = "mean") -> Tensor:
@@ -46,17 +50,19 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reducti
     if z0.shape != z1.shape:
         raise ValueError(f"z1: expected {z0.shape[0]} rows as z0 has, got {z1.shape[0]}")
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    scale = 1 / _checks.as_temperature("temperature", temperature, z0)
-    z = torch.cat([unit_rows(z0), unit_rows(z1)])
-    (z,) = _checks.autocast_features(z)
+    scale = _checks.as_inverse_temperature("temperature", temperature, z0)
+    (z,) = _checks.autocast_features(fused_unit_rows(z0, z1))
     backend = choose_backend(z.device.type, z.dtype)
     if backend == "reference":
         return reference(z, scale, reduction)
     rows = z0.shape[0]
-    loss, _ = softmax_contrastive(
-        z, None, scale, None, None, positive=rows, excluded=0, seam=rows, reduction=reduction, backend=backend
-    )
-    return loss
+    one_tile = rows <= _ONE_TILE and 16 * rows * rows <= workspace_bytes()
+    if backend == "cpu" and one_tile and not torch.compiler.is_compiling():
+        ids = torch.arange(rows, device=z.device).repeat(2)
+        pairs, seam = Pairs(ids, ids, False, NO_DIAGONAL, excluded=0), 0
+    else:
+        pairs, seam = Pairs(None, None, False, positive=rows, excluded=0), rows
+    return softmax_contrastive(z, None, scale, pairs, seam=seam, reduction=reduction, backend=backend)[0]
 
 
 def reference(z: Tensor, scale: Tensor, reduction: str) -> Tensor:

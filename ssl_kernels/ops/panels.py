@@ -139,23 +139,21 @@ def run_panels(
         dy_t[:, col_panels[0]] = 0  # nothing lies above the first tile
     for a, row_panel in enumerate(row_panels):
         i = row_panel.start
-        x_i = x[row_panel].to(compute_dtype)
-        if want_dy:
-            # A weight must not meet 16-bit features before the product: that product is then one of fp32.
-            x_i_t = x_i.t() if row_weight is None else x_i.t().to(accumulate_dtype) * row_weight[row_panel]
-            if device.type == "cpu":
-                x_i_t = x_i_t.contiguous()
+        x_i = _part(x, row_panel).to(compute_dtype)
+        x_i_t: Tensor | None = None
         first_col = a if symmetric else 0
         for b in range(first_col, len(col_panels)):
             col_panel = col_panels[b]
-            y_j = x_i if symmetric and a == b else y[col_panel].to(compute_dtype)
-            tile = panel(x_i, y_j, stats[row_panel], i, col_panel.start)
+            y_j = x_i if symmetric and a == b else _part(y, col_panel).to(compute_dtype)
+            tile = panel(x_i, y_j, _part(stats, row_panel), i, col_panel.start)
             if tile is None:
                 continue
             if want_dx:
-                add_matmul(dx[row_panel], tile, y_j, first=b == first_col)
+                add_matmul(_part(dx, row_panel), tile, y_j, first=b == first_col)
             if want_dy and not (symmetric and a == b):
-                add_matmul(dy_t[:, col_panel], x_i_t, tile, first=a == 0)
+                if x_i_t is None:
+                    x_i_t = _transposed(x_i, None if row_weight is None else row_weight[row_panel], accumulate_dtype)
+                add_matmul(_part(dy_t.t(), col_panel).t(), x_i_t, tile, first=a == 0)
             del tile  # before the next one is made
     if symmetric and want_dy:
         dx += dy_t.t()
@@ -164,3 +162,15 @@ def run_panels(
         dx /= tile_scale
         dy_t /= tile_scale
     return stats, dx, dy_t.t()
+
+
+def _part(t: Tensor, panel: slice) -> Tensor:
+    """Rows of a panel, without the cost of a slice where that is all of them."""
+    return t if panel.stop - panel.start == t.size(0) else t[panel]
+
+
+def _transposed(x: Tensor, row_weight: Tensor | None, weighted_dtype: torch.dtype) -> Tensor:
+    """x^T, times the weights of its rows: they must not meet 16-bit features before the product, which is then one of
+    fp32."""
+    x_t = x.t() if row_weight is None else x.t().to(weighted_dtype) * row_weight
+    return x_t.contiguous() if x.device.type == "cpu" else x_t

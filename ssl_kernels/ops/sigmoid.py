@@ -1,4 +1,4 @@
-"""Sigmoid contrastive loss (SigLIP): schema, reference, backends, fake and autograd.
+"""Sigmoid contrastive loss (SigLIP): arguments, reference, backends, fake and autograd.
 
 All gradients exist at the end of the forward pass: one pass over the tiles costs 3 units (2 M N D FLOP each) where
 autograd over the dense formula costs 3 units and several passes over M x N in memory. For ``reduction="none"`` the
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_kernels.ops import _checks
+from ssl_kernels.ops import _checks, contrastive
+from ssl_kernels.ops._op import Op
 from ssl_kernels.ops._triton import triton_kernels
-from ssl_kernels.ops.gradients import finish_gradients
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs, Result
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.settings import choose_backend, workspace_bytes
@@ -81,135 +82,92 @@ def sigmoid_contrastive_loss(
     _checks.check_offset(offset)
     scale = _checks.as_scalar("scale", scale, x)
     bias = _checks.as_scalar("bias", bias, x)
-    ignore_same_id = same_id == "ignore"
+    pairs = Pairs(x_ids, y_ids, same_id == "ignore", offset, NO_DIAGONAL)
     backend = choose_backend(x.device.type, x.dtype)
     if backend == "reference":
-        return reference(x, y, scale, bias, x_ids, y_ids, ignore_same_id, offset, reduction)
+        return reference(x, y, scale, bias, pairs, reduction)
     _checks.check_transforms(x, y, scale, bias)
     grad = torch.is_grad_enabled()
     needs_grad = [grad and t.requires_grad for t in (x, y, scale, bias)]
-    loss: Tensor = _sigmoid_contrastive(
-        x, y, scale, bias, x_ids, y_ids, None, ignore_same_id, offset, reduction, needs_grad, workspace_bytes(), backend
-    )[0]
+    loss: Tensor = _op(Arguments(x, y, scale, bias, *pairs, None, reduction, needs_grad, workspace_bytes(), backend))[0]
     return loss
 
 
-def reference(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    ignore_same_id: bool,
-    offset: int,
-    reduction: str,
-) -> Tensor:
+def reference(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, reduction: str) -> Tensor:
     """The definition: dense, differentiable any number of times, in fp32 or float64."""
     dtype = _checks.accumulation_dtype(x.dtype)
     with _checks.without_autocast(x):
         z = scale * (x.to(dtype) @ y.to(dtype).t()) + bias
-        positive, ignored = _pair_masks(z.shape, offset, x_ids, y_ids, ignore_same_id, z.device)
-        loss = -F.logsigmoid(torch.where(positive, z, -z))
-        if ignored is not None:
-            loss = loss.masked_fill(ignored, 0)
-        rows = loss.sum(1)
+        positive, ignored = pairs.masks(z.shape, z.device)
+        rows = (-F.logsigmoid(torch.where(positive, z, -z))).masked_fill(ignored, 0).sum(1)
     if reduction == "none":
         return rows
     return rows.sum() / x.shape[0] if reduction == "mean" else rows.sum()
 
 
-def _pair_masks(
-    shape: Sequence[int],
-    diagonal: int,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    ignore_same_id: bool,
-    device: torch.device,
-) -> tuple[Tensor, Tensor | None]:
-    """Which pairs are positive, and which are left out (None where no pair is)."""
-    row = torch.arange(shape[0], device=device)[:, None]
-    col = torch.arange(shape[1], device=device)[None, :]
-    positive = col - row == diagonal
-    if x_ids is None or y_ids is None:
-        return positive, None
-    same = x_ids[:, None] == y_ids[None, :]
-    if ignore_same_id:
-        return positive, same & ~positive
-    return positive | same, None
+class Arguments(NamedTuple):
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor
+    x_ids: Tensor | None
+    y_ids: Tensor | None
+    ignore_same_id: bool
+    positive: int
+    excluded: int
+    row_weight: Tensor | None
+    reduction: str
+    needs_grad: Sequence[bool]  # of the first four
+    workspace: int
+    backend: str
+
+    @property
+    def pairs(self) -> Pairs:
+        x_ids, y_ids = (None if ids is None else ids.contiguous() for ids in (self.x_ids, self.y_ids))
+        return Pairs(x_ids, y_ids, self.ignore_same_id, self.positive, self.excluded)
+
+    @property
+    def wanted(self) -> Sequence[bool]:
+        """Which gradients the forward pass makes."""
+        return self.needs_grad if self.reduction != "none" else [False] * 4
 
 
-# The panel function of each backend takes the same arguments: x [m, D], y [n, D]; stats [m, 3] float64 (or [m, 1] when
-# only the loss is wanted), to which per-row sums of the loss, of G (x_i . y_j) and of G are added; 0-dim scale and
-# bias; int64 ids or None; the column of the positive of row 0. It returns G [m, n] if ``write_grad``.
+# The panel function of a backend takes x [m, D] and y [n, D]; stats [m, 3] float64 (or [m, 1] when only the loss is
+# wanted), to which per-row sums of the loss, of G (x_i . y_j) and of G are added; 0-dim scale and bias; and what the
+# pairs are. It returns G [m, n] if ``write_grad``.
 
 
 def _panel_eager(
-    x: Tensor,
-    y: Tensor,
-    stats: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    ignore_same_id: bool,
-    diagonal: int,
-    write_grad: bool,
+    x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, write_grad: bool
 ) -> Tensor | None:
     raw = matmul(x, y.t())
+    positive, ignored = pairs.masks(raw.shape, raw.device)
     z = scale * raw + bias
-    positive, ignored = _pair_masks(raw.shape, diagonal, x_ids, y_ids, ignore_same_id, raw.device)
     z = torch.where(positive, -z, z)
-    loss = -F.logsigmoid(-z)
-    if ignored is not None:
-        loss = loss.masked_fill(ignored, 0)
-        raw = raw.masked_fill(ignored, 0)
-    stats[:, 0] += loss.sum(1)
+    stats[:, 0] += (-F.logsigmoid(-z)).masked_fill(ignored, 0).sum(1)
     if stats.shape[1] == 1:
         return None
     grad = torch.sigmoid(z)
-    grad = torch.where(positive, -grad, grad)
-    if ignored is not None:
-        grad = grad.masked_fill(ignored, 0)
-    stats[:, 1] += (grad * raw).sum(1)
+    grad = torch.where(positive, -grad, grad).masked_fill(ignored, 0)
+    stats[:, 1] += (grad * raw.masked_fill(ignored, 0)).sum(1)
     stats[:, 2] += grad.sum(1)
     return grad if write_grad else None
 
 
 def _panel_cpu(
-    x: Tensor,
-    y: Tensor,
-    stats: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    ignore_same_id: bool,
-    diagonal: int,
-    write_grad: bool,
+    x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, write_grad: bool
 ) -> Tensor | None:
     tile = matmul(x, y.t())
-    torch.ops.ssl_kernels.sigmoid_panel_(
-        tile, stats, scale.item(), bias.item(), x_ids, y_ids, ignore_same_id, diagonal, write_grad
-    )
+    torch.ops.ssl_kernels.sigmoid_panel_(tile, stats, scale.item(), bias.item(), *pairs[:4], write_grad)
     return tile if write_grad else None
 
 
 def _panel_triton(
-    x: Tensor,
-    y: Tensor,
-    stats: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    ignore_same_id: bool,
-    diagonal: int,
-    write_grad: bool,
+    x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, write_grad: bool
 ) -> Tensor | None:
     m, n = x.shape[0], y.shape[0]
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write_grad else None  # aligned rows, for wide stores
-    triton_kernels("sigmoid").sigmoid_panel(x, y, grad, stats, scale, bias, x_ids, y_ids, ignore_same_id, diagonal)
+    triton_kernels("sigmoid").sigmoid_panel(x, y, grad, stats, scale, bias, *pairs[:4])
     return grad
 
 
@@ -217,143 +175,55 @@ _PANELS = {"eager": _panel_eager, "cpu": _panel_cpu, "triton": _panel_triton}
 _TILES = {"eager": 8, "cpu": 1, "triton": 1}  # tiles that each holds at a time
 
 
-@torch.library.custom_op(
-    "ssl_kernels::sigmoid_contrastive",
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? x_ids, Tensor? y_ids, Tensor? row_weight, "
-        "bool ignore_same_id, SymInt offset, str reduction, bool[] needs_grad, int workspace, str backend) "
-        "-> (Tensor loss, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
-    ),
-)
-def _sigmoid_contrastive(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    row_weight: Tensor | None,
-    ignore_same_id: bool,
-    offset: int,
-    reduction: str,
-    needs_grad: Sequence[bool],
-    workspace: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and sum_ij w_i G_ij times y_j, x_i, x_i . y_j and 1, where needed: the derivatives of the loss's sum
-    but for the factor ``scale`` in dx and dy, which waits for the upstream gradient."""
-    needs_grad = needs_grad if reduction != "none" else [False] * 4
-    want_dx, want_dy = needs_grad[0], needs_grad[1]
-    dtype = _checks.accumulation_dtype(x.dtype)
-    x_ids = None if x_ids is None else x_ids.contiguous()
-    y_ids = None if y_ids is None else y_ids.contiguous()
-    panel_function = _PANELS[backend]
+def _forward(a: Arguments) -> Result:
+    """The loss, and sum_ij w_i G_ij times y_j, x_i, x_i . y_j and 1, where needed."""
+    want_dx, want_dy, *_ = a.wanted
+    dtype, pairs, panel_function = _checks.accumulation_dtype(a.x.dtype), a.pairs, _PANELS[a.backend]
 
-    def panel(x_i: Tensor, y_j: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
-        row_ids = None if x_ids is None else x_ids[i : i + x_i.shape[0]]
-        col_ids = None if y_ids is None else y_ids[j : j + y_j.shape[0]]
-        return panel_function(
-            x_i, y_j, stats, scale, bias, row_ids, col_ids, ignore_same_id, offset + i - j, want_dx or want_dy
-        )
+    def panel(x: Tensor, y: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
+        part = pairs.part(i, len(x), j, len(y))
+        return panel_function(x, y, stats, a.scale, a.bias, part, want_dx or want_dy)
 
-    tiles = 0 if backend == "triton" and not (want_dx or want_dy) else _TILES[backend]
-    tiles += 0 if row_weight is None else 2  # weighted products hold the tile in fp32
-    with _checks.without_autocast(x):
+    triton = a.backend == "triton"
+    tiles = 0 if triton and not (want_dx or want_dy) else _TILES[a.backend]
+    with _checks.without_autocast(a.x):
         stats, dx, dy = run_panels(
             panel,
-            x,
-            y,
-            workspace=workspace,
-            compute_dtype=x.dtype if backend == "triton" else dtype,
-            tiles=tiles,
-            tile_scale=triton_kernels("sigmoid").gradient_scale(x.dtype) if backend == "triton" else 1.0,
-            stats_width=3 if any(needs_grad) else 1,
+            a.x,
+            a.y,
+            workspace=a.workspace,
+            compute_dtype=a.x.dtype if triton else dtype,
+            tiles=tiles + (0 if a.row_weight is None else 2),  # weighted products hold the tile in fp32
+            tile_scale=triton_kernels("sigmoid").gradient_scale(a.x.dtype) if triton else 1.0,
+            stats_width=3 if any(a.wanted) else 1,
             want_dx=want_dx,
             want_dy=want_dy,
-            row_weight=row_weight,
+            row_weight=a.row_weight,
         )
-    if row_weight is not None:
-        weight = row_weight[:, None]
-        stats = stats * weight
-        if want_dx:
-            dx *= weight
-    empty = stats.new_empty(0, dtype=dtype)
-    loss = stats[:, 0].to(dtype) if reduction == "none" else stats[:, 0].sum().to(dtype)
-    if reduction == "mean":
-        loss = loss / x.shape[0]
-    dscale = stats[:, 1].sum().to(dtype) if needs_grad[2] else empty
-    dbias = stats[:, 2].sum().to(dtype) if needs_grad[3] else empty.clone()
-    return loss, dx, dy, dscale, dbias
+    if a.row_weight is not None and want_dx:
+        dx *= a.row_weight[:, None]
+    rows = len(a.x) if a.reduction == "mean" else 1
+    loss, scalars = contrastive.weighted_sums(stats, a.row_weight, rows, dtype)
+    return Result(stats[:, 0].to(dtype) if a.reduction == "none" else loss, dx, dy, scalars)
 
 
-@_sigmoid_contrastive.register_fake
-def _(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    row_weight: Tensor | None,
-    ignore_same_id: bool,
-    offset: int,
-    reduction: str,
-    needs_grad: Sequence[bool],
-    workspace: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = _checks.accumulation_dtype(x.dtype)
-    needs_grad = needs_grad if reduction != "none" else [False] * 4
-    new = functools.partial(x.new_empty, dtype=dtype)
-    return (
-        new(x.shape[0] if reduction == "none" else ()),
-        new(x.shape[0] if needs_grad[0] else 0, x.shape[1]),
-        new(y.shape[1], y.shape[0] if needs_grad[1] else 0).t(),
-        new(() if needs_grad[2] else 0),
-        new(() if needs_grad[3] else 0),
+def _fake(a: Arguments) -> Result:
+    new = functools.partial(a.x.new_empty, dtype=_checks.accumulation_dtype(a.x.dtype))
+    want_dx, want_dy, *_ = a.wanted
+    return Result(
+        loss=new(a.x.shape[0] if a.reduction == "none" else ()),
+        dx=new(a.x.shape[0] if want_dx else 0, a.x.shape[1]),
+        dy=new(a.x.shape[1], a.y.shape[0] if want_dy else 0).t(),
+        scalars=new(3),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, bias, x_ids, y_ids, _, *options = inputs
-    _, dx, dy, dscale, dbias = output
-    ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.rows, ctx.options = x.dtype, x.shape[0], options
-    if options[2] == "none":
-        ctx.save_for_backward(x, y, scale, bias, x_ids, y_ids)
-    else:
-        ctx.save_for_backward(scale, dx, dy, dscale, dbias)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 9
-    if grad_loss is None:
-        return (None,) * 4 + rest
-    ignore_same_id, offset, reduction, needs_grad, workspace, backend = ctx.options
-    if reduction == "none":
-        x, y, scale, bias, x_ids, y_ids = ctx.saved_tensors
-        _, *sums = _sigmoid_contrastive(
-            x,
-            y,
-            scale,
-            bias,
-            x_ids,
-            y_ids,
-            grad_loss,
-            ignore_same_id,
-            offset,
-            "sum",
-            needs_grad,
-            workspace,
-            backend,
-        )
-        upstream = torch.ones_like(scale)
-    else:
-        scale, *sums = ctx.saved_tensors
-        upstream = grad_loss / max(ctx.rows, 1) if reduction == "mean" else grad_loss
-    gradients = finish_gradients(upstream, scale, *sums, ctx.dtype)
-    return (*(g if needed else None for g, needed in zip(gradients, needs_grad, strict=True)), *rest)
-
-
-_sigmoid_contrastive.register_autograd(_backward, setup_context=_setup_context)
+_op: Op[Arguments] = Op(
+    "sigmoid_contrastive",
+    Arguments,
+    f"({contrastive.RESULT})",
+    forward=_forward,
+    fake=_fake,
+    setup_context=contrastive.setup_context,
+    backward=lambda ctx, *upstream: contrastive.backward(_op, ctx, *upstream),
+)

@@ -26,27 +26,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_kernels.ops import _checks
+from ssl_kernels.ops import _checks, contrastive
+from ssl_kernels.ops._op import Op
 from ssl_kernels.ops._triton import triton_kernels
-from ssl_kernels.ops.gradients import finish_gradients
+from ssl_kernels.ops.contrastive import Pairs
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.ops.reuse import HeldTiles
 from ssl_kernels.settings import tile_budget_bytes, workspace_bytes
-
-NO_DIAGONAL = 2**62  # a diagonal that meets no tile
 
 
 def softmax_contrastive(
     x: Tensor,
     y: Tensor | None,
     scale: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
+    pairs: Pairs,
     *,
-    ignore_same_id: bool = False,
-    positive: int = NO_DIAGONAL,
-    excluded: int = NO_DIAGONAL,
     seam: int = 0,
     label_smoothing: float = 0.0,
     reduction: str,
@@ -54,42 +49,20 @@ def softmax_contrastive(
 ) -> tuple[Tensor, Tensor]:
     """The loss, and how many rows and columns have no positive pair.
 
-    (i, i + positive) is a positive pair, and so are pairs of equal ids, unless ``ignore_same_id`` leaves these out;
-    (i, i + excluded) is left out whatever else it is. Without ``y`` the rows of x meet each other, in panels of which
-    none lies across the row ``seam``: a positive diagonal must not lie below the main one, nor within such a panel.
+    Without ``y`` the rows of x meet each other, in panels of which none lies across the row ``seam``: a positive
+    diagonal must not lie below the main one, nor within such a panel.
     """
     _checks.check_transforms(x, scale, *(() if y is None else (y,)))
     grad = torch.is_grad_enabled()
     needs_grad = [grad and t is not None and t.requires_grad for t in (x, y, scale)]
     keep_bytes = tile_budget_bytes() if any(needs_grad) and reduction != "none" else 0
-    outputs = _softmax_contrastive(
-        x, y, scale, x_ids, y_ids, None, ignore_same_id, positive, excluded, seam, label_smoothing, reduction,
-        needs_grad, workspace_bytes(), keep_bytes, backend,
+    loss, _, _, _, unpaired = _op(
+        Arguments(
+            x, y, scale, *pairs, None, seam, label_smoothing, reduction, needs_grad, workspace_bytes(), keep_bytes,
+            backend,
+        )
     )  # fmt: skip
-    return outputs[0], outputs[1]
-
-
-class Pairs(NamedTuple):
-    """What the pairs of one tile are: ids of its rows and columns, and its diagonals, counted from its corner."""
-
-    row_ids: Tensor | None
-    col_ids: Tensor | None
-    ignore_same_id: bool
-    positive: int
-    excluded: int
-
-    def masks(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which pairs are positive, and which are left out."""
-        row, col = (torch.arange(size, device=device) for size in shape)
-        diagonal = col[None, :] - row[:, None]
-        positive, ignored = diagonal == self.positive, diagonal == self.excluded
-        if self.row_ids is not None and self.col_ids is not None:
-            same = self.row_ids[:, None] == self.col_ids[None, :]
-            if self.ignore_same_id:
-                ignored = ignored | (same & ~positive)
-            else:
-                positive = positive | same
-        return positive & ~ignored, ignored
+    return loss, unpaired
 
 
 def dense_losses(z: Tensor, positive: Tensor, ignored: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -109,17 +82,34 @@ def reduce_losses(losses: Tensor, paired: Tensor, reduction: str) -> Tensor:
     return losses.sum() / paired.sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 
-class Side(NamedTuple):
-    """What the gradient needs to know of every row, or every column."""
+class Arguments(NamedTuple):
+    x: Tensor
+    y: Tensor | None
+    scale: Tensor
+    x_ids: Tensor | None
+    y_ids: Tensor | None
+    ignore_same_id: bool
+    positive: int
+    excluded: int
+    row_weight: Tensor | None  # [M], replaces what the reduction gives to a row and to the column paired with it
+    seam: int
+    label_smoothing: float
+    reduction: str
+    needs_grad: Sequence[bool]  # of the first three
+    workspace: int
+    keep_bytes: int
+    backend: str
 
-    top: Tensor  # the log-sum-exp is t top + log_sum
-    log_sum: Tensor
-    weight: Tensor
-    target: Tensor  # taken from every positive pair
-    uniform: Tensor | None  # taken from every pair that counts
+    @property
+    def pairs(self) -> Pairs:
+        x_ids = None if self.x_ids is None else self.x_ids.contiguous()
+        y_ids = x_ids if self.y is None else None if self.y_ids is None else self.y_ids.contiguous()
+        return Pairs(x_ids, y_ids, self.ignore_same_id, self.positive, self.excluded)
 
-    def part(self, panel: slice) -> Side:
-        return Side(*(None if t is None else t[panel] for t in self))  # type: ignore[arg-type]
+    @property
+    def wanted(self) -> Sequence[bool]:
+        """Which gradients the forward pass makes."""
+        return self.needs_grad if self.reduction != "none" else [False] * 3
 
 
 # Per backend, the two panel functions. Statistics [m, 4] or [m, 6] float64 of rows, and of columns or None, are
@@ -166,16 +156,18 @@ def _rescaled(sums: Tensor, top: Tensor, new_top: Tensor, scale: Tensor) -> Tens
 
 
 def _grad_eager(
-    raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Side, col: Side,
+    raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Tensor, col: Tensor,
     write: bool,
 ) -> Tensor | None:  # fmt: skip
     raw = _similarities(x, y) if raw is None else raw
     positive, ignored = pairs.masks(raw.shape, raw.device)
-    grad = row.weight[:, None] * (scale * (raw - row.top[:, None]) - row.log_sum[:, None]).exp()
-    grad += col.weight * (scale * (raw - col.top) - col.log_sum).exp()
-    grad -= torch.where(positive, row.target[:, None] + col.target, 0)
-    if row.uniform is not None and col.uniform is not None:
-        grad -= row.uniform[:, None] + col.uniform
+    top, log_sum, weight, target, *uniform = row[:, :, None]
+    grad = weight * (scale * (raw - top) - log_sum).exp()
+    top, log_sum, weight, col_target, *col_uniform = col
+    grad += weight * (scale * (raw - top) - log_sum).exp()
+    grad -= torch.where(positive, target + col_target, 0)
+    if uniform:
+        grad -= uniform[0] + col_uniform[0]
     grad = grad.masked_fill(ignored, 0)
     stats[:, 0] += (grad * raw.masked_fill(ignored, 0)).sum(1)
     return grad if write else None
@@ -188,12 +180,11 @@ def _stats_cpu(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale: T
 
 
 def _grad_cpu(
-    raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Side, col: Side,
+    raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Tensor, col: Tensor,
     write: bool,
 ) -> Tensor | None:  # fmt: skip
     tile = _similarities(x, y) if raw is None else raw
-    interleaved = (part for both in zip(row, col, strict=True) for part in both)
-    torch.ops.ssl_kernels.softmax_grad_(tile, stats, scale.item(), *pairs, *interleaved, write)
+    torch.ops.ssl_kernels.softmax_grad_(tile, stats, scale.item(), *pairs, row, col, write)
     return tile if write else None
 
 
@@ -202,13 +193,13 @@ def _stats_triton(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale
 
 
 def _grad_triton(
-    raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Side, col: Side,
+    raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Tensor, col: Tensor,
     write: bool,
 ) -> Tensor | None:  # fmt: skip
     m, n = x.shape[0], y.shape[0]
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
-    interleaved = (part for both in zip(row, col, strict=True) for part in both)
-    triton_kernels("softmax").softmax_grad(x, y, grad, stats, scale, *pairs, *interleaved)
+    vectors = [vector for both in zip(row, col, strict=True) for vector in both]
+    triton_kernels("softmax").softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (10 - len(vectors)))
     return grad
 
 
@@ -228,228 +219,171 @@ _warm = HeldTiles()
 class _Passes:
     """The two passes over the tiles of x and y, or of x and itself."""
 
-    def __init__(
-        self, x: Tensor, y: Tensor | None, scale: Tensor, x_ids: Tensor | None, y_ids: Tensor | None,
-        ignore_same_id: bool, positive: int, excluded: int, seam: int, workspace: int, keep_bytes: int, backend: str,
-    ) -> None:  # fmt: skip
-        self.x, self.y, self.scale, self.symmetric = x, x if y is None else y, scale, y is None
-        self.x_ids = None if x_ids is None else x_ids.contiguous()
-        self.y_ids = self.x_ids if y is None else None if y_ids is None else y_ids.contiguous()
-        self.ignore_same_id, self.positive, self.excluded = ignore_same_id, positive, excluded
-        self.backend = backend
-        self.stats_panel, self.grad_panel = _PANELS[backend]
-        self.keep_bytes = self.hold_bytes = keep_bytes
+    def __init__(self, a: Arguments) -> None:
+        self.x, self.y, self.scale, self.pairs = a.x, a.x if a.y is None else a.y, a.scale, a.pairs
+        self.symmetric, self.triton = a.y is None, a.backend == "triton"
+        self.stats_panel, self.grad_panel = _PANELS[a.backend]
+        self.tiles = _TILES[a.backend]
+        self.keep_bytes = self.hold_bytes = a.keep_bytes
         self.kept: dict[tuple[int, int], Tensor] = {}  # raw tiles, by their corners
-        self.tile_scale = triton_kernels("softmax").gradient_scale(x.dtype) if backend == "triton" else 1.0
         self.run = functools.partial(
             run_panels,
-            x=x,
+            x=self.x,
             y=self.y,
-            workspace=workspace,
-            compute_dtype=x.dtype if backend == "triton" else _checks.accumulation_dtype(x.dtype),
+            workspace=a.workspace,
+            compute_dtype=a.x.dtype if self.triton else _checks.accumulation_dtype(a.x.dtype),
             symmetric=self.symmetric,
-            seam=seam,
+            seam=a.seam,
         )
-
-    def pairs(self, rows: slice, cols: slice) -> Pairs:
-        shift = rows.start - cols.start
-        row_ids = None if self.x_ids is None else self.x_ids[rows]
-        col_ids = None if self.y_ids is None else self.y_ids[cols]
-        return Pairs(row_ids, col_ids, self.ignore_same_id, self.positive + shift, self.excluded + shift)
 
     def statistics(self, width: int) -> list[Tensor]:
         """Of the rows and of the columns; one for both if the matrix is symmetric."""
         dtype = torch.float32 if self.x.device.type == "mps" else torch.float64  # MPS has no float64
-        sizes = [len(self.x)] if self.symmetric else [len(self.x), len(self.y)]
-        sides = [torch.zeros(size, width, dtype=dtype, device=self.x.device) for size in sizes]
-        for stats in sides:
-            stats[:, 0] = -torch.inf
+        rows, cols = self.x.shape[0], 0 if self.symmetric else self.y.shape[0]
+        both = torch.zeros(rows + cols, width, dtype=dtype, device=self.x.device)
+        both[:, 0] = -torch.inf
+        sides = [both] if self.symmetric else [both[:rows], both[rows:]]
 
         def panel(x_i: Tensor, y_j: Tensor, _: Tensor, i: int, j: int) -> None:
-            rows, cols = slice(i, i + len(x_i)), slice(j, j + len(y_j))
-            col_stats = None if self.symmetric and i == j else sides[-1][cols]  # on the diagonal columns are rows
+            m, n = x_i.shape[0], y_j.shape[0]
+            col_stats = None if self.symmetric and i == j else sides[-1][j : j + n]  # on the diagonal columns are rows
             if self.keep_bytes:
                 _warm.free_one()
-            raw = self.stats_panel(x_i, y_j, sides[0][rows], col_stats, self.scale, self.pairs(rows, cols))
+            pairs = self.pairs.part(i, m, j, n)
+            raw = self.stats_panel(x_i, y_j, sides[0][i : i + m], col_stats, self.scale, pairs)
             if raw is not None and raw.nbytes <= self.keep_bytes:
                 self.keep_bytes -= raw.nbytes
                 self.kept[i, j] = raw
 
-        tiles = 0 if self.backend == "triton" else _TILES[self.backend]
+        tiles = 0 if self.triton else self.tiles
         self.run(panel, tiles=tiles, tile_scale=1.0, stats_width=0, want_dx=False, want_dy=False)
         return sides
 
-    def gradients(self, row: Side, col: Side, want_dx: bool, want_dy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, row: Tensor, col: Tensor, want_dx: bool, want_dy: bool) -> tuple[Tensor, Tensor, Tensor]:
         """sum_j G y, sum_i G x and sum_ij G (x_i . y_j)."""
 
         def panel(x_i: Tensor, y_j: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
-            rows, cols = slice(i, i + len(x_i)), slice(j, j + len(y_j))
-            twice = self.symmetric and i == j  # a tile on the diagonal holds every pair both ways, G each from both
-            moment = torch.zeros_like(stats) if twice else stats
-            raw, pairs = self.kept.pop((i, j), None), self.pairs(rows, cols)
+            m, n = x_i.shape[0], y_j.shape[0]
+            raw, pairs = self.kept.pop((i, j), None), self.pairs.part(i, m, j, n)
             if raw is not None and raw.device.type == "cpu":
                 _warm.hold(raw, self.hold_bytes)
-            write = want_dx or want_dy
-            grad = self.grad_panel(raw, x_i, y_j, moment, self.scale, pairs, row.part(rows), col.part(cols), write)
-            if twice:
-                stats += moment / 2
+            sides = row[:, i : i + m], col[:, j : j + n]
+            grad = self.grad_panel(raw, x_i, y_j, stats, self.scale, pairs, *sides, want_dx or want_dy)
+            if self.symmetric and i == j:  # the first tile of its rows holds every pair both ways, G each from both
+                stats /= 2
             return grad
 
         want_dy = want_dx if self.symmetric else want_dy
-        tiles = 0 if self.backend == "triton" and not (want_dx or want_dy) else _TILES[self.backend]
         stats, dx, dy = self.run(
-            panel, tiles=tiles, tile_scale=self.tile_scale, stats_width=1, want_dx=want_dx, want_dy=want_dy
+            panel,
+            tiles=0 if self.triton and not (want_dx or want_dy) else self.tiles,
+            tile_scale=triton_kernels("softmax").gradient_scale(self.x.dtype) if self.triton else 1.0,
+            stats_width=1,
+            want_dx=want_dx,
+            want_dy=want_dy,
         )
         return dx, dy, stats.sum()
 
 
-def _losses(stats: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
-    """The loss of each row (or column); 0 for one without a positive pair."""
-    scale = scale.to(stats.dtype)  # before it meets the smoothing: rounded to fp32, 1e-5 of a logit of 100 is lost
-    gap = stats[:, 0] - stats[:, 2] / stats[:, 3]
-    if label_smoothing:
-        gap = (1 - label_smoothing) * gap + label_smoothing * (stats[:, 0] - stats[:, 4] / stats[:, 5])
-    return (scale * gap + stats[:, 1].log()).masked_fill(stats[:, 3] == 0, 0)
+class _Summary(NamedTuple):
+    """What the statistics of rows and columns come to.
 
-
-def _side(stats: Tensor, weight: Tensor, label_smoothing: float, dtype: torch.dtype) -> Side:
-    weight = weight.masked_fill(stats[:, 3] == 0, 0)
-    # So that no 0 meets an infinite exponential.
-    top, log_sum = stats[:, 0].masked_fill(weight == 0, 0), stats[:, 1].log().masked_fill(weight == 0, torch.inf)
-    target = (1 - label_smoothing) * weight / stats[:, 3].clamp(min=1)
-    uniform = (label_smoothing * weight / stats[:, 5].clamp(min=1)).to(dtype) if label_smoothing else None
-    return Side(top.to(dtype), log_sum.to(dtype), weight.to(dtype), target.to(dtype), uniform)
-
-
-@torch.library.custom_op(
-    "ssl_kernels::softmax_contrastive",
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor? y, Tensor scale, Tensor? x_ids, Tensor? y_ids, Tensor? row_weight, bool ignore_same_id, "
-        "SymInt positive, SymInt excluded, SymInt seam, float label_smoothing, str reduction, bool[] needs_grad, "
-        "int workspace, int keep_bytes, str backend) "
-        "-> (Tensor loss, Tensor unpaired, Tensor dx, Tensor dy, Tensor dscale, Tensor unit)"
-    ),
-)
-def _softmax_contrastive(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    row_weight: Tensor | None,
-    ignore_same_id: bool,
-    positive: int,
-    excluded: int,
-    seam: int,
-    label_smoothing: float,
-    reduction: str,
-    needs_grad: Sequence[bool],
-    workspace: int,
-    keep_bytes: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the number of rows and columns without a positive pair, and the derivatives by x, y and scale but for
-    two factors that wait for the upstream gradient: ``unit``, and in dx and dy ``scale``.
-
-    Weights are divided by ``unit``, the largest, so that G is of order 1 wherever it is stored in 16 bits.
-    ``row_weight`` [M] replaces the weight that the reduction gives to a row, and to the column paired with it.
+    A side [4, M], or [5, M] with label smoothing, has what the gradient needs to know of each row, or column: the
+    largest similarity that counts and the logarithm of the sum of exponentials against it, whence the log-sum-exp is
+    t top + log_sum; its weight in the loss, what is taken from every positive pair, and from every pair that counts.
+    Weights are divided by the unit, the largest, so that G is of order 1 wherever it is stored in 16 bits.
     """
-    needs_grad = needs_grad if reduction != "none" else [False] * 3
-    dtype = _checks.accumulation_dtype(x.dtype)
-    with _checks.without_autocast(x):
-        passes = _Passes(
-            x, y, scale, x_ids, y_ids, ignore_same_id, positive, excluded, seam, workspace, keep_bytes, backend
-        )
-        sides = passes.statistics(6 if label_smoothing else 4)
-        share = 1 / len(sides)
-        losses = [share * _losses(stats, scale, label_smoothing) for stats in sides]
-        paired = [(stats[:, 3] > 0).sum() for stats in sides]
-        divisors = [count.clamp(min=1) if reduction == "mean" else torch.ones_like(count) for count in paired]
-        if reduction == "none":
-            loss = sum(losses[1:], losses[0])
-        else:
-            loss = torch.stack([part.sum() / n for part, n in zip(losses, divisors, strict=True)]).sum()
-        unpaired = torch.stack([len(stats) - count for stats, count in zip(sides, paired, strict=True)]).sum()
 
-        empty = [loss.new_empty(0, dtype=dtype) for _ in range(4)]
-        dx, dy, dscale, unit = empty[0].view(0, x.shape[1]), empty[1].view(x.shape[1], 0).t(), empty[2], empty[3]
-        if any(needs_grad):
-            _warm.free_down_to(keep_bytes)
-            if row_weight is None:
-                weights = [(share / n.to(loss)).expand(len(stats)) for stats, n in zip(sides, divisors, strict=True)]
-            else:
-                weights = [share * row_weight.to(loss.dtype)] * len(sides)
-            largest = torch.stack([w.abs().amax() if len(w) else loss.new_zeros(()) for w in weights]).amax()
-            largest = torch.where(largest == 0, 1, largest)
-            row, *rest = (
-                _side(stats, w / largest, label_smoothing, dtype) for stats, w in zip(sides, weights, strict=True)
-            )
-            dx, dy, moment = passes.gradients(row, rest[0] if rest else row, needs_grad[0], needs_grad[1])
-            unit = largest.to(dtype)
-            dscale = moment.to(dtype) if needs_grad[2] else dscale
-    return loss.to(dtype), unpaired, dx, dy, dscale, unit
+    loss: Tensor
+    unpaired: Tensor
+    scalars: Tensor  # of a Result; the derivative by scale is to come
+    sides: list[Tensor]
 
 
-@_softmax_contrastive.register_fake
-def _(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    row_weight: Tensor | None,
-    ignore_same_id: bool,
-    positive: int,
-    excluded: int,
-    seam: int,
-    label_smoothing: float,
-    reduction: str,
-    needs_grad: Sequence[bool],
-    workspace: int,
-    keep_bytes: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    needs_grad = needs_grad if reduction != "none" else [False] * 3
-    new = functools.partial(x.new_empty, dtype=_checks.accumulation_dtype(x.dtype))
+def _summarise(a: Arguments, stats: list[Tensor], want_sides: bool) -> _Summary:
+    dtype = _checks.accumulation_dtype(a.x.dtype)
+    if stats[0].device.type != "cpu" or dtype != torch.float32:
+        return _summarise_eager(a, stats, dtype)
+    new = functools.partial(a.x.new_empty, dtype=dtype)
+    planes = (5 if a.label_smoothing else 4) if want_sides else 0
+    summary = _Summary(
+        new(a.x.shape[0] if a.reduction == "none" else ()),
+        new((), dtype=torch.int64),
+        new(3),
+        [new(planes, len(side)) for side in stats],
+    )
+    row_weight = None if a.row_weight is None else a.row_weight.contiguous()
+    torch.ops.ssl_kernels.softmax_summary_(
+        stats, a.scale.item(), a.label_smoothing, a.reduction == "mean", row_weight, *summary
+    )
+    return summary
+
+
+def _summarise_eager(a: Arguments, stats: list[Tensor], dtype: torch.dtype) -> _Summary:
+    scale = a.scale.to(stats[0].dtype)  # before it meets the smoothing: rounded to fp32, 1e-5 of a logit of 100 is lost
+    share = 1 / len(stats)
+    losses, weights, sides = [], [], []
+    paired = [(side[:, 3] > 0).sum() for side in stats]
+    divisors = [count.clamp(min=1) if a.reduction == "mean" else torch.ones_like(count) for count in paired]
+    for side, divisor in zip(stats, divisors, strict=True):
+        gap = side[:, 0] - side[:, 2] / side[:, 3]
+        if a.label_smoothing:
+            smooth = side[:, 0] - side[:, 4] / side[:, 5]
+            gap = (1 - a.label_smoothing) * gap + a.label_smoothing * smooth
+        losses.append(share * (scale * gap + side[:, 1].log()).masked_fill(side[:, 3] == 0, 0))
+        shared = share / divisor.to(side.dtype)
+        weights.append(shared.expand(len(side)) if a.row_weight is None else share * a.row_weight.to(side.dtype))
+    unit = torch.stack([w.abs().amax() if len(w) else w.new_zeros(()) for w in weights]).amax()
+    unit = torch.where(unit == 0, 1, unit)
+    for side, given in zip(stats, weights, strict=True):
+        weight = (given / unit).masked_fill(side[:, 3] == 0, 0)
+        nothing = weight == 0  # so that no 0 meets an infinite exponential
+        top, log_sum = side[:, 0].masked_fill(nothing, 0), side[:, 1].log().masked_fill(nothing, torch.inf)
+        vectors = [top, log_sum, weight, (1 - a.label_smoothing) * weight / side[:, 3].clamp(min=1)]
+        if a.label_smoothing:
+            vectors.append(a.label_smoothing * weight / side[:, 5].clamp(min=1))
+        sides.append(torch.stack(vectors).to(dtype))
+    if a.reduction == "none":
+        loss = sum(losses[1:], losses[0])
+    else:
+        loss = torch.stack([part.sum() / n for part, n in zip(losses, divisors, strict=True)]).sum()
+    unpaired = torch.stack([len(side) - count for side, count in zip(stats, paired, strict=True)]).sum()
+    return _Summary(loss.to(dtype), unpaired, torch.stack([0 * unit, 0 * unit, unit]).to(dtype), sides)
+
+
+def _forward(a: Arguments) -> tuple[Tensor, ...]:
+    """A :class:`ssl_kernels.ops.contrastive.Result`, and the number of rows and columns without a positive pair."""
+    with _checks.without_autocast(a.x):
+        passes = _Passes(a)
+        stats = passes.statistics(6 if a.label_smoothing else 4)
+        summary = _summarise(a, stats, any(a.wanted))
+        _, dx, dy, *_ = _fake(a._replace(needs_grad=[False] * 3))  # empty
+        if any(a.wanted):
+            _warm.free_down_to(a.keep_bytes)
+            dx, dy, moment = passes.gradients(summary.sides[0], summary.sides[-1], a.wanted[0], a.wanted[1])
+            summary.scalars[0] = moment
+    return summary.loss, dx, dy, summary.scalars, summary.unpaired
+
+
+def _fake(a: Arguments) -> tuple[Tensor, ...]:
+    new = functools.partial(a.x.new_empty, dtype=_checks.accumulation_dtype(a.x.dtype))
+    want_dx, want_dy, _ = a.wanted
+    rows, width = a.x.shape
     return (
-        new(x.shape[0] if reduction == "none" else ()),
-        x.new_empty((), dtype=torch.int64),
-        new(x.shape[0] if needs_grad[0] else 0, x.shape[1]),
-        new(x.shape[1], y.shape[0] if y is not None and needs_grad[1] else 0).t(),
-        new(() if needs_grad[2] else 0),
-        new(() if any(needs_grad) else 0),
+        new(rows if a.reduction == "none" else ()),
+        new(rows if want_dx else 0, width),
+        new(width, a.y.shape[0] if a.y is not None and want_dy else 0).t(),
+        new(3),
+        new((), dtype=torch.int64),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, x_ids, y_ids, _, *options = inputs
-    _, unpaired, *gradients = output
-    ctx.mark_non_differentiable(unpaired)
-    ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.options = x.dtype, options
-    if ctx.options[5] == "none":
-        ctx.save_for_backward(x, y, scale, x_ids, y_ids)
-    else:
-        ctx.save_for_backward(scale, *gradients)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    *masks, reduction, needs_grad, workspace, keep_bytes, backend = ctx.options
-    rest = (None,) * 13
-    if grad_loss is None:
-        return (None,) * 3 + rest
-    if reduction == "none":
-        x, y, scale, x_ids, y_ids = ctx.saved_tensors
-        _, _, dx, dy, dscale, factor = _softmax_contrastive(
-            x, y, scale, x_ids, y_ids, grad_loss, *masks, "sum", needs_grad, workspace, keep_bytes,
-            backend,
-        )  # fmt: skip
-    else:
-        scale, dx, dy, dscale, unit = ctx.saved_tensors
-        factor = grad_loss * unit
-    *gradients, _ = finish_gradients(factor, scale, dx, dy, dscale, dscale.new_empty(0), ctx.dtype)
-    return (*(g if needed else None for g, needed in zip(gradients, needs_grad, strict=True)), *rest)
-
-
-_softmax_contrastive.register_autograd(_backward, setup_context=_setup_context)
+_op: Op[Arguments] = Op(
+    "softmax_contrastive",
+    Arguments,
+    f"({contrastive.RESULT}, Tensor unpaired)",
+    forward=_forward,
+    fake=_fake,
+    setup_context=contrastive.setup_context,
+    backward=lambda ctx, *upstream: contrastive.backward(_op, ctx, *upstream),
+)

@@ -7,7 +7,8 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops.softmax import NO_DIAGONAL, Pairs, dense_losses, reduce_losses, softmax_contrastive
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
+from ssl_kernels.ops.softmax import dense_losses, reduce_losses, softmax_contrastive
 from ssl_kernels.settings import choose_backend
 
 
@@ -69,22 +70,20 @@ def sup_con_loss(
     _checks.check_features(z=z)
     _checks.check_row_ids("ids", ids, z)
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    scale = 1 / _checks.as_temperature("temperature", temperature, z)
+    scale = _checks.as_inverse_temperature("temperature", temperature, z)
+    pairs = Pairs(ids, ids, False, NO_DIAGONAL, excluded=0)
     backend = choose_backend(z.device.type, z.dtype)
     if backend == "reference":
-        loss, unpaired = reference(z, ids, scale, reduction)
+        loss, unpaired = reference(z, pairs, scale, reduction)
     else:
-        loss, unpaired = softmax_contrastive(
-            z, None, scale, ids, None, excluded=0, reduction=reduction, backend=backend
-        )
+        loss, unpaired = softmax_contrastive(z, None, scale, pairs, reduction=reduction, backend=backend)
     return (loss, unpaired) if return_unpaired else loss
 
 
-def reference(z: Tensor, ids: Tensor, scale: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+def reference(z: Tensor, pairs: Pairs, scale: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """The definition: dense, differentiable any number of times, in fp32 or float64."""
     dtype = _checks.accumulation_dtype(z.dtype)
     with _checks.without_autocast(z):
         logits = scale * (z.to(dtype) @ z.to(dtype).t())
-        masks = Pairs(ids, ids, False, NO_DIAGONAL, 0).masks(logits.shape, z.device)
-        losses, paired = dense_losses(logits, *masks)
+        losses, paired = dense_losses(logits, *pairs.masks(logits.shape, z.device))
         return reduce_losses(losses, paired, reduction), (~paired).sum()

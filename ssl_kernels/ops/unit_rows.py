@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_kernels.ops._checks import accumulation_dtype
+from ssl_kernels.ops import _checks
+from ssl_kernels.ops._op import Op
+from ssl_kernels.ops.contrastive import no_double_backward
+from ssl_kernels.ops.dino import unit_stride
+from ssl_kernels.settings import choose_backend
+
+_EPS = 1e-12  # the least norm
 
 
 def unit_rows(z: Tensor) -> Tensor:
@@ -13,4 +23,88 @@ def unit_rows(z: Tensor) -> Tensor:
 
     In float16 the least norm, 1e-12, is 0, and the norm of a row may exceed the largest number.
     """
-    return F.normalize(z.to(accumulation_dtype(z.dtype)), dim=-1).to(z.dtype)
+    return F.normalize(z.to(_checks.accumulation_dtype(z.dtype)), dim=-1, eps=_EPS).to(z.dtype)
+
+
+def fused_unit_rows(z0: Tensor, z1: Tensor | None = None) -> Tensor:
+    """The same of rows [M, D], one below the other, for losses that support no double backward, either.
+
+    On a CPU one pass each way makes them, as fp32 that was rounded to the dtype of z: a gradient is rounded once.
+    """
+    if choose_backend(z0.device.type, z0.dtype) == "cpu":
+        other = z0[:0] if z1 is None else z1
+        _checks.check_transforms(z0, other)
+        rows: Tensor = _op(Arguments(z0, other))[0]
+        return rows
+    if z1 is None:
+        return unit_rows(z0)
+    with _checks.without_autocast(z0):  # which has no rule for fp16 beside bf16
+        return torch.cat([unit_rows(z0), unit_rows(z1)])
+
+
+class Arguments(NamedTuple):
+    z0: Tensor
+    z1: Tensor
+
+
+def _forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    rows, norm = _fake(a)
+    torch.ops.ssl_kernels.unit_rows_([unit_stride(z) for z in a], _EPS, rows, norm)
+    return rows, norm
+
+
+def _fake(a: Arguments) -> tuple[Tensor, Tensor]:
+    """The unit rows, and the norms that their gradient takes."""
+    count = a.z0.shape[0] + a.z1.shape[0]
+    new = functools.partial(a.z0.new_empty, dtype=torch.float32)
+    return new(count, a.z0.shape[1]), new(count)
+
+
+def _setup_context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor]) -> None:
+    _, norm = output
+    ctx.mark_non_differentiable(norm)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*a, norm)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return None, None
+    gradients = _gradient(Gradient(upstream, *ctx.saved_tensors))
+    return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+class Gradient(NamedTuple):
+    upstream: Tensor
+    z0: Tensor
+    z1: Tensor
+    norm: Tensor
+
+
+def _gradient_forward(a: Gradient) -> tuple[Tensor, Tensor]:
+    gradients, z = _gradient_fake(a), [unit_stride(a.z0), unit_stride(a.z1)]
+    torch.ops.ssl_kernels.unit_rows_gradient_(a.upstream.contiguous(), z, a.norm, _EPS, gradients)
+    return gradients
+
+
+def _gradient_fake(a: Gradient) -> tuple[Tensor, Tensor]:
+    return a.z0.new_empty(a.z0.shape), a.z1.new_empty(a.z1.shape)
+
+
+_op = Op(
+    "unit_rows",
+    Arguments,
+    "(Tensor rows, Tensor norm)",
+    forward=_forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_gradient = Op(
+    "unit_rows_gradient",
+    Gradient,
+    "(Tensor, Tensor)",
+    forward=_gradient_forward,
+    fake=_gradient_fake,
+    backward=no_double_backward,
+)

@@ -1,0 +1,71 @@
+// CPU tensors in, the torch-free kernels underneath, torch's own thread pool across rows.
+#include "../cpu/unit_rows.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../checks.h"
+
+using torch::stable::Tensor;
+
+namespace {
+
+// Of the rows of `z`, whose unit rows and norms start at row `first` of those of all.
+sslk::UnitRows make_job(const Tensor& z, double eps, const Tensor& unit, const Tensor& norm, int64_t first) {
+  sslk::UnitRows job{};
+  job.type = sslk::check_features(z, "z", 2);
+  job.z = z.const_data_ptr();
+  job.rows = z.size(0);
+  job.width = z.size(1);
+  job.stride = z.stride(0);
+  job.eps = static_cast<float>(eps);
+  sslk::check_tensor(unit, "unit", torch::headeronly::ScalarType::Float, 2);
+  STD_TORCH_CHECK(unit.is_contiguous() && unit.size(1) == job.width && unit.size(0) >= first + job.rows,
+                  "unit: expected a contiguous matrix of the rows of z");
+  job.norm = sslk::output_data(norm, "norm", unit.size(0)) + first;
+  job.unit = unit.mutable_data_ptr<float>() + first * job.width;
+  return job;
+}
+
+template <typename Rows>
+void over_rows(const sslk::UnitRows& job, Rows rows) {
+  const sslk::Isa isa = sslk::active_isa();
+  const int64_t elements_per_task = 16384;  // a few us of work, so that small batches stay on one thread
+  torch::stable::parallel_for(0, job.rows, elements_per_task / (job.width > 0 ? job.width : 1) + 1,
+                              [&](int64_t begin, int64_t end) { rows(job, begin, end, isa); });
+}
+
+void unit_rows_cpu(std::vector<Tensor> z, double eps, Tensor unit, Tensor norm) {
+  int64_t first = 0;
+  for (const Tensor& rows : z) {
+    over_rows(make_job(rows, eps, unit, norm, first), sslk::unit_rows);
+    first += rows.size(0);
+  }
+}
+
+void unit_rows_gradient_cpu(Tensor upstream, std::vector<Tensor> z, Tensor norm, double eps,
+                            std::vector<Tensor> gradients) {
+  STD_TORCH_CHECK(z.size() == gradients.size(), "gradients: expected ", z.size(), ", got ", gradients.size());
+  int64_t first = 0;
+  for (size_t i = 0; i < z.size(); ++i) {
+    sslk::UnitRows job = make_job(z[i], eps, upstream, norm, first);
+    STD_TORCH_CHECK(sslk::check_features(gradients[i], "gradients", 2) == job.type && gradients[i].is_contiguous() &&
+                        gradients[i].size(0) == job.rows && gradients[i].size(1) == job.width,
+                    "gradients: expected contiguous tensors of the dtypes and shapes of z");
+    job.gradient = gradients[i].mutable_data_ptr();
+    over_rows(job, sslk::unit_rows_gradient);
+    first += job.rows;
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
+  m.def("unit_rows_(Tensor[] z, float eps, Tensor(a!) unit, Tensor(b!) norm) -> ()");
+  m.def("unit_rows_gradient_(Tensor upstream, Tensor[] z, Tensor norm, float eps, Tensor(a!)[] gradients) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {
+  m.impl("unit_rows_", TORCH_BOX(&unit_rows_cpu));
+  m.impl("unit_rows_gradient_", TORCH_BOX(&unit_rows_gradient_cpu));
+}

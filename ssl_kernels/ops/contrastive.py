@@ -1,0 +1,161 @@
+"""What the losses over a matrix of similarities share: which pairs are what, and the way from loss to gradients.
+
+The forward pass makes sums over the tiles, which are the gradients but for two factors that wait for the upstream
+gradient: a unit of all of them, and the scale in those of the features. For ``reduction="none"`` the weight of each row
+is known only in the backward pass, which then visits the tiles again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl_kernels.ops._op import Op
+
+NO_DIAGONAL = 2**62  # a diagonal that meets no tile
+
+
+class Pairs(NamedTuple):
+    """What the pairs of a tile are: ids of its rows and columns, and its diagonals, counted from its corner.
+
+    (i, i + positive) is a positive pair, and so are pairs of equal ids, unless ``ignore_same_id`` leaves these out;
+    (i, i + excluded) is left out whatever else it is.
+    """
+
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    ignore_same_id: bool
+    positive: int
+    excluded: int
+
+    def part(self, row: int, rows: int, col: int, cols: int) -> Pairs:
+        """Of so many rows from ``row`` on, and so many columns from ``col`` on."""
+        row_ids = None if self.row_ids is None else self.row_ids[row : row + rows]
+        col_ids = None if self.col_ids is None else self.col_ids[col : col + cols]
+        shift = row - col
+        return Pairs(row_ids, col_ids, self.ignore_same_id, self.positive + shift, self.excluded + shift)
+
+    def masks(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which pairs are positive, and which are left out."""
+        row, col = (torch.arange(size, device=device) for size in shape)
+        diagonal = col[None, :] - row[:, None]
+        positive, ignored = diagonal == self.positive, diagonal == self.excluded
+        if self.row_ids is not None and self.col_ids is not None:
+            same = self.row_ids[:, None] == self.col_ids[None, :]
+            if self.ignore_same_id:
+                ignored = ignored | (same & ~positive)
+            else:
+                positive = positive | same
+        return positive & ~ignored, ignored
+
+
+class Result(NamedTuple):
+    """Of the forward pass. Gradients that are not wanted are empty, or any number."""
+
+    loss: Tensor
+    dx: Tensor  # as dy but for the factor scale
+    dy: Tensor
+    scalars: Tensor  # [3]: the derivatives by scale and by bias, and the unit of all derivatives
+
+
+RESULT = "Tensor loss, Tensor dx, Tensor dy, Tensor scalars"
+
+
+def weighted_sums(stats: Tensor, row_weight: Tensor | None, divisor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of stats [M, 3], or [M, 1], times ``row_weight`` [M]: the sum of the first column over the divisor, which is the
+    loss; and the sums of the others, with one over the divisor as the unit of derivatives."""
+    loss, scalars = stats.new_empty((), dtype=dtype), stats.new_empty(3, dtype=dtype)
+    if stats.device.type == "cpu" and dtype == torch.float32:
+        weight = None if row_weight is None else row_weight.contiguous()
+        torch.ops.ssl_kernels.weighted_sums_(stats, weight, divisor, loss, scalars)
+        return loss, scalars
+    sums = (stats if row_weight is None else stats * row_weight[:, None]).sum(0)
+    loss.copy_(sums[0] / divisor)
+    scalars.fill_(1 / max(divisor, 1))[: len(sums) - 1] = sums[1:]
+    return loss, scalars
+
+
+def setup_context(ctx: Any, arguments: Any, output: tuple[Tensor, ...]) -> None:
+    """Of an op whose arguments have x, y or None, scale, row_weight and reduction, and whose output starts as a Result.
+
+    What follows there is no function of the arguments; the gradients are, so that differentiating them meets an error.
+    """
+    ctx.mark_non_differentiable(*output[4:])
+    ctx.set_materialize_grads(False)
+    ctx.dtype, ctx.fields = arguments.x.dtype, arguments._fields
+    ctx.again = None
+    if arguments.reduction == "none":
+        tensors = {name: value for name, value in arguments._asdict().items() if isinstance(value, Tensor)}
+        ctx.again, ctx.names = arguments._replace(**dict.fromkeys(tensors), reduction="sum"), list(tensors)
+        ctx.save_for_backward(*tensors.values())
+    else:
+        ctx.save_for_backward(arguments.scale, *output[1:4])
+
+
+def backward(op: Any, ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Of such an op."""
+    if upstream is None:
+        return (None,) * len(ctx.fields)
+    if ctx.again is None:
+        scale, dx, dy, scalars = ctx.saved_tensors
+    else:
+        tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        _, dx, dy, scalars, *_ = op(ctx.again._replace(**tensors | {"row_weight": upstream}))
+        scale, upstream = tensors["scale"], None
+    found = finish_gradients(Finish(upstream, scale, scalars, dx, dy, ctx.dtype))
+    gradients = dict(zip(("x", "y", "scale", "bias"), found, strict=True))
+    return tuple(
+        gradients.get(name) if needed else None for name, needed in zip(ctx.fields, ctx.needs_input_grad, strict=True)
+    )
+
+
+class Finish(NamedTuple):
+    """What is left of a Result, to be multiplied by the unit and the upstream gradient; dx and dy by the scale, too."""
+
+    upstream: Tensor | None  # None is 1
+    scale: Tensor
+    scalars: Tensor
+    dx: Tensor
+    dy: Tensor
+    dtype: torch.dtype  # of the gradients of x and y, to which they are cast last
+
+
+def _finish(a: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(a)
+    if a.dx.device.type == "cpu" and a.dx.dtype == torch.float32:
+        torch.ops.ssl_kernels.finish_gradients_(*a[:5], *gradients)
+        return gradients
+    dscale, dbias, unit = a.scalars
+    shared = unit if a.upstream is None else a.upstream * unit
+    dx, dy, *scalars = gradients
+    torch.mul(a.dx, shared * a.scale, out=dx)
+    torch.mul(a.dy, shared * a.scale, out=dy)
+    for gradient, derivative in zip(scalars, (dscale, dbias), strict=True):
+        torch.mul(derivative, shared, out=gradient)
+    return gradients
+
+
+def _empty_gradients(a: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dy = (t.new_empty(t.shape, dtype=a.dtype) for t in (a.dx, a.dy))
+    return dx, dy, torch.empty_like(a.scale), torch.empty_like(a.scale)
+
+
+def no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "ssl_kernels: the gradient of a fused loss cannot be differentiated again; "
+        "for double backward run the loss inside `with ssl_kernels.use_backend('reference'):`"
+    )
+
+
+# An op of its own, so that differentiating a gradient again meets an error instead of a wrong result.
+finish_gradients = Op(
+    "finish_gradients",
+    Finish,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    forward=_finish,
+    fake=_empty_gradients,
+    backward=no_double_backward,
+)
