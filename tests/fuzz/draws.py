@@ -21,6 +21,7 @@ class Call:
     op: str
     seed: int
     number: int
+    calm: bool
     arguments: dict[str, Any]
     differentiable: tuple[str, ...]  # all arguments that a gradient can flow to
     wanted: tuple[str, ...]  # those of them whose gradient is asked for
@@ -56,7 +57,7 @@ def draw(op: str, seed: int, number: int, *, calm: bool = False) -> Call:
     possible = tuple(name for name in tensors_of(arguments) if name.partition("[")[0] in differentiable)
     wanted = possible if calm else tuple(name for name in possible if d.chance(0.7))
     return Call(
-        op, seed, number, arguments, possible, wanted, rows,
+        op, seed, number, calm, arguments, possible, wanted, rows,
         upstream="normal" if calm else d.pick("one", "normal", "normal", "stepped", "expanded", "some zero"),
         features=d.dtype,
         dtype=torch.float64 if d.arithmetic == torch.float64 else torch.float32,
@@ -140,10 +141,9 @@ class Draw:
         kind = "tensor" if self.calm else self.pick("float", "tensor", "tensor", "vector")
         if kind == "float":
             return value
-        dtypes = [torch.float32, torch.float64] + [torch.bfloat16, torch.float16] * (1e-3 < abs(value) < 6e4)
-        return torch.full(
-            (1,) if kind == "vector" else (), value, dtype=torch.float32 if self.calm else self.pick(*dtypes)
-        )
+        dtypes = DTYPES if 1e-3 < abs(value) < 6e4 else (torch.float32, torch.float64)
+        dtype = torch.float32 if self.calm else self.pick(*dtypes)
+        return torch.full((1,) if kind == "vector" else (), value, dtype=dtype)
 
     def logit(self) -> float:
         """The size of the logits."""
@@ -151,9 +151,12 @@ class Draw:
             return self.power(0, 1)
         return self.power(2, 5) if self.chance(0.1) else self.power(-2, 2)
 
+    def magnitude(self, most: float = 2) -> float:
+        return 1.0 if self.calm or self.chance(0.5) else self.power(-most, most)
+
     def contrast(self) -> tuple[float, float, float]:
         """Norms of x and y, and the scale of their products."""
-        x, y = (1.0, 1.0) if self.calm or self.chance(0.5) else (self.power(-2, 2), self.power(-2, 2))
+        x, y = self.magnitude(), self.magnitude()
         return x, y, self.logit() / (x * y)
 
     def ids(self, *sizes: int) -> list[Tensor | None]:
@@ -162,9 +165,8 @@ class Draw:
             return [None] * len(sizes)
         found = []
         for size in sizes:
-            ids = torch.randint(
-                0, {"few": 3, "high bits": 3, "same": 1}.get(kind, 10**9), (size,), generator=self.generator
-            )
+            most = {"same": 1, "distinct": 10**9}.get(kind, 3)
+            ids = torch.randint(0, most, (size,), generator=self.generator)
             ids = ids * 2**40 - 7 if kind == "high bits" else ids
             found.append(ids.repeat_interleave(2)[::2] if self.chance(0.3) else ids)
         return found
@@ -183,14 +185,14 @@ Drawn = tuple[dict[str, Any], Sequence[str], dict[str, int]]
 def pairs_of_features(d: Draw) -> tuple[dict[str, Any], dict[str, int]]:
     rows, width = d.size(), d.width()
     cols = rows if d.calm or d.chance(0.5) else d.width()
-    x_size, y_size, scale = d.contrast()
+    x_size, y_size = (d.magnitude(2 if d.dtype == torch.float16 else 8) for _ in range(2))
     x = d.matrix(rows, width, size=x_size)
     offset = 0 if d.chance(0.6) else d.pick(1, -1) if d.calm else d.pick(1, -1, rows, -cols, rows // 2, 2**40, -(2**62))
     x_ids, y_ids = d.ids(rows, cols)
     arguments = {
         "x": x,
         "y": d.matrix(cols, width, size=y_size, near=x),
-        "scale": d.scalar(scale),
+        "scale": d.scalar(d.logit() / (x_size * y_size)),
         "x_ids": x_ids,
         "y_ids": y_ids,
         "same_id": d.pick("positive", "ignore"),
@@ -200,39 +202,33 @@ def pairs_of_features(d: Draw) -> tuple[dict[str, Any], dict[str, int]]:
     return arguments, dict.fromkeys(("x", "y", "x_ids", "y_ids") if together else (), 0)
 
 
-def sigmoid(d: Draw) -> Drawn:
+def sigmoid_contrastive_loss(d: Draw) -> Drawn:
     arguments, rows = pairs_of_features(d)
     bias = d.scalar(d.pick(-10.0, 0.0, d.random.gauss(0, 3)))
     return {**arguments, "bias": bias, "reduction": d.pick(*REDUCTIONS)}, ("x", "y", "scale", "bias"), rows
 
 
-def clip(d: Draw) -> Drawn:
+def clip_loss(d: Draw) -> Drawn:
     arguments, rows = pairs_of_features(d)
-    return (
-        {
-            **arguments,
-            "label_smoothing": d.pick(0.0, 0.0, 0.1, 1.0, d.random.random()),
-            "reduction": d.pick(*REDUCTIONS if rows else REDUCTIONS[:2]),
-        },
-        ("x", "y", "scale"),
-        rows,
-    )
+    arguments["label_smoothing"] = d.pick(0.0, 0.0, 0.1, 1.0, d.random.random())
+    arguments["reduction"] = d.pick(*REDUCTIONS if rows else REDUCTIONS[:2])
+    return arguments, ("x", "y", "scale"), rows
 
 
-def nt_xent(d: Draw) -> Drawn:
+def nt_xent_loss(d: Draw) -> Drawn:
     rows, width = d.size(), d.width(1)
-    z0 = d.matrix(rows, width, size=1 if d.calm else d.power(-2, 2))
+    z0 = d.matrix(rows, width, size=d.magnitude())
     arguments = {"z0": z0, "z1": d.matrix(rows, width, near=z0), "temperature": d.scalar(1 / d.logit())}
-    return {**arguments, "reduction": d.pick(*REDUCTIONS[:2])}, ("z0", "z1", "temperature"), {"z0": 0, "z1": 0}
+    return {**arguments, "reduction": d.pick(*REDUCTIONS)}, ("z0", "z1", "temperature"), {"z0": 0, "z1": 0}
 
 
-def sup_con(d: Draw) -> Drawn:
-    size, _, scale = d.contrast()
+def sup_con_loss(d: Draw) -> Drawn:
+    size = d.magnitude(2 if d.dtype == torch.float16 else 8)
     z = d.matrix(d.size(), d.width(), size=size)
     ids = d.ids(len(z))[0]
     ids = torch.arange(len(z)) // 2 if ids is None else ids
-    scale = scale * (1 if size == 1 else 1 / size)
-    arguments = {"z": z, "ids": ids, "temperature": d.scalar(1 / scale), "reduction": d.pick(*REDUCTIONS)}
+    temperature = d.scalar(size**2 / d.logit())
+    arguments = {"z": z, "ids": ids, "temperature": temperature, "reduction": d.pick(*REDUCTIONS)}
     return {**arguments, "return_unpaired": d.chance(0.5)}, ("z", "temperature"), {"z": 0, "ids": 0}
 
 
@@ -244,7 +240,7 @@ def key_softmax(d: Draw) -> Drawn:
     return arguments, ("query", "scale"), {"query": 0}
 
 
-def info_nce(d: Draw) -> Drawn:
+def info_nce_loss(d: Draw) -> Drawn:
     rows, width, (query_size, key_size, scale) = d.size(), d.width(), d.contrast()
     query = d.matrix(rows, width, size=query_size)
     arguments = {
@@ -257,7 +253,7 @@ def info_nce(d: Draw) -> Drawn:
     return arguments, ("query", "positive", "scale"), {"query": 0, "positive": 0}
 
 
-def albef(d: Draw) -> Drawn:
+def albef_contrastive_loss(d: Draw) -> Drawn:
     rows, width, (size, key_size, scale) = d.size(), d.width(), d.contrast()
     batch = {name: d.matrix(rows, width, size=size) for name in ("image", "text")}
     batch |= {f"{name}_momentum": d.matrix(rows, width, size=key_size, near=batch[name]) for name in ("image", "text")}
@@ -302,7 +298,7 @@ def distillation(d: Draw, teacher_shape: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def dino(d: Draw) -> Drawn:
+def dino_loss(d: Draw) -> Drawn:
     samples, width = d.size(), d.width(1)
     crops, teachers = d.pick(1, 2, 3, 4, 6), d.pick(1, 2, 2, 3)
     student = logits(d, crops, samples, width)
@@ -316,7 +312,7 @@ def dino(d: Draw) -> Drawn:
     return {"student": list(student) if form == "crops" else [student[0], student[1:]], **arguments}, ("student",), {}
 
 
-def ibot(d: Draw) -> Drawn:
+def ibot_patch_loss(d: Draw) -> Drawn:
     shape = d.size(), d.width(1)
     arguments = {"student": logits(d, *shape), **distillation(d, shape)}
     arguments["weights"] = None if d.chance(0.4) else d.lay_out(d.normal(shape[0]).abs().to(d.other_dtype()))
@@ -324,7 +320,7 @@ def ibot(d: Draw) -> Drawn:
     return arguments, ("student",), {"student": 0, "teacher": 0, "weights": 0}
 
 
-def assignment(d: Draw) -> Drawn:
+def sinkhorn_center(d: Draw) -> Drawn:
     shape = [d.size() for _ in range(d.pick(1, 1, 2))] if not d.calm else [d.size()]
     teacher = logits(d, *(min(n, 65) for n in shape), d.width(1))
     temp = d.scalar(d.pick(0.04, 1.0, d.power(-0.5 if d.calm else -3, 1)))
@@ -332,17 +328,17 @@ def assignment(d: Draw) -> Drawn:
     return {"teacher": teacher, "teacher_temp": temp, "n_iterations": d.pick(1, 2, 3, 3, 6)}, (), rows
 
 
-def centered(d: Draw) -> Drawn:
-    arguments, _, rows = assignment(d)
+def centered_softmax(d: Draw) -> Drawn:
+    arguments, _, rows = sinkhorn_center(d)
     del arguments["n_iterations"]
     width = arguments["teacher"].shape[-1]
     center = None if d.chance(0.4) else d.normal(*d.pick((width,), (1, width))).to(d.other_dtype())
     return {**arguments, "center": center}, (), rows
 
 
-def koleo(d: Draw) -> Drawn:
+def koleo_loss(d: Draw) -> Drawn:
     for attempt in range(30):
-        x = d.matrix(d.size(2) if attempt < 29 else 2, d.width(1), size=1 if d.calm else d.power(-2, 2))
+        x = d.matrix(d.size(2) if attempt < 29 else 2, d.width(1), size=d.magnitude())
         if not d.calm and d.chance(0.2):
             x = torch.cat([x[:1], x])  # as near as can be
         u = torch.nn.functional.normalize(x.double())
@@ -354,7 +350,7 @@ def koleo(d: Draw) -> Drawn:
     return arguments, ("x",), {"x": 0} if len(x) > 2 else {}
 
 
-def two_views(d: Draw) -> dict[str, Tensor]:
+def two_views(d: Draw) -> dict[str, Any]:
     rows, width = d.size(2), d.size(1)
     spread = 1.0 if d.calm else 10 ** (2 * torch.rand(width, generator=d.generator) - 1)
     mean = 0 if d.calm or d.chance(0.7) else 100 * d.normal(width)
@@ -365,33 +361,28 @@ def two_views(d: Draw) -> dict[str, Tensor]:
     return {name: d.lay_out((z * spread + mean).to(d.dtype)) for name, z in (("za", za), ("zb", zb))}
 
 
-def vicreg(d: Draw) -> Drawn:
+def vicreg_loss(d: Draw) -> Drawn:
     views = two_views(d)
-    weights = {
-        f"{name}_weight": d.pick(25.0, 1.0, 0.0 if not d.calm else 2.0)
-        for name in ("invariance", "variance", "covariance")
-    }
-    return {**views, **weights, "eps": d.pick(1e-4, 1e-2)}, ("za", "zb"), {"za": 0, "zb": 0}
+    for name in ("invariance_weight", "variance_weight", "covariance_weight"):
+        views[name] = d.pick(25.0, 1.0, 0.0 if not d.calm else 2.0)
+    return {**views, "eps": d.pick(1e-4, 1e-2)}, ("za", "zb"), {"za": 0, "zb": 0}
 
 
-def barlow_twins(d: Draw) -> Drawn:
-    return (
-        {**two_views(d), "lambda_param": d.pick(5e-3, 1.0, 0.0 if not d.calm else 2.0)},
-        ("za", "zb"),
-        {"za": 0, "zb": 0},
-    )
+def barlow_twins_loss(d: Draw) -> Drawn:
+    arguments = {**two_views(d), "lambda_param": d.pick(5e-3, 1.0, 0.0 if not d.calm else 2.0)}
+    return arguments, ("za", "zb"), {"za": 0, "zb": 0}
 
 
-def ema_update(d: Draw) -> Drawn:
+def ema_update_(d: Draw) -> Drawn:
     targets, sources, copies = [], [], []
     for _ in range(d.pick(1, 2, 3) if d.calm else d.pick(0, 1, 1, 2, 5)):
         shape = [d.size() for _ in range(d.pick(1, 1, 2))] + [d.pick(1, 3)] * d.chance(0.2)
-        target, source, copy = (
-            d.lay_out(d.normal(*shape).to(d.other_dtype()), writable=w) for w in (True, False, True)
-        )
+        target, source, copy = (d.normal(*shape).to(d.other_dtype()) for _ in range(3))
+        target = d.lay_out(target, writable=True)
+        source = target if not d.calm and d.chance(0.05) else d.lay_out(source)
         targets.append(target)
-        sources.append(target if not d.calm and d.chance(0.05) else source)
-        copies.append(None if d.chance(0.4) else copy)
+        sources.append(source)
+        copies.append(None if d.chance(0.4) else d.lay_out(copy, writable=True))
     m = d.pick(0.996, 0.5, d.random.random(), *(() if d.calm else (0.0, 1.0)))
     if any(t.dtype != torch.float64 for t in (*targets, *sources)):
         d.narrow()
@@ -399,7 +390,7 @@ def ema_update(d: Draw) -> Drawn:
     return {**arguments, "copies": None if d.chance(0.3) else copies}, (), {}
 
 
-def enqueue(d: Draw) -> Drawn:
+def enqueue_(d: Draw) -> Drawn:
     size, width = d.width(1), d.width(1)
     wide = d.matrix(size, width + d.pick(0, 0, 3)).contiguous()
     queue = wide[:, :width]
@@ -413,21 +404,11 @@ def enqueue(d: Draw) -> Drawn:
 
 
 DRAWS: dict[str, Callable[[Draw], Drawn]] = {
-    "albef_contrastive_loss": albef,
-    "barlow_twins_loss": barlow_twins,
-    "centered_softmax": centered,
-    "clip_loss": clip,
-    "dino_loss": dino,
-    "ema_update_": ema_update,
-    "enqueue_": enqueue,
-    "ibot_patch_loss": ibot,
-    "info_nce_loss": info_nce,
-    "key_softmax": key_softmax,
-    "koleo_loss": koleo,
-    "nt_xent_loss": nt_xent,
-    "sigmoid_contrastive_loss": sigmoid,
-    "sinkhorn_center": assignment,
-    "sinkhorn_knopp": assignment,
-    "sup_con_loss": sup_con,
-    "vicreg_loss": vicreg,
-}
+    f.__name__: f
+    for f in (
+        albef_contrastive_loss, barlow_twins_loss, centered_softmax, clip_loss, dino_loss, ema_update_, enqueue_,
+        ibot_patch_loss, info_nce_loss, key_softmax, koleo_loss, nt_xent_loss, sigmoid_contrastive_loss,
+        sinkhorn_center, sup_con_loss, vicreg_loss,
+    )
+}  # fmt: skip
+DRAWS["sinkhorn_knopp"] = sinkhorn_center

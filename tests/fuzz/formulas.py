@@ -43,7 +43,7 @@ def log_sum_exp(z: Tensor, counted: Tensor) -> Tensor:
     z = torch.cat([z.masked_fill(~counted, -torch.inf), z.new_full((len(z), 1), -torch.inf)], 1)
     top = z.detach().amax(1)
     top = top.masked_fill(top == -torch.inf, 0)
-    return top + rounded(torch.exp(z - top[:, None])).sum(1).log()
+    return rounded(top + rounded(rounded(torch.exp(z - top[:, None])).sum(1)).log())
 
 
 def cross_entropy(z: Tensor, positive: Tensor, counted: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,8 @@ def sigmoid_contrastive_loss(
     z = rounded(rounded(number(scale) * product(x, y.t())) + number(bias))
     positive, counted = find_pairs(z.shape, offset, x_ids, y_ids, same_id)
     z = torch.where(positive, -z, z).masked_fill(~counted, -torch.inf)
-    return reduce(rounded(torch.logaddexp(z, torch.zeros_like(z))).sum(1), reduction)
+    losses = rounded(torch.logaddexp(z, torch.zeros_like(z)))
+    return reduce(rounded(losses.sum(1)), reduction)
 
 
 def clip_loss(

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from fuzz.draws import Call, tensors_of
+from fuzz.draws import Call, draw, tensors_of
 from fuzz.formulas import FORMULAS
 from fuzz.rounding import rounding
 from torch import Tensor
@@ -151,17 +151,19 @@ def compare(call: Call, found: Results, exact: Results, bounds: dict[str, float]
 
 
 def check(call: Call) -> None:
+    """The op against its formula."""
     exact = theirs(call)
     wrong = compare(call, ours(call), exact, allowed(call, exact))
     assert not wrong, complaint(call, wrong)
 
 
 def complaint(call: Call, wrong: list[str]) -> str:
-    again = f"check(draw({call.op!r}, {call.seed}, {call.number}))"
-    return "\n".join(
-        [str(call), *wrong, f"Again: from fuzz.draws import draw; from fuzz.harness import check; {again}"]
-    )
+    again = f"check(draw({call.op!r}, {call.seed}, {call.number}, calm={call.calm}))"
+    return "\n".join([str(call), *wrong, f"Again: from fuzz.harness import check, draw; {again}"])
 
 
 def same_bits(a: Results, b: Results) -> bool:
     return list(a) == list(b) and all(torch.equal(a[n].nan_to_num(1.5), b[n].nan_to_num(1.5)) for n in a)
+
+
+__all__ = ["allowed", "check", "compare", "complaint", "draw", "ours", "same_bits", "theirs"]
