@@ -118,8 +118,7 @@ def allowed(call: Call, exact: Results) -> dict[str, float]:
     for noise in range(1, 1 + NOISY):
         for name, t in theirs(call, noise).items():
             error = (t.double() - exact[name].double())[exact[name].isfinite()]
-            factor = FACTOR[call.dtype] * (2 if t.numel() == 1 else 1)  # a single number may be near by luck
-            bounds[name] = max(bounds[name], factor * error.norm().item())
+            bounds[name] = max(bounds[name], FACTOR[call.dtype] * error.norm().item())
     return bounds
 
 

@@ -6,7 +6,7 @@ by ``rounded`` and ``product``. Inside ``rounding`` these change their results b
 down at random, and so do they the gradients that pass through them; outside they do nothing. What comes out is as far
 from the exact result as an implementation is that rounds at every step, and cannot average its errors.
 
-    rounded(t)      t (1 + u s), a sign s for each element and one for all: approximations of exp err to one side
+    rounded(t)      t (1 + u (s + s_i / 2)), a sign for all and one for each: approximations of exp err to one side
     product(a, b)   errors of a sum of K products of random signs: u sqrt(K) |a_i| |b_j|, and at least 2 u |a_i| |b_j|
 """
 
@@ -54,7 +54,7 @@ def _signs(*shape: int) -> Tensor:
 
 
 def _perturb(t: Tensor, unit: float) -> Tensor:
-    return t * (1 + unit * (_signs(1) + _signs(*t.shape)).reshape(t.shape))
+    return t * (1 + unit * (_signs(1) + _signs(*t.shape) / 2).reshape(t.shape))  # never by nothing
 
 
 def _perturbed_product(a: Tensor, b: Tensor, unit: float) -> Tensor:
