@@ -2,11 +2,11 @@
 
 How far a loss in float32 may be from its formula depends on how well it is conditioned: at a logit of 1,000, float32
 knows a probability to 6e-5. Instead of a bound for each op, each formula says where a computation in float32 rounds,
-by ``rounded`` and ``product``. Inside ``rounding`` these change their results by one unit in the last place, up or
+by ``rounded`` and ``product``. Inside ``rounding`` these change their results by a unit or two in the last place, up or
 down at random, and so do they the gradients that pass through them; outside they do nothing. What comes out is as far
 from the exact result as an implementation is that rounds at every step, and cannot average its errors.
 
-    rounded(t)      t (1 + u (s + s_i / 2)), a sign for all and one for each: approximations of exp err to one side
+    rounded(t)      t (1 + u (1.5 s + s_i)), a sign for all, as approximations of exp err to one side, and one for each
     product(a, b)   errors of a sum of K products of random signs: u sqrt(K) |a_i| |b_j|, and at least 2 u |a_i| |b_j|
 """
 
@@ -54,7 +54,7 @@ def _signs(*shape: int) -> Tensor:
 
 
 def _perturb(t: Tensor, unit: float) -> Tensor:
-    return t * (1 + unit * (_signs(1) + _signs(*t.shape) / 2).reshape(t.shape))  # never by nothing
+    return t * (1 + unit * (1.5 * _signs(1) + _signs(*t.shape)).reshape(t.shape))  # never by nothing
 
 
 def _perturbed_product(a: Tensor, b: Tensor, unit: float) -> Tensor:
