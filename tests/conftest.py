@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=150)  # of make test-all
 settings.load_profile("default")
 
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from contrastive import BACKENDS, FUSED, HALF_EPS, distance, dtypes, lay_out, layouts, unit_rows, workspaces_mb
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb, saved_bytes
 from torch import Tensor
@@ -65,7 +64,6 @@ ONE = torch.ones(())
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
-@hypothesis_settings(max_examples=100)
 @given(
     rows=st.integers(1, 30),
     queued=st.integers(0, 60),

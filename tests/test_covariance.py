@@ -15,7 +15,6 @@ import pytest
 import torch
 from contrastive import BACKENDS, FUSED, HALF_EPS, distance, dtypes, lay_out, layouts
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb, saved_bytes
 from torch import Tensor
@@ -64,7 +63,6 @@ def oracle(loss: Callable[..., Tensor], za: Tensor, zb: Tensor, upstream: float 
 # ---- the squares off the diagonal
 
 
-@hypothesis_settings(max_examples=100)
 @given(
     rows=st.integers(1, 40),
     width=st.integers(1, 60),
@@ -135,7 +133,6 @@ def test_neither_matrix_is_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> N
 @each_loss
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
-@hypothesis_settings(max_examples=80)
 @given(
     rows=st.integers(3, 40),
     width=st.integers(1, 60),

@@ -25,7 +25,6 @@ from distillation import (
     plain,
 )
 from hypothesis import assume, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb, saved_bytes
 from torch import Tensor
@@ -40,7 +39,6 @@ from ssl_kernels.ops.dino import _dino, _scale_gradient
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
-@hypothesis_settings(max_examples=120)
 @given(
     crops=st.integers(1, 5),
     teacher_crops=st.integers(1, 4),

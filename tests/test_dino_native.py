@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 native = pytest.importorskip("ssl_kernels._native", reason="the wheel was built by another version of Python")
@@ -65,7 +64,6 @@ def definition(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=100)
 @given(
     crops=st.integers(1, 4),
     teacher_crops=st.integers(1, 4),
@@ -125,7 +123,6 @@ def test_the_streamed_gradient_is_the_same(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=100)
 @given(
     rows=st.integers(1, 20),
     width=widths,

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 native = pytest.importorskip("ssl_kernels._native", reason="the wheel was built by another version of Python")
@@ -35,7 +34,6 @@ entries = st.tuples(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=100)
 @given(
     drawn=st.lists(entries, max_size=6),
     momentum=st.one_of(st.sampled_from([0.0, 0.999, 1.0]), st.floats(0, 1)),

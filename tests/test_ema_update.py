@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb
 from torch import Tensor, nn
@@ -57,7 +56,6 @@ momenta = st.one_of(st.sampled_from([0.0, 0.5, 0.999, 0.9999, 1.0]), st.floats(0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@hypothesis_settings(max_examples=150)
 @given(
     drawn=st.lists(entries, max_size=6), m=momenta, as_tensor=st.booleans(), double=st.booleans(),
     size=st.sampled_from([1e-3, 1.0, 1e3]), seed=st.integers(0, 2**16),

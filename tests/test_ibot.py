@@ -10,7 +10,6 @@ import torch
 from contrastive import HALF_EPS, distance, dtypes, workspaces_mb
 from distillation import BACKENDS, FUSED, lay_out, layouts
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb, saved_bytes
 from torch import Tensor
@@ -49,7 +48,6 @@ def patches(rows: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
-@hypothesis_settings(max_examples=100)
 @given(
     rows=st.integers(1, 12),
     width=st.one_of(st.integers(1, 70), st.sampled_from([500, 2049])),

@@ -73,7 +73,6 @@ def assert_close(ours: Result, eager: Result, exact: Result, scale: float, weigh
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
-@hypothesis_settings(max_examples=150)
 @given(
     rows=st.integers(0, 40),
     cols=st.integers(1, 90),

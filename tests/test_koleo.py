@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from contrastive import BACKENDS, FUSED, HALF_EPS, distance, dtypes, lay_out, layouts, losses_of_a_run, workspaces_mb
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb, saved_bytes
 from peers import assert_same, assert_same_signature, value_and_gradients
@@ -73,7 +72,6 @@ def spread_rows(rows: int, width: int, dtype: torch.dtype = torch.float32) -> Te
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
-@hypothesis_settings(max_examples=150)
 @given(
     rows=st.integers(2, 70),
     width=st.integers(1, 40),
@@ -162,7 +160,6 @@ def test_forward_mode_and_functional_transforms_are_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-@hypothesis_settings(max_examples=100)
 @given(
     rows=st.integers(2, 90),
     width=st.integers(1, 6),

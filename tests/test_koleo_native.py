@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 native = pytest.importorskip("ssl_kernels._native", reason="the wheel was built by another version of Python")
@@ -21,7 +20,6 @@ def start(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=150)
 @given(
     rows=st.integers(0, 40),
     cols=st.integers(0, 300),

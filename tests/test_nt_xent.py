@@ -65,7 +65,6 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
-@hypothesis_settings(max_examples=100)
 @given(problem=problems())
 def test_matches_the_float64_reference(backend: str, problem: dict[str, Any]) -> None:
     p = problem

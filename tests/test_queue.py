@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from contrastive import lay_out, layouts
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb
 from processes import run_processes
@@ -32,7 +31,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@hypothesis_settings(max_examples=100)
 @given(
     size=st.integers(1, 12),
     width=st.integers(1, 40),
@@ -68,7 +66,6 @@ def test_is_a_list_in_a_ring(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@hypothesis_settings(max_examples=60)
 @given(
     width=st.integers(1, 70),
     queue_dtype=st.sampled_from(DTYPES),

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 native = pytest.importorskip("ssl_kernels._native", reason="the wheel was built by another version of Python")
@@ -45,7 +44,6 @@ def test_floats_round_to_nearest_even(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=80)
 @given(
     size=st.integers(1, 9),
     batch=st.integers(0, 25),

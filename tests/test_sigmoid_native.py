@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 native = pytest.importorskip("ssl_kernels._native", reason="the wheel was built by another version of Python")
@@ -37,7 +36,6 @@ def definition(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=100)
 @given(
     rows=st.integers(0, 9),
     cols=st.integers(0, 90),

@@ -38,7 +38,6 @@ def assigned(backend: str, teacher: Tensor, temp: Tensor | float, **options: Any
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
-@hypothesis_settings(max_examples=150)
 @given(
     rows=st.integers(1, 20),
     width=st.one_of(st.integers(1, 70), st.sampled_from([500, 1025, 2049])),
@@ -216,7 +215,6 @@ def test_a_column_of_minus_infinity_is_nan(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
-@hypothesis_settings(max_examples=100)
 @given(
     rows=st.integers(0, 9),
     width=st.one_of(st.integers(1, 70), st.sampled_from([500, 2049, 9000])),

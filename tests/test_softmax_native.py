@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 native = pytest.importorskip("ssl_kernels._native", reason="the wheel was built by another version of Python")
@@ -82,7 +81,6 @@ def problem(rows: int, cols: int, gap: int, ids: int | None, seed: int) -> tuple
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=80)
 @given(**OPTIONS)
 def test_statistics_match_the_definition(
     isa: str, rows: int, cols: int, gap: int, ids: int | None, ignore: bool, positive: int, excluded: int,
@@ -109,7 +107,6 @@ def test_statistics_match_the_definition(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=40)
 @given(**OPTIONS)
 def test_statistics_do_not_depend_on_how_the_work_is_split(
     isa: str, rows: int, cols: int, gap: int, ids: int | None, ignore: bool, positive: int, excluded: int,
@@ -127,7 +124,6 @@ def test_statistics_do_not_depend_on_how_the_work_is_split(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=40)
 @given(cuts=st.lists(st.integers(1, 89), max_size=3), seed=st.integers(0, 999), scale=st.sampled_from([3.0, 100.0]))
 def test_tiles_of_one_matrix_merge_in_any_order(isa: str, cuts: list[int], seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
@@ -182,7 +178,6 @@ def test_padding_is_never_a_maximum(isa: str, cols: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@hypothesis_settings(max_examples=80)
 @given(**OPTIONS)
 def test_gradients_match_the_definition(
     isa: str, rows: int, cols: int, gap: int, ids: int | None, ignore: bool, positive: int, excluded: int,

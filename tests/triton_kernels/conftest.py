@@ -41,7 +41,7 @@ class _InterpretedRun(pytest.Item):
     def runtest(self) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
         done = subprocess.run(
-            [*command, str(self.path)],
+            [*command, "-m", self.config.option.markexpr, str(self.path)],
             cwd=self.config.rootpath,
             env={**os.environ, "TRITON_INTERPRET": "1"},
             capture_output=True,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from covering import covering
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from panels import DTYPES, TINY, UNIT, rows_far_apart
@@ -97,25 +98,24 @@ def check(
     return loss, grad
 
 
-@pytest.mark.parametrize("distinct", [True, False])
-@pytest.mark.parametrize(("dtype", "teacher_dtype"), itertools.product(DTYPES, DTYPES), ids=str)
+@covering(2, dtype=DTYPES, teacher_dtype=DTYPES, distinct=[True, False])
 def test_dtypes(dtype, teacher_dtype, distinct):
     center = torch.randn(1040)
     check([logits(4, 3, 1040, dtype)], [logits(2, 3, 1040, teacher_dtype)], center=center, distinct=distinct)
     check([logits(4, 3, 33, dtype)], [logits(2, 3, 33, teacher_dtype)], center=center[:33], distinct=distinct)
 
 
-@pytest.mark.parametrize("distinct", [True, False])
-@pytest.mark.parametrize(
-    ("v", "t", "b", "k"),
-    [(1, 1, 5, 7), (2, 2, 3, 5), (2, 1, 1, 1), (10, 2, 3, 70), (3, 5, 2, 30), (13, 1, 2, 16), (26, 3, 2, 9)],
+@covering(
+    1,
+    size=[(1, 1, 5, 7), (2, 2, 3, 5), (2, 1, 1, 1), (10, 2, 3, 70), (3, 5, 2, 30), (13, 1, 2, 16), (26, 3, 2, 9)],
+    distinct=[True, False],
 )
-def test_numbers_of_crops_and_sizes(v, t, b, k, distinct):
+def test_numbers_of_crops_and_sizes(size, distinct):
+    v, t, b, k = size
     check([logits(v, b, k)], [logits(t, b, k)], distinct=distinct)
 
 
-@pytest.mark.parametrize("k", [1023, 1024, 1025, 3079, 4096, 4112, 8192])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@covering(1, k=[1023, 1024, 1025, 3079, 4096, 4112, 8192], dtype=DTYPES)
 def test_blocks_of_columns(k, dtype):
     """Whole ones and ragged ones, of rows that are aligned and not."""
     check([logits(3, 2, k, dtype)], [logits(2, 2, k, dtype)], center=torch.randn(k))
@@ -133,8 +133,7 @@ def test_loss_alone():
     assert torch.equal(loss, check([s], [t], teacher_temp=0.1)[0])
 
 
-@pytest.mark.parametrize("k", [40, 1040])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@covering(1, k=[40, 1040], dtype=[torch.float32, torch.bfloat16])
 def test_lists_of_crops(k, dtype):
     s, t, center = logits(12, 2, k, dtype), logits(2, 2, k, dtype), torch.randn(k)
     whole = check([s], [t], center=center)
@@ -163,11 +162,11 @@ def test_crops_are_not_copied():
 
 
 def test_strides():
-    for dtype in DTYPES:
-        k, b = 48, 5
-        check([logits(b, 6, k, dtype).transpose(0, 1)], [logits(3, k, b, dtype).mT[1:]], center=torch.randn(k))
-        check([logits(8, 2 * b, 2 * k, dtype)[::3, ::2, 1::2]], [logits(1, b, k, dtype).expand(2, b, k)])
-        check([logits(4, b, 3 * k, dtype)[:, :, k : 2 * k]], [logits(2, 1, k, dtype).expand(2, b, k)], distinct=False)
+    half, single = torch.bfloat16, torch.float32
+    k, b = 48, 3
+    check([logits(b, 4, k, half).transpose(0, 1)], [logits(3, k, b, single).mT[1:]], center=torch.randn(k))
+    check([logits(8, 2 * b, 2 * k, single)[::3, ::2, 1::2]], [logits(1, b, k, half).expand(2, b, k)])
+    check([logits(4, b, 3 * k, half)[:, :, k : 2 * k]], [logits(2, 1, k, half).expand(2, b, k)], distinct=False)
 
 
 def test_offsets_beyond_32_bits():
@@ -191,9 +190,9 @@ def test_samples_of_a_program_change_nothing(span):
     assert torch.equal(grad, again[1])
 
 
-@pytest.mark.parametrize(("student_temp", "teacher_temp"), [(1.0, 1.0), (0.1, 0.04), (0.01, 0.007), (50.0, 30.0)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_temperatures(student_temp, teacher_temp, dtype):
+@covering(1, temps=[(1.0, 1.0), (0.1, 0.04), (0.01, 0.007), (50.0, 30.0)], dtype=DTYPES)
+def test_temperatures(temps, dtype):
+    student_temp, teacher_temp = temps
     s, t = logits(4, 3, 65, dtype, 5.0), logits(2, 3, 65, dtype, 5.0)
     check([s], [t], center=torch.randn(65), student_temp=student_temp, teacher_temp=teacher_temp)
 
@@ -216,8 +215,7 @@ def test_confident_students_that_agree_have_a_small_loss():
     torch.testing.assert_close(loss, want.expand(2), rtol=2e-3, atol=0)  # 101.2 has an ulp of 8e-6, 8e-5 in z
 
 
-@pytest.mark.parametrize("distinct", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@covering(1, dtype=DTYPES, distinct=[True, False])
 def test_given_probabilities_of_any_mass(dtype, distinct):
     t = logits(2, 4, 1111).softmax(-1)
     t[0, 1] *= 0.25
@@ -301,8 +299,7 @@ def test_nan_comes_out_and_only_where_it_belongs(k):
     assert dino([s], [t], None, None, torch.tensor(NAN), temps[1], True, False, None, 1.0).isnan().all()
 
 
-@pytest.mark.parametrize("k", [7, 4096, 9 * 4096 + 1])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@covering(1, k=[7, 4096, 9 * 4096 + 1], dtype=DTYPES)
 def test_scaling_in_place(k, dtype):
     g = logits(3, 2, k, dtype)
     for factor in (torch.tensor(0.3), torch.tensor([2.5, -0.125]), torch.tensor([0.0, 9.0, 3.0])[::2]):
@@ -328,7 +325,7 @@ def test_sum_of_teachers():
     torch.testing.assert_close(teacher_sum(blocks), want.float(), rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     students=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     teachers=st.lists(st.integers(1, 3), min_size=1, max_size=2),

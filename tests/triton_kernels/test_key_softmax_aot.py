@@ -15,6 +15,7 @@ from typing import Any
 import aot
 import pytest
 from aot import CHIPS, KINDS, Budget, Launch, Resources, build
+from covering import covering_cases
 
 from ssl_kernels.kernels.key_softmax import (
     CONFIGS,
@@ -84,17 +85,13 @@ def test_what_measurements_may_choose_has_the_resources_too(chip, kind):
     Case(chip, kind, dtype, dtype, "narrow").check_resources()
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_resources(case):
+@covering_cases(2, cases(), also=lambda case: case.config)
+def test_resources_and_executed_instructions(case):
     made = case.check_resources()
     # One of each element, and one of each row; a compiler may prepare the first step apart from the others.
     assert 1 <= made.count(r"MUFU\.EX2|v_exp_f32") / case.elements_per_thread <= 2.7
     if case.size != "unaligned" and case.chip != "gfx942":
         assert made.count(r"(LDGSTS|LDG)\S*\.128") > 0, "keys are not read 16 bytes at a time"
-
-
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_executed_instructions_stay_within_the_recorded_budget(case):
     BUDGET.check(case)
 
 

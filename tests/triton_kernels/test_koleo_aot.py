@@ -15,6 +15,7 @@ from typing import Any
 import aot
 import pytest
 from aot import CHIPS, Budget, Launch, Resources, build
+from covering import covering_cases
 
 from ssl_kernels.kernels.koleo import CONFIGS, NUM_WARPS, Config, _koleo_panel_kernel, _merge_kernel, kernel_constants
 
@@ -62,15 +63,11 @@ def cases() -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_resources(case):
+@covering_cases(2, cases(), also=lambda case: case.config)
+def test_resources_and_executed_instructions(case):
     made = case.check_resources()
     if case.layout == "aligned" and case.chip != "gfx942":
         assert made.count(r"LDGSTS\S*\.128") > 0, "rows are not copied to shared memory 16 bytes at a time"
-
-
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_executed_instructions_stay_within_the_recorded_budget(case):
     BUDGET.check(case)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covering import covering
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from panels import cut_to_tf32, features, rows_far_apart, shipped
@@ -76,9 +77,9 @@ def test_descriptors(monkeypatch):
     assert all(isinstance(x, TensorDescriptor) for operand in used for x in operand[:2])
 
 
-@pytest.mark.parametrize(("rows", "width"), [(2, 1), (3, 17), (17, 3), (150, 64), (70, 33)])
-@pytest.mark.parametrize("pieces", [1, 2, 3])
-def test_sizes(rows, width, pieces):
+@covering(1, size=[(2, 1), (3, 17), (17, 3), (150, 64), (70, 33)], pieces=[1, 2, 3])
+def test_sizes(size, pieces):
+    rows, width = size
     cuts = sorted({rows * k // pieces for k in range(pieces)})
     check(features(rows, width, torch.float32), cuts)
     check_exactly(torch.randint(-1, 2, (rows, width)).float(), cuts)
@@ -118,7 +119,7 @@ def test_what_was_found_before_stays_unless_there_is_a_larger():
     assert torch.equal(same, neighbor)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(2, 150),
     width=st.integers(1, 40),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from torch import Tensor
 
 import ssl_kernels
@@ -27,8 +27,7 @@ def run(backend: str, x: Tensor, y: Tensor, bias: float, weight: Tensor, **optio
     return [loss.detach(), *torch.autograd.grad(loss, leaves, weight.to(kind).expand(loss.shape))]
 
 
-@pytest.mark.parametrize("dtype", list(UNIT))
-@pytest.mark.parametrize(("reduction", "same_id"), itertools.product(["mean", "none"], [None, "positive", "ignore"]))
+@covering(2, dtype=UNIT, reduction=["mean", "none"], same_id=[None, "positive", "ignore"])
 def test_values_and_gradients(dtype: torch.dtype, reduction: str, same_id: str | None) -> None:
     x, y = F.normalize(torch.randn(70, 24), dim=1).to(dtype), F.normalize(torch.randn(45, 24), dim=1).to(dtype)
     options: dict[str, object] = {"reduction": reduction, "offset": 3}

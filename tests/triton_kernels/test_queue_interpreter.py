@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from panels import DTYPES, rows_far_apart
@@ -34,8 +33,7 @@ def check(queue: Tensor, start: int, keys: Tensor, normalize: bool = False, *, s
         torch.testing.assert_close(queue, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize(("dtype", "key_dtype"), itertools.product(DTYPES, DTYPES), ids=str)
+@covering(2, dtype=DTYPES, key_dtype=DTYPES, normalize=[False, True])
 def test_dtypes(dtype, key_dtype, normalize):
     check(torch.randn(19, 40).to(dtype), 15, (torch.randn(11, 40) * 3).to(key_dtype), normalize)
 

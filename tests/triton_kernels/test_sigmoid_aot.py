@@ -18,6 +18,7 @@ import pytest
 import triton
 import triton.language as tl
 from aot import CHIPS, KINDS, Budget, Launch, Resources, build
+from covering import covering_cases
 
 from ssl_kernels.kernels.sigmoid import (
     CONFIGS,
@@ -90,8 +91,8 @@ def cases() -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_resources(case):
+@covering_cases(2, cases(), also=lambda case: case.config)
+def test_resources_and_executed_instructions(case):
     made = case.check_resources()
     # And some for the vectors of positives and row sums, of which each thread may have its own copy.
     assert 1 <= case.per_element(r"MUFU\.EX2|v_exp_f32") <= 1.1
@@ -103,10 +104,6 @@ def test_resources(case):
         assert made.count(r"LDGSTS\S*\.128|UTMALDG") > 0, "rows are not copied to shared memory 16 bytes at a time"
         if case.variant != "loss_only":
             assert made.count(r"STG\S*\.128|UTMASTG") > 0, "G is not stored 16 bytes at a time"
-
-
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_executed_instructions_stay_within_the_recorded_budget(case):
     BUDGET.check(case)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import aot
 import pytest
 from aot import CHIPS, Budget, Launch, Resources, build
+from covering import covering_cases
 
 from ssl_kernels.kernels.sinkhorn import (
     _BLOCK_ROWS,
@@ -105,8 +106,8 @@ def cases() -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_resources(case):
+@covering_cases(2, cases())
+def test_resources_and_executed_instructions(case):
     made = aot.compiled(case)
     aot.assert_sound(made)
     assert made.shared_bytes <= CHIPS[case.chip].shared_bytes
@@ -121,10 +122,6 @@ def test_resources(case):
         assert made.count(r"LDG\S*\.128|global_load_dwordx4") > 0, "rows are not read 16 bytes at a time"
         if case.kind == "centered_softmax":
             assert made.count(r"STG\S*\.128|global_store_dwordx4") > 0, "rows are not written 16 bytes at a time"
-
-
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_executed_instructions_stay_within_the_recorded_budget(case):
     BUDGET.check(case)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covering import covering
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from panels import DTYPES, rows_far_apart
@@ -53,15 +54,12 @@ def check(
     return p, sums, maximum, total
 
 
-@pytest.mark.parametrize("has_center", [False, True])
-@pytest.mark.parametrize("k", [1, 37, 1024, 2050, 4096, 4112, 8192])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@covering(1, k=[1, 37, 1024, 2050, 4096, 4112, 8192], dtype=DTYPES, has_center=[False, True])
 def test_dtypes_and_widths(dtype, k, has_center):
     check(torch.randn(11, k).to(dtype), center=torch.randn(k) if has_center else None)
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 65])
-@pytest.mark.parametrize("splits", [1, 3, 1000])
+@covering(1, n=[1, 7, 8, 9, 65], splits=[3, 1, 1000])
 def test_any_number_of_splits(n, splits):
     rows = torch.randn(n, 33) + torch.linspace(-3, 3, n)[:, None]  # maxima that rise from split to split
     check(rows, splits=splits)
@@ -87,8 +85,7 @@ def test_the_same_bits_again():
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("temp", [0.007, 0.04, 1.0, 100.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@covering(1, temp=[0.007, 0.04, 1.0, 100.0], dtype=DTYPES)
 def test_temperatures(temp, dtype):
     check((3 * torch.randn(20, 65)).to(dtype), temp=temp, center=torch.randn(65))
 
@@ -192,7 +189,7 @@ def test_three_iterations_of_sinkhorn_knopp():
     torch.testing.assert_close(centered_softmax(rows, temp, center), q.float(), rtol=5e-5, atol=1e-30)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 70),
     k=st.one_of(st.integers(1, 80), st.integers(1000, 1100), st.integers(60, 70).map(lambda i: 16 * i)),

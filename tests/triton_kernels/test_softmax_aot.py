@@ -17,6 +17,7 @@ from typing import Any
 import aot
 import pytest
 from aot import CHIPS, KINDS, Budget, Launch, Resources, build
+from covering import covering_cases
 
 from ssl_kernels.kernels.softmax import (
     CONFIGS,
@@ -133,13 +134,13 @@ def others() -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("case", others(), ids=str)
+@covering_cases(1, others(), also=lambda case: case.config)
 def test_others_have_the_resources_too(case):
     case.check_resources()
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_resources(case):
+@covering_cases(2, cases(), also=lambda case: case.config)
+def test_resources_and_executed_instructions(case):
     made = case.check_resources()
     # Where ranges are narrow, and those of the vectors, of which each thread may have its own copy.
     copies = 1.2 if case.has_ids or case.chip == "gfx942" else 0.4
@@ -150,10 +151,6 @@ def test_resources(case):
         assert made.count(r"LDGSTS\S*\.128|UTMALDG") > 0, "rows are not copied to shared memory 16 bytes at a time"
         if case.kernel == "grad":
             assert made.count(r"STG\S*\.128|UTMASTG") > 0, "G is not stored 16 bytes at a time"
-
-
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_executed_instructions_stay_within_the_recorded_budget(case):
     BUDGET.check(case)
 
 
