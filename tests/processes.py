@@ -1,9 +1,12 @@
-"""Tests in several processes, which talk by gloo."""
+"""Tests in several processes, which talk by gloo; and what the processes of one test run do only once."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 START = """
@@ -19,6 +22,14 @@ END = """
 print("passed", flush=True)
 sys.stdin.read()
 """
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One process, and one of its threads, at a time; the others wait."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run_processes(code: str, folder: Path, world: int = 2) -> None:

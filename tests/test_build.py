@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import alone
 
 import ssl_kernels
 from ssl_kernels.info import native_build_info
@@ -25,16 +28,27 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """The kernels as object files, compiled once for each compiler and choice of flags, two at a time."""
+    """The kernels as object files, compiled once for each compiler and choice of flags by whichever worker comes first,
+    two at a time."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
 
     @functools.cache
     def build(compiler: str, *flags: str) -> list[str]:
-        folder = tmp_path_factory.mktemp("kernels")
-        objects = [folder / f"{source.stem}.o" for source in KERNELS]
+        folder = shared / f"kernels-{compiler}-{hashlib.sha256(repr(flags).encode()).hexdigest()[:8]}"
+        folder.mkdir(exist_ok=True)
+
+        def build_one(source: Path) -> str:
+            output = folder / f"{source.stem}.o"
+            with alone(output.with_suffix(".lock")):
+                if not output.exists():
+                    compile_to(compiler, output.with_suffix(".part"), *flags, "-c", str(source))
+                    output.with_suffix(".part").rename(output)
+            return str(output)
+
         with ThreadPoolExecutor(2) as pool:
-            compiled = pool.map(lambda path, out: compile_to(compiler, out, *flags, "-c", str(path)), KERNELS, objects)
-            list(compiled)  # raises what a compilation raised
-        return [str(path) for path in objects]
+            return list(pool.map(build_one, KERNELS))
 
     return build
 
@@ -68,7 +82,7 @@ def run(*command: str) -> str:
 def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
     compile_driver: Callable[..., str], driver: Path
 ) -> None:
-    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     output = run(compile_driver("g++", driver, *flags))
     assert "baseline ok" in output
     if platform.machine() == "x86_64":

@@ -135,9 +135,8 @@ def test_what_the_budget_cuts_is_named() -> None:
 
 def test_a_command_past_its_limit_ends_with_all_that_it_started() -> None:
     start = time.monotonic()
-    child = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
-    assert gpu_check.execute([sys.executable, "-c", child], 5.0, {}) == ("cut", "begun")
-    assert time.monotonic() - start < 20
+    assert gpu_check.execute(["sh", "-c", "echo begun; sleep 3600; true"], 5.0, {}) == ("cut", "begun")
+    assert time.monotonic() - start < 600
     assert gpu_check.execute([sys.executable, "-c", "print('x'); raise SystemExit(3)"], 60, {}) == ("failed", "x")
 
 

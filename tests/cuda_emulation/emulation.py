@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -79,9 +80,10 @@ def build(sources: Sequence[Path], sanitizer: str = "races") -> Path:
     if cache.stat().st_uid != os.getuid():
         raise PermissionError(f"{cache}: expected a folder of this user")
     library = cache / f"{digest.hexdigest()[:24]}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=cache) as name:
+    with library.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=cache) as name:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles, and the others wait for it
+        if library.exists():
+            return library
         folder = Path(name)
 
         def compile_source(source: Path) -> Path:

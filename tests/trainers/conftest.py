@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,17 +119,62 @@ def small(table: Path) -> list[str]:
     ]
 
 
-def start(arguments: list[str], trainer: str = "siglip", **options: object) -> subprocess.Popen[str]:
-    """`python -m ssl_kernels.trainers.<trainer>` with these arguments."""
+# The run goes on only when it is let, so that a signal comes in time however busy the processors are.
+_HOLD = """
+import runpy, sys, time
+from pathlib import Path
+from ssl_kernels.trainers import loop
+
+trainer, step, gate = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+sys.argv = [trainer, *sys.argv[4:]]
+memory = loop.peak_memory_mb
+
+def hold(device):  # asked for each line of the log
+    hold.lines += 1
+    if hold.lines == step:
+        gate.with_suffix(".held").touch()
+        while not gate.exists():
+            time.sleep(0.01)
+    return memory(device)
+
+hold.lines = 0
+loop.peak_memory_mb = hold
+runpy.run_module(f"ssl_kernels.trainers.{trainer}", run_name="__main__")
+"""
+
+
+def start(
+    arguments: list[str], trainer: str = "siglip", *, hold: tuple[int, Path] | None = None, **options: object
+) -> subprocess.Popen[str]:
+    """`python -m ssl_kernels.trainers.<trainer>` with these arguments.
+
+    With `hold` it waits in the step of that number, before its line is logged: see `signal_held`.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["-m", f"ssl_kernels.trainers.{trainer}"]
+    if hold is not None:
+        command = ["-c", _HOLD, trainer, str(hold[0]), str(hold[1])]
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, a child would ignore it too
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", f"ssl_kernels.trainers.{trainer}", *arguments],
+            [sys.executable, *command, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
         )  # type: ignore[call-overload, no-any-return]  # fmt: skip
     finally:
         signal.signal(signal.SIGINT, heard)
+
+
+def signal_held(process: subprocess.Popen[str], gate: Path, number: signal.Signals, *, group: bool = False) -> str:
+    """Sends the signal when the process waits, lets it go on, and returns what it wrote to stderr by its end."""
+    while not gate.with_suffix(".held").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    if group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    gate.touch()
+    return process.communicate()[1]
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
