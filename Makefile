@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
-.PHONY: setup demo test lint bench gpu-check wheel clean
+.PHONY: setup demo test test-all mutants lint bench gpu-check wheel clean
 
 setup: $(SETUP)
 
@@ -22,8 +22,22 @@ demo: setup
 	$(BIN)/ssl-kernels train siglip --output-dir runs/demo --overwrite
 
 # Threads that wait for each other give way to those of the other processes.
+TEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
 test: setup
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(TEST)
+
+# Every parameter instead of those that cover the rest, more random examples, and the six trainings at full length.
+test-all: setup
+	$(TEST) -m "" --hypothesis-profile=thorough --durations=15
+	for run in siglip clip moco "simclr --data openmoji" dino "dino --data openmoji"; do \
+		$(BIN)/ssl-kernels train $$run --output-dir runs/test-all --overwrite && \
+		$(BIN)/python tests/check_demo.py runs/test-all || exit 1; \
+	done
+
+# Bugs planted one by one: which of them do the tests of `make test` not see?
+mutants: setup
+	$(BIN)/python tests/mutants/run.py
 
 lint: setup
 	$(BIN)/ruff check .
