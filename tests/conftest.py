@@ -6,11 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from covering import mark_all_but_pairs
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("thorough", deadline=None, max_examples=150)  # of make test-all
 settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_all_but_pairs(items)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """Parameters of which `make test` runs a small part that covers the rest, and `make test-all` runs every one.
 
 A bug that two parameters bring about together shows as soon as these two meet; a third rarely matters. So of a product
-of parameters the tests run combinations in which every two values meet once; all others are marked slow.
+of parameters the tests run combinations in which every two values meet once; all others are marked slow. For a test
+with three parameters or more this happens by itself.
 """
 
 from __future__ import annotations
@@ -35,6 +36,23 @@ def covering_cases(
     chosen = cover([astuple(case) for case in cases], strength, [also(case) for case in cases])
     marked = [case if i in chosen else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
     return pytest.mark.parametrize("case", marked, ids=str)
+
+
+def mark_all_but_pairs(items: Iterable[pytest.Item]) -> None:
+    """Mark tests slow whose every two parameters meet in another one as well, unless they say themselves which are.
+
+    Tests on a GPU stay as they are: `make gpu-check` chooses by the time that is left.
+    """
+    functions: dict[tuple[object, str], list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.path.parent.name != "gpu":
+            functions.setdefault((item.parent, item.originalname), []).append(item)
+    for same in functions.values():
+        if not any(item.get_closest_marker("slow") for item in same):
+            chosen = cover([tuple(item.callspec.params.values()) for item in same], 2)
+            for i, item in enumerate(same):
+                if i not in chosen and len(item.callspec.params) > 2:
+                    item.add_marker(pytest.mark.slow)
 
 
 def cover(rows: Sequence[tuple[Any, ...]], strength: int, also: Sequence[object] = ()) -> set[int]:

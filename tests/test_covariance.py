@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from contrastive import BACKENDS, FUSED, HALF_EPS, distance, dtypes, lay_out, layouts
+from covering import covering
 from hypothesis import given
 from hypothesis import strategies as st
 from memory import linux_only, peak_mb, saved_bytes
@@ -303,7 +304,7 @@ def test_opcheck(wants: tuple[bool, bool], dtype: torch.dtype, shape: tuple[int,
 
 
 @each_loss
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(name: str, compiler: str) -> None:
     torch._dynamo.reset()
     pair = views(33, 8)
@@ -337,15 +338,13 @@ def test_autocast_has_no_effect(name: str, backend: str, shape: tuple[int, int])
 
 
 @linux_only
-@each_loss
-@pytest.mark.parametrize(("rows", "width"), [(256, 8192), (4096, 4096)])
-def test_memory_is_linear(name: str, rows: int, width: int) -> None:
+@covering(1, name=LOSSES, size=[(256, 8192), (4096, 4096)])
+def test_memory_is_linear(name: str, size: tuple[int, int]) -> None:
     """A matrix of 8,192 features is 256 MB, and autograd holds several; [256, 8192] is 8 MB. 4,096 squared is 64."""
-    leaves = [torch.randn(rows, width).requires_grad_() for _ in range(2)]
+    leaves = [torch.randn(size).requires_grad_() for _ in range(2)]
     LOSSES[name](*(leaf[:8, :32] for leaf in leaves)).backward()
-    size = rows * width * 4 / 2**20
     with ssl_kernels.use_workspace(16):
-        assert peak_mb(lambda: LOSSES[name](*leaves).backward()) < 9 * size + 40
+        assert peak_mb(lambda: LOSSES[name](*leaves).backward()) < 9 * leaves[0].nbytes / 2**20 + 40
 
 
 # ---- errors

@@ -490,7 +490,7 @@ def test_opcheck_of_the_last_step() -> None:
         torch.library.opcheck(_scale_gradient, (torch.randn(4, 3, 9).to(dtype), torch.randn(3)))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["tensor", "crops", "blocks"])
 def test_compiles_without_a_graph_break(compiler: str, form: str) -> None:
     torch._dynamo.reset()

@@ -226,7 +226,7 @@ def test_opcheck(backend: str) -> None:
             torch.library.opcheck(_update, (targets, sources, copies, torch.tensor(0.9), backend))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_compiles_without_a_graph_break(compiler: str, as_tensor: bool) -> None:
     """Also when every step has a momentum of its own: more of them than torch.compile would compile anew."""

@@ -193,7 +193,7 @@ def test_double_backward_is_refused(backend: str, dtype: torch.dtype) -> None:
             gradient.sum().backward()
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(compiler: str) -> None:
     torch._dynamo.reset()
     student, teacher = patches(6, 70)
@@ -263,7 +263,7 @@ def masked(images: int = 4, side: int = 6, width: int = 32) -> tuple[Tensor, Ten
     return teacher, student.requires_grad_(), mask
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_module_compiles_without_a_graph_break(compiler: str) -> None:
     torch._dynamo.reset()
     teacher, student, mask = masked()

@@ -253,7 +253,7 @@ def test_empty_and_tiny_inputs(backend: str, rows: int, cols: int, width: int) -
 # ---- torch's machinery
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_with_the_queue_without_a_graph_break(compiler: str) -> None:
     torch._dynamo.reset()
     query, key, queue, pointer = torch.randn(12, 8), unit_rows(12, 8), unit_rows(70, 8), torch.tensor(64)

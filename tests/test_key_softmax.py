@@ -417,7 +417,7 @@ def test_opcheck_of_the_gradients() -> None:
     torch.library.opcheck(key_softmax_gradients, arguments)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(compiler: str) -> None:
     torch._dynamo.reset()
     query, keys = torch.randn(33, 8), unit_rows(70, 8)

@@ -314,7 +314,7 @@ def test_opcheck_of_the_gradient() -> None:
     torch.library.opcheck(koleo_gradient, (torch.randn_like(loss), x, *rest, EPS))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(compiler: str) -> None:
     torch._dynamo.reset()
     x = torch.randn(33, 8)

@@ -258,7 +258,7 @@ def test_opcheck(backend: str) -> None:
             torch.library.opcheck(_centered_softmax, (rows, given_center, temp, backend))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(compiler: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(SinkhornKnopp(), fullgraph=True, backend=compiler, dynamic=True)

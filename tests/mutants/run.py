@@ -107,10 +107,10 @@ def main(words: list[str]) -> int:
             place.write_text(text)
             stale |= is_cpp
         lives += [] if found else [bug]
-        print(
-            f"{'died ' if found else 'LIVES'} {time.monotonic() - begun:4.0f} s  {bug}  {found if compiles else 'does not compile'}",
-            flush=True,
-        )
+        seconds = time.monotonic() - begun
+        print(f"{'died ' if found else 'LIVES'} {seconds:4.0f} s  {bug}  {found}", flush=True)
+        if not compiles:
+            print("      It does not compile, which proves nothing.")
     print(f"{len(chosen)} bugs, {len(lives)} of them live")
     for bug in lives:
         print(f"  {bug}\n    asked: {shlex.join(bug.tests)}")
