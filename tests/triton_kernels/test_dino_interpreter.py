@@ -101,8 +101,8 @@ def check(
 @covering(2, dtype=DTYPES, teacher_dtype=DTYPES, distinct=[True, False])
 def test_dtypes(dtype, teacher_dtype, distinct):
     center = torch.randn(1040)
-    check([logits(4, 3, 1040, dtype)], [logits(2, 3, 1040, teacher_dtype)], center=center, distinct=distinct)
-    check([logits(4, 3, 33, dtype)], [logits(2, 3, 33, teacher_dtype)], center=center[:33], distinct=distinct)
+    check([logits(3, 2, 1040, dtype)], [logits(2, 2, 1040, teacher_dtype)], center=center, distinct=distinct)
+    check([logits(3, 2, 33, dtype)], [logits(2, 2, 33, teacher_dtype)], center=center[:33], distinct=distinct)
 
 
 @covering(
@@ -180,14 +180,13 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(check([many], [view])[0], check([many], [s])[0])
 
 
-@pytest.mark.parametrize("span", [1, 2, 100])
-def test_samples_of_a_program_change_nothing(span):
-    torch.manual_seed(0)
+def test_samples_of_a_program_change_nothing():
     s, t, center, weights = logits(3, 5, 1100), logits(2, 5, 1100), torch.randn(1100), torch.rand(5)
-    loss, grad = check([s], [t], center=center, weights=weights, span=span)
-    again = check([s], [t], center=center, weights=weights)
-    assert torch.equal(loss, again[0])
-    assert torch.equal(grad, again[1])
+    loss, grad = check([s], [t], center=center, weights=weights)
+    for span in (1, 2, 100):
+        again = check([s], [t], center=center, weights=weights, span=span)
+        assert torch.equal(loss, again[0])
+        assert torch.equal(grad, again[1])
 
 
 @covering(1, temps=[(1.0, 1.0), (0.1, 0.04), (0.01, 0.007), (50.0, 30.0)], dtype=DTYPES)
@@ -265,7 +264,7 @@ def test_prototypes_that_the_teacher_rules_out():
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")
-@pytest.mark.parametrize("k", [24, 1100])
+@pytest.mark.parametrize("k", [pytest.param(24, marks=pytest.mark.slow), 1100])
 def test_nan_comes_out_and_only_where_it_belongs(k):
     temps = torch.tensor(0.1), torch.tensor(0.04)
 
