@@ -121,12 +121,11 @@ def small(table: Path) -> list[str]:
 
 # The run goes on only when it is let, so that a signal comes in time however busy the processors are.
 _HOLD = """
-import runpy, sys, time
+import importlib, sys, time
 from pathlib import Path
 from ssl_kernels.trainers import loop
 
 trainer, step, gate = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-sys.argv = [trainer, *sys.argv[4:]]
 memory = loop.peak_memory_mb
 
 def hold(device):  # asked for each line of the log
@@ -139,7 +138,7 @@ def hold(device):  # asked for each line of the log
 
 hold.lines = 0
 loop.peak_memory_mb = hold
-runpy.run_module(f"ssl_kernels.trainers.{trainer}", run_name="__main__")
+sys.exit(importlib.import_module(f"ssl_kernels.trainers.{trainer}").main(sys.argv[4:]))
 """
 
 
