@@ -98,7 +98,7 @@ def test_heights_beyond_the_range_of_exp(height):
     check(rows + torch.linspace(0, 2 * height, 70).round(), center=torch.linspace(0, 2 * height, 70).round())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_strides(dtype):
     n, k = 21, 48
     center = torch.randn(k)
