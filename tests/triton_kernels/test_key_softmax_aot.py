@@ -85,7 +85,7 @@ def test_what_measurements_may_choose_has_the_resources_too(chip, kind):
     Case(chip, kind, dtype, dtype, "narrow").check_resources()
 
 
-@covering_cases(2, cases(), also=lambda case: case.config)
+@covering_cases(1, cases(), also=lambda case: case.config)
 def test_resources_and_executed_instructions(case):
     made = case.check_resources()
     # One of each element, and one of each row; a compiler may prepare the first step apart from the others.

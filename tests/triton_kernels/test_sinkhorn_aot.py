@@ -106,7 +106,7 @@ def cases() -> list[Case]:
     ]
 
 
-@covering_cases(2, cases())
+@covering_cases(1, cases(), also=lambda case: (case.chip, case.kind))
 def test_resources_and_executed_instructions(case):
     made = aot.compiled(case)
     aot.assert_sound(made)

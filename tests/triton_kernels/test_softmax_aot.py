@@ -134,12 +134,12 @@ def others() -> list[Case]:
     return found
 
 
-@covering_cases(1, others(), also=lambda case: case.config)
+@covering_cases(1, others())
 def test_others_have_the_resources_too(case):
     case.check_resources()
 
 
-@covering_cases(2, cases(), also=lambda case: case.config)
+@covering_cases(1, cases(), also=lambda case: case.config)
 def test_resources_and_executed_instructions(case):
     made = case.check_resources()
     # Where ranges are narrow, and those of the vectors, of which each thread may have its own copy.
