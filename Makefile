@@ -22,14 +22,14 @@ demo: setup
 	$(BIN)/ssl-kernels train siglip --output-dir runs/demo --overwrite
 
 # Threads that wait for each other give way to those of the other processes.
-TEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+TEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --durations=15
 
 test: setup
 	$(TEST)
 
 # Every parameter instead of those that cover the rest, more random examples, and the six trainings at full length.
 test-all: setup
-	$(TEST) -m "" --hypothesis-profile=thorough --durations=15
+	$(TEST) -m "" --hypothesis-profile=thorough
 	for run in siglip clip moco "simclr --data openmoji" dino "dino --data openmoji"; do \
 		$(BIN)/ssl-kernels train $$run --output-dir runs/test-all --overwrite && \
 		$(BIN)/python tests/check_demo.py runs/test-all || exit 1; \
