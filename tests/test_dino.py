@@ -659,3 +659,23 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     arguments: dict[str, Any] = {"student": torch.ones(3, 4, 5), "teacher": torch.ones(2, 4, 5)}
     with pytest.raises(error, match=message):
         K.dino_loss(**(arguments | change))
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_a_wider_student_widens_what_it_meets(backend: str) -> None:
+    """A centre in float64 keeps its digits beside a float32 teacher, and the teacher is added up in float64."""
+    student, teacher = logits(2, 3, 5).double(), logits(2, 3, 5)
+    center = torch.full((5,), 1e-9, dtype=torch.float64).cumsum(0)
+    with ssl_kernels.use_backend(backend):
+        loss, total = K.dino_loss(student, teacher, teacher_temp=1e-6, center=center, want_teacher_sum=True)
+    exact = K.dino_loss(student, teacher.double(), teacher_temp=1e-6, center=center)
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(total, teacher.double().sum((0, 1)), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference", "cpu"])
+def test_large_teacher_logits_keep_the_digits_of_their_differences(backend: str) -> None:
+    teacher = 1000 + logits(1, 50, 17)[0]
+    exact = torch.softmax((teacher.double() - 1000) / 0.04, 1)
+    with ssl_kernels.use_backend(backend):
+        torch.testing.assert_close(K.centered_softmax(teacher, 0.04).double(), exact, rtol=1e-5, atol=1e-6)

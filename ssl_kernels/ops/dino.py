@@ -216,15 +216,16 @@ def distill(
         check_constant(name, value)
     if teacher_probs and center is not None:
         raise ValueError("center: expected None beside teacher_probs=True, for probabilities have no centre")
-    center = as_center(center, student.shape[2], teacher)
     wider = student if dtype == student.dtype else teacher
+    center = as_center(center, student.shape[2], wider)
     student_temp = _checks.as_temperature("student_temp", student_temp, wider).to(dtype)
     teacher_temp = _checks.as_temperature("teacher_temp", teacher_temp, wider).to(dtype)
     backend = choose_backend(student.device.type, dtype)
     pairs = Pairs(students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs)
     if backend == "reference":
         rows = reference(pairs)
-        return _shared(scale, mean, students) * rows, sum_of_teacher(teachers) if want_sum else rows.new_empty(0)
+        total = sum_of_teacher(teachers, dtype) if want_sum else rows.new_empty(0)
+        return _shared(scale, mean, students) * rows, total
     _checks.check_transforms(*students)
     want_grad = torch.is_grad_enabled() and any(block.requires_grad for block in students)
     late = None
@@ -253,8 +254,15 @@ class Pairs(NamedTuple):
         found = []
         for crop in (crop[samples].detach().to(self.teacher_temp.dtype) for block in self.teachers for crop in block):
             centered = crop if self.center is None else crop - self.center
-            found.append(crop if self.teacher_probs else torch.softmax(centered / self.teacher_temp, -1))
+            found.append(crop if self.teacher_probs else softmax_of(centered, self.teacher_temp))
         return found
+
+
+def softmax_of(logits: Tensor, temp: Tensor) -> Tensor:
+    """softmax(logits / temp) of rows [..., K], in the dtype of the temperature. The maximum is taken off before the
+    division: after it, the digits of small differences between large logits would be gone."""
+    logits = logits.to(temp.dtype)
+    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temp, -1)
 
 
 def check_constant(name: str, value: object) -> None:
@@ -278,9 +286,8 @@ def as_center(center: Tensor | None, width: int, teacher: Tensor) -> Tensor | No
     return center.detach().reshape(width).to(_checks.accumulation_dtype(teacher.dtype)).contiguous()
 
 
-def sum_of_teacher(teachers: Sequence[Tensor]) -> Tensor:
-    """[K], in the accumulation dtype."""
-    dtype = _checks.accumulation_dtype(teachers[0].dtype)
+def sum_of_teacher(teachers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[K], added up in ``dtype``."""
     return torch.stack([block.sum((0, 1), dtype=dtype) for block in teachers]).sum(0)
 
 
@@ -303,7 +310,7 @@ def reference(pairs: Pairs) -> Tensor:
 def _dino_eager(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
     temp, (samples, width) = pairs.student_temp, pairs.students[0].shape[1:]
     if teacher_sum is not None:
-        teacher_sum.copy_(sum_of_teacher(pairs.teachers))
+        teacher_sum.copy_(sum_of_teacher(pairs.teachers, teacher_sum.dtype))
     losses = temp.new_zeros(samples)
     slope = scale if pairs.students[0].dtype == torch.float16 else scale / temp
     held = _count(pairs.teachers) + 6  # matrices [step, K] at a time

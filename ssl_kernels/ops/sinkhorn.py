@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._triton import triton_kernels
-from ssl_kernels.ops.dino import as_center, check_constant, unit_stride
+from ssl_kernels.ops.dino import as_center, check_constant, softmax_of, unit_stride
 from ssl_kernels.ops.spans import spans
 from ssl_kernels.settings import choose_backend
 
@@ -175,8 +175,7 @@ def _chunks(rows: Tensor, dim: int) -> tuple[Tensor, ...]:
 
 
 def _centered(rows: Tensor, center: Tensor | None, temp: Tensor) -> Tensor:
-    rows = rows.to(temp.dtype)
-    return torch.softmax((rows if center is None else rows - center) / temp, 1)
+    return softmax_of(rows if center is None else rows.to(temp.dtype) - center, temp)
 
 
 def _column_lse_eager(rows: Tensor, temp: Tensor) -> tuple[Tensor, Tensor]:

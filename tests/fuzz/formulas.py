@@ -139,8 +139,7 @@ def albef_contrastive_loss(
 
 def softmax_rows(logits: Tensor, temp: Any, center: Tensor | None) -> Tensor:
     centered = logits if center is None else rounded(logits - rounded(center.reshape(-1)))
-    z = rounded(centered / number(temp))
-    e = rounded(torch.exp(z - z.amax(-1, keepdim=True)))
+    e = rounded(torch.exp(rounded((centered - centered.amax(-1, keepdim=True)) / number(temp))))
     return rounded(e / e.sum(-1, keepdim=True))
 
 
