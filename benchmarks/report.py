@@ -88,7 +88,7 @@ def plot(op: str, rows: list[dict[str, Any]], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["shape"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(f"{op}: time in times ours")
+    axes.set_xlabel(f"{op}: time relative to ours")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -101,7 +101,7 @@ def main(argument: str) -> None:
     parts = [
         f"fp32 unless a shape says otherwise, {machine['threads']} threads, "
         f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['instruction_set']}, "
-        f"torch {machine['torch']}. Times as times longer than ours; rates as a fraction of what the machine itself "
+        f"torch {machine['torch']}. Times are relative to ours: 2.0x is twice as slow; rates as a fraction of what the machine itself "
         "reaches in the same run; peak memory above the inputs.\n"
     ]
     for op in dict.fromkeys(run["op"] for run in runs):
