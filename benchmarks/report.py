@@ -101,7 +101,8 @@ def main(argument: str) -> None:
     parts = [
         f"fp32 unless a shape says otherwise, {machine['threads']} threads, "
         f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['instruction_set']}, "
-        f"torch {machine['torch']}. Times are relative to ours: 2.0x is twice as slow; rates as a fraction of what the machine itself "
+        f"torch {machine['torch']}. Times are relative to ours: 2.0x is twice as slow; "
+        "rates as a fraction of what the machine itself "
         "reaches in the same run; peak memory above the inputs.\n"
     ]
     for op in dict.fromkeys(run["op"] for run in runs):

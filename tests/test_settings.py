@@ -189,6 +189,17 @@ def test_gpus_that_triton_does_not_support_run_eagerly(
     assert settings.choose_backend("cpu", torch.float32) == "cpu"
 
 
+def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("ssl_kernels.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(ssl_kernels, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    message = "backend 'triton': Triton is not installed; install it or use_backend"
+    with ssl_kernels.use_backend("triton"), pytest.raises(ImportError, match=message):
+        K.koleo_loss(torch.eye(3))
+
+
 def test_the_choice_of_a_backend_is_part_of_a_graph() -> None:
     """Whatever it asks of the GPU is settled when the graph is made."""
 

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.contrastive import no_double_backward
 from ssl_kernels.ops.reuse import empty
 from ssl_kernels.ops.spans import spans
@@ -371,7 +370,8 @@ def unit_stride(logits: Tensor) -> Tensor:
 
 
 def _dino_triton(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
-    kernels = triton_kernels("dino")
+    from ssl_kernels.kernels import dino as kernels
+
     if teacher_sum is not None:
         teacher_sum.copy_(kernels.teacher_sum(pairs.teachers))
     losses: Tensor = kernels.dino(*pairs, gradient, scale)
@@ -479,7 +479,9 @@ _scale_gradient.register_autograd(no_double_backward)
 def _scale_gradient_(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """The same in place; by a kernel, or on a CPU, nothing at all where the factor is 1."""
     if backend == "triton":
-        triton_kernels("dino").scale_(gradient, factor)
+        from ssl_kernels.kernels import dino as kernels
+
+        kernels.scale_(gradient, factor)
     elif gradient.device.type != "cpu":  # where to look would be to wait
         torch.mul(gradient, factor[:, None], out=gradient)
     elif bool((factor != 1).any()):

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.contrastive import no_double_backward
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
@@ -166,7 +165,9 @@ def _key_softmax(
         return query.new_full((rows,), math.log(keys.shape[0]) if keys.shape[0] else -math.inf), mean
     with _checks.without_autocast(query):
         if backend == "triton":
-            lse, weighted = triton_kernels("key_softmax").key_softmax(query.to(dtype), keys, scale, want_mean)
+            from ssl_kernels.kernels import key_softmax as kernels
+
+            lse, weighted = kernels.key_softmax(query.to(dtype), keys, scale, want_mean)
             return lse, mean if weighted is None else weighted
         panel_function = _PANELS[backend]
 

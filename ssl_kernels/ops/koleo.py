@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.contrastive import no_double_backward
 from ssl_kernels.ops.info_nce import reduce_rows
 from ssl_kernels.ops.key_softmax import widen
@@ -118,7 +117,9 @@ def _panel_cpu(u_i: Tensor, u_j: Tensor, best: Tensor, neighbor: Tensor, first_r
 
 
 def _panel_triton(u_i: Tensor, u_j: Tensor, best: Tensor, neighbor: Tensor, first_row: int, first_col: int) -> None:
-    triton_kernels("koleo").koleo_panel(u_i, u_j, best, neighbor, first_row, first_col)
+    from ssl_kernels.kernels import koleo as kernels
+
+    kernels.koleo_panel(u_i, u_j, best, neighbor, first_row, first_col)
 
 
 def _tile(u_i: Tensor, u_j: Tensor, on_diagonal: bool) -> Tensor:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.settings import choose_backend
 
 
@@ -90,7 +89,9 @@ def _enqueue_cpu(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) 
 
 
 def _enqueue_triton(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
-    triton_kernels("queue").enqueue(queue, pointer, keys, normalize)
+    from ssl_kernels.kernels import queue as kernels
+
+    kernels.enqueue(queue, pointer, keys, normalize)
 
 
 def _enqueue_cuda(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks, contrastive
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs, Result
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
@@ -165,10 +164,18 @@ def _panel_cpu(
 def _panel_triton(
     x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, write_grad: bool
 ) -> Tensor | None:
+    from ssl_kernels.kernels import sigmoid as kernels
+
     m, n = x.shape[0], y.shape[0]
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write_grad else None  # aligned rows, for wide stores
-    triton_kernels("sigmoid").sigmoid_panel(x, y, grad, stats, scale, bias, *pairs[:4])
+    kernels.sigmoid_panel(x, y, grad, stats, scale, bias, *pairs[:4])
     return grad
+
+
+def _gradient_scale(dtype: torch.dtype) -> float:
+    from ssl_kernels.kernels import sigmoid as kernels
+
+    return kernels.gradient_scale(dtype)
 
 
 _PANELS = {"eager": _panel_eager, "cpu": _panel_cpu, "triton": _panel_triton}
@@ -194,7 +201,7 @@ def _forward(a: Arguments) -> Result:
             workspace=a.workspace,
             compute_dtype=a.x.dtype if triton else dtype,
             tiles=tiles + (0 if a.row_weight is None else 2),  # weighted products hold the tile in fp32
-            tile_scale=triton_kernels("sigmoid").gradient_scale(a.x.dtype) if triton else 1.0,
+            tile_scale=_gradient_scale(a.x.dtype) if triton else 1.0,
             stats_width=3 if any(a.wanted) else 1,
             want_dx=want_dx,
             want_dy=want_dy,

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.dino import as_center, check_constant, softmax_of, unit_stride
 from ssl_kernels.ops.spans import spans
 from ssl_kernels.settings import choose_backend
@@ -207,7 +206,9 @@ def _column_lse(rows: Tensor, temp: Tensor, backend: str) -> tuple[Tensor, Tenso
             torch.ops.ssl_kernels.sinkhorn_column_lse_(rows, temp.item(), maximum, total, *span)
         return maximum, total
     if backend == "triton":
-        maximum, total = triton_kernels("sinkhorn").column_lse(rows, temp)
+        from ssl_kernels.kernels import sinkhorn as kernels
+
+        maximum, total = kernels.column_lse(rows, temp)
         return maximum, total
     return _column_lse_eager(rows, temp)
 
@@ -228,7 +229,9 @@ def _column_sums(rows: Tensor, center: Tensor, temp: Tensor, backend: str) -> Te
             torch.ops.ssl_kernels.sinkhorn_column_sums_(rows, center, temp.item(), sums, *span)
         return sums
     if backend == "triton":
-        found: Tensor = triton_kernels("sinkhorn").column_sums(rows, temp, center)
+        from ssl_kernels.kernels import sinkhorn as kernels
+
+        found: Tensor = kernels.column_sums(rows, temp, center)
         return found
     return _column_sums_eager(rows, center, temp)
 
@@ -248,7 +251,9 @@ def _centered_softmax(rows: Tensor, center: Tensor | None, temp: Tensor, backend
             torch.ops.ssl_kernels.centered_softmax_(rows, center, temp.item(), probabilities, *span)
         return probabilities
     if backend == "triton":
-        found: Tensor = triton_kernels("sinkhorn").centered_softmax(rows, temp, center)
+        from ssl_kernels.kernels import sinkhorn as kernels
+
+        found: Tensor = kernels.centered_softmax(rows, temp, center)
         return found
     return _centered_softmax_eager(rows, center, temp)
 

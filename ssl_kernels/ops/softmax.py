@@ -28,7 +28,6 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks, contrastive
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops._triton import triton_kernels
 from ssl_kernels.ops.contrastive import Pairs
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
@@ -189,18 +188,28 @@ def _grad_cpu(
 
 
 def _stats_triton(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale: Tensor, pairs: Pairs) -> None:
-    triton_kernels("softmax").softmax_stats(x, y, rows, cols, scale, *pairs)
+    from ssl_kernels.kernels import softmax as kernels
+
+    kernels.softmax_stats(x, y, rows, cols, scale, *pairs)
 
 
 def _grad_triton(
     raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Tensor, col: Tensor,
     write: bool,
 ) -> Tensor | None:  # fmt: skip
+    from ssl_kernels.kernels import softmax as kernels
+
     m, n = x.shape[0], y.shape[0]
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
     vectors = [vector for both in zip(row, col, strict=True) for vector in both]
-    triton_kernels("softmax").softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (10 - len(vectors)))
+    kernels.softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (10 - len(vectors)))
     return grad
+
+
+def _gradient_scale(dtype: torch.dtype) -> float:
+    from ssl_kernels.kernels import softmax as kernels
+
+    return kernels.gradient_scale(dtype)
 
 
 _PANELS: dict[str, tuple[Any, Any]] = {
@@ -277,7 +286,7 @@ class _Passes:
         stats, dx, dy = self.run(
             panel,
             tiles=0 if self.triton and not (want_dx or want_dy) else self.tiles,
-            tile_scale=triton_kernels("softmax").gradient_scale(self.x.dtype) if self.triton else 1.0,
+            tile_scale=_gradient_scale(self.x.dtype) if self.triton else 1.0,
             stats_width=1,
             want_dx=want_dx,
             want_dy=want_dy,
