@@ -10,10 +10,10 @@ a first visit to the tiles merges into running statistics of each row, and of ea
     maximum of raw, sum of exp(t (raw - maximum)), sum of raw over positives, number of positives
     and for label smoothing: sum of raw, number of pairs
 
-of which the log-sum-exps lr_i and lc_j are made, t times the maximum plus the logarithm of the sum. A second visit,
-with weights a, b, p, q, u, v that the loss chooses, writes
+A second visit, with maxima mr_i and mc_j, weights a_i and b_j over the sums, and p, q, u, v that the loss chooses,
+writes
 
-    G_ij = a_i exp(z_ij - lr_i) + b_j exp(z_ij - lc_j) - [ij positive] (p_i + q_j) - (u_i + v_j)
+    G_ij = a_i exp(t (raw_ij - mr_i)) + b_j exp(t (raw_ij - mc_j)) - [ij positive] (p_i + q_j) - (u_i + v_j)
 
 and zero for pairs that are left out. Weights are at most 1 in magnitude, so |G| <= 2 on a loss that is a mean of
 cross-entropies; G is written in the dtype of the features (in fp16 times 2^14, see gradient_scale). Whatever else
@@ -29,11 +29,11 @@ log2(e) folded into t.
                  of the tile has less, the program takes each against its own maximum instead: exact for every scale,
                  and rare, since it takes logits that are 62 apart within one tile. Where column sums are not wanted,
                  rows have their own maximum to begin with.
-    gradient     e = 2^(z - c) against the largest c of the tile's log-sum-exps, which no z exceeds; then
-                 G = e (a_i 2^(c - lr_i) + b_j 2^(c - lc_j)), whose factors are made once per row and column: fma, ex2,
-                 addition, multiplication. If the log-sum-exps of the tile are more than 60 (41 in natural units)
-                 apart, or beyond 2^10, where their rounding would be seen, the two exponentials are taken one by one,
-                 of differences with the maxima; if not, what underflows is below 2^-66.
+    gradient     e = 2^(z - c) against the largest c of the tile's maxima, which no z exceeds; then
+                 G = e (a_i 2^(c - t mr_i) + b_j 2^(c - t mc_j)), whose factors are made once per row and column: fma,
+                 ex2, addition, multiplication. If a factor is more than 2^60, or c beyond 2^10, where its rounding
+                 would be seen, the two exponentials are taken one by one, of differences with the maxima; if not, what
+                 underflows is below 2^-66.
 
 The maximum that is kept for a row or column is that of the tiles that it met: at least its own, at most 68 more.
 
@@ -72,7 +72,7 @@ __all__ = ["CONFIGS", "Config", "gradient_scale", "softmax_grad", "softmax_stats
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LEAST_SUM = tl.constexpr(2.0**-90)
-_WIDEST_RANGE = tl.constexpr(60.0)
+_LARGEST_FACTOR = tl.constexpr(2.0**60)
 _FARTHEST = tl.constexpr(2.0**10)
 _LEAST_SCALE = tl.constexpr(2.0**-126)
 _FP16_GRADIENT_SCALE = tl.constexpr(2.0**14)
@@ -123,6 +123,12 @@ def _sum_exp2(raw, scale, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _kept(row, col, rows_left, cols_left, excluded_at):
+    """Pairs within the panel and off the diagonal that is left out."""
+    return (row < rows_left)[:, None] & (col < cols_left)[None, :] & (col[None, :] != (row + excluded_at)[:, None])
+
+
+@triton.jit
 def _stats_epilogue(
     raw,  # [BLOCK_M, BLOCK_N] fp32
     COL_PARTIALS,
@@ -155,45 +161,48 @@ def _stats_epilogue(
     has_excluded = (excluded_at > -BLOCK_M) & (excluded_at < cols_left)
     POSITIVE_IDS: tl.constexpr = HAS_IDS and not IGNORE_SAME_ID
 
-    # A pair that is left out counts as -inf, and its raw as 0, since 0 times a NaN or an infinity would count. With ids
-    # that is decided element by element without a branch, across which the masks would be kept in registers.
-    counted = raw
-    row_pairs = tl.zeros((BLOCK_M,), tl.float32) + cols_left
-    col_pairs = tl.zeros((BLOCK_N,), tl.float32) + rows_left
-    if HAS_IDS:
-        is_positive = col[None, :] == (row + positive_at)[:, None]
-        same_id = _same_id(X_IDS, Y_IDS, first_row, first_col, row, col, rows_left, cols_left)
-        kept = (row < rows_left)[:, None] & (col < cols_left)[None, :] & (col[None, :] != (row + excluded_at)[:, None])
-        if IGNORE_SAME_ID:
-            kept = kept & (is_positive | (same_id == 0))
-        else:
-            is_positive = (is_positive | same_id) & kept
-        counted = tl.where(kept, raw, float("-inf"))
-        raw = tl.where(kept, raw, 0.0)
-        if STATS == 6:
-            row_pairs = tl.sum(kept.to(tl.float32), axis=1)
-            if WITH_COLS:
-                col_pairs = tl.sum(kept.to(tl.float32), axis=0)
-    else:
-        if is_edge | has_excluded:
-            kept = (row < rows_left)[:, None] & (col < cols_left)[None, :]
-            kept = kept & (col[None, :] != (row + excluded_at)[:, None])
-            counted = tl.where(kept, raw, float("-inf"))
-            raw = tl.where(kept, raw, 0.0)
-            row_pairs -= ((row + excluded_at >= 0) & (row + excluded_at < cols_left)).to(tl.float32)
-            col_pairs -= ((col - excluded_at >= 0) & (col - excluded_at < rows_left)).to(tl.float32)
-
     # Column sums are stored as soon as they are made: held to the end, six of them take more registers than the tile.
     col_at = COL_PARTIALS
     col_ok = col < cols_left
     if WITH_COLS:
         col_at += block_m.to(tl.int64) * STATS * n + first_col + col
+
+    # A pair that is left out is 0 in the sums of raw, as 0 times a NaN or an infinity would count, and then -inf. With
+    # ids that is decided element by element without a branch, across which the masks would be kept in registers.
+    row_pairs = tl.zeros((BLOCK_M,), tl.float32) + cols_left
+    col_pairs = tl.zeros((BLOCK_N,), tl.float32) + rows_left
     row_raw = tl.zeros((BLOCK_M,), tl.float32)
-    if STATS == 6:
-        row_raw = tl.sum(raw, axis=1)
-        if WITH_COLS:
-            tl.store(col_at + 4 * n, tl.sum(raw, axis=0), mask=col_ok)
-            tl.store(col_at + 5 * n, col_pairs, mask=col_ok)
+    if HAS_IDS:
+        is_positive = col[None, :] == (row + positive_at)[:, None]
+        same_id = _same_id(X_IDS, Y_IDS, first_row, first_col, row, col, rows_left, cols_left)
+        kept = _kept(row, col, rows_left, cols_left, excluded_at)
+        if IGNORE_SAME_ID:
+            kept = kept & (is_positive | (same_id == 0))
+        else:
+            is_positive = (is_positive | same_id) & kept
+        summed = tl.where(kept, raw, 0.0)
+        raw = tl.where(kept, raw, float("-inf"))
+        if STATS == 6:
+            row_pairs = tl.sum(kept.to(tl.float32), axis=1)
+            if WITH_COLS:
+                col_pairs = tl.sum(kept.to(tl.float32), axis=0)
+            row_raw = tl.sum(summed, axis=1)
+            if WITH_COLS:
+                tl.store(col_at + 4 * n, tl.sum(summed, axis=0), mask=col_ok)
+    else:
+        if STATS == 6:
+            summed = raw
+            if is_edge | has_excluded:
+                summed = tl.where(_kept(row, col, rows_left, cols_left, excluded_at), raw, 0.0)
+                row_pairs -= ((row + excluded_at >= 0) & (row + excluded_at < cols_left)).to(tl.float32)
+                col_pairs -= ((col - excluded_at >= 0) & (col - excluded_at < rows_left)).to(tl.float32)
+            row_raw = tl.sum(summed, axis=1)
+            if WITH_COLS:
+                tl.store(col_at + 4 * n, tl.sum(summed, axis=0), mask=col_ok)
+        if is_edge | has_excluded:
+            raw = tl.where(_kept(row, col, rows_left, cols_left, excluded_at), raw, float("-inf"))
+    if STATS == 6 and WITH_COLS:
+        tl.store(col_at + 5 * n, col_pairs, mask=col_ok)
 
     row_positive = tl.zeros((BLOCK_M,), tl.float32)
     row_positives = tl.zeros((BLOCK_M,), tl.float32)
@@ -201,27 +210,28 @@ def _stats_epilogue(
         row_positives = tl.sum(is_positive.to(tl.float32), axis=1)
         if WITH_COLS:
             tl.store(col_at + 3 * n, tl.sum(is_positive.to(tl.float32), axis=0), mask=col_ok)
-        raw = tl.where(is_positive, raw, 0.0)
-        row_positive = tl.sum(raw, axis=1)
+        positives = tl.where(is_positive, summed, 0.0)
+        row_positive = tl.sum(positives, axis=1)
         if WITH_COLS:
-            tl.store(col_at + 2 * n, tl.sum(raw, axis=0), mask=col_ok)
+            tl.store(col_at + 2 * n, tl.sum(positives, axis=0), mask=col_ok)
     else:
         col_positive = tl.zeros((BLOCK_N,), tl.float32)
         col_positives = tl.zeros((BLOCK_N,), tl.float32)
         if has_positive:
-            raw = tl.where(col[None, :] == (row + positive_at)[:, None], raw, 0.0)
-            row_positive = tl.sum(raw, axis=1)
+            within = (row < rows_left)[:, None] & (col < cols_left)[None, :]  # the others are -inf
+            positives = tl.where(within & (col[None, :] == (row + positive_at)[:, None]), raw, 0.0)
+            row_positive = tl.sum(positives, axis=1)
             row_positives = ((row + positive_at >= 0) & (row + positive_at < cols_left)).to(tl.float32)
             if WITH_COLS:
-                col_positive = tl.sum(raw, axis=0)
+                col_positive = tl.sum(positives, axis=0)
                 col_positives = ((col - positive_at >= 0) & (col - positive_at < rows_left)).to(tl.float32)
         if WITH_COLS:
             tl.store(col_at + 2 * n, col_positive, mask=col_ok)
             tl.store(col_at + 3 * n, col_positives, mask=col_ok)
 
     if WITH_COLS:
-        maximum = tl.max(tl.max(counted, axis=1), axis=0)
-        e = tl.exp2((counted - _finite_from_below(maximum)) * scale)
+        maximum = tl.max(tl.max(raw, axis=1), axis=0)
+        e = tl.exp2((raw - _finite_from_below(maximum)) * scale)
         row_max = tl.zeros((BLOCK_M,), tl.float32) + maximum
         col_max = tl.zeros((BLOCK_N,), tl.float32) + maximum
         row_sum = tl.sum(e, axis=1)
@@ -229,12 +239,12 @@ def _stats_epilogue(
         least_row = tl.min(tl.where(row < rows_left, row_sum, 1.0), axis=0)
         least_col = tl.min(tl.where(col_ok, col_sum, 1.0), axis=0)
         if tl.minimum(least_row, least_col) < _LEAST_SUM:
-            row_max, row_sum = _sum_exp2(counted, scale, 1)
-            col_max, col_sum = _sum_exp2(counted, scale, 0)
+            row_max, row_sum = _sum_exp2(raw, scale, 1)
+            col_max, col_sum = _sum_exp2(raw, scale, 0)
         tl.store(col_at, col_max, mask=col_ok)
         tl.store(col_at + n, col_sum, mask=col_ok)
     else:
-        row_max, row_sum = _sum_exp2(counted, scale, 1)
+        row_max, row_sum = _sum_exp2(raw, scale, 1)
     return row_max, row_sum, row_positive, row_positives, row_raw, row_pairs
 
 
@@ -366,19 +376,18 @@ def _merge_stats_kernel(
 
 
 @triton.jit
-def _load_lse(TOP, LOG_SUM, WEIGHT, at, ok, scale):
-    """Log-sum-exps in base 2, made of a maximum and the logarithm of a sum, and their weights. Those of weight 0 do not
-    count: their log-sum-exp is +inf, so that their exponentials are 0."""
+def _load_side(TOP, SHARE, at, ok):
+    """Maxima, and what exponentials against them are multiplied by; +inf and 0 for what takes no part, so that its
+    exponentials are 0."""
     top = tl.load(TOP + at, mask=ok, other=0.0)
-    log_sum = tl.load(LOG_SUM + at, mask=ok, other=float("inf")) * _LOG2_E
-    weight = tl.load(WEIGHT + at, mask=ok, other=0.0)
-    return top * scale + log_sum, top, log_sum, weight
+    share = tl.load(SHARE + at, mask=ok, other=0.0)
+    return tl.where(share != 0.0, top, float("inf")), share
 
 
 @triton.jit
-def _factors(lse, weight, highest):
+def _factors(top, share, scale, highest):
     """What 2^(z - highest) is multiplied by for the sake of a row or column."""
-    return weight * tl.exp2(tl.where(highest == float("-inf"), float("-inf"), highest - lse))
+    return tl.where(share != 0.0, share * tl.exp2(highest - top * scale), 0.0)
 
 
 @triton.jit
@@ -389,16 +398,14 @@ def _grad_epilogue(
     Y_IDS,
     ROW_TOP,
     COL_TOP,
-    ROW_LOG_SUM,
-    COL_LOG_SUM,
-    ROW_WEIGHT,
-    COL_WEIGHT,
+    ROW_SHARE,
+    COL_SHARE,
     ROW_TARGET,
     COL_TARGET,
     ROW_UNIFORM,
     COL_UNIFORM,
     scale,
-    highest,  # log-sum-exp of the tile, in base 2
+    highest,  # the largest of the maxima, times scale
     is_narrow,  # whether the factors are of use
     row_factor,  # [BLOCK_M]
     col_factor,  # [BLOCK_N]
@@ -433,10 +440,10 @@ def _grad_epilogue(
         e = tl.exp2(raw * scale - tl.where(highest == float("-inf"), float("inf"), highest))
         g = e * (row_factor[:, None] + col_factor[None, :])
     else:
-        _, top, log_sum, weight = _load_lse(ROW_TOP, ROW_LOG_SUM, ROW_WEIGHT, first_row + row, row_ok, scale)
-        g = weight[:, None] * tl.exp2((raw - top[:, None]) * scale - log_sum[:, None])
-        _, top, log_sum, weight = _load_lse(COL_TOP, COL_LOG_SUM, COL_WEIGHT, first_col + col, col_ok, scale)
-        g += weight[None, :] * tl.exp2((raw - top[None, :]) * scale - log_sum[None, :])
+        top, share = _load_side(ROW_TOP, ROW_SHARE, first_row + row, row_ok)
+        g = share[:, None] * tl.exp2((raw - top[:, None]) * scale)
+        top, share = _load_side(COL_TOP, COL_SHARE, first_col + col, col_ok)
+        g += share[None, :] * tl.exp2((raw - top[None, :]) * scale)
     if HAS_UNIFORM:
         row_uniform = tl.load(ROW_UNIFORM + first_row + row, mask=row_ok, other=0.0)
         col_uniform = tl.load(COL_UNIFORM + first_col + col, mask=col_ok, other=0.0)
@@ -485,8 +492,8 @@ def _grad_epilogue(
 @triton.jit(
     do_not_specialize=["m", "n", "positive", "excluded"],
     do_not_specialize_on_alignment=[
-        "X_IDS", "Y_IDS", "ROW_TOP", "COL_TOP", "ROW_LOG_SUM", "COL_LOG_SUM", "ROW_WEIGHT", "COL_WEIGHT", "ROW_TARGET",
-        "COL_TARGET", "ROW_UNIFORM", "COL_UNIFORM",
+        "X_IDS", "Y_IDS", "ROW_TOP", "COL_TOP", "ROW_SHARE", "COL_SHARE", "ROW_TARGET", "COL_TARGET",
+        "ROW_UNIFORM", "COL_UNIFORM",
     ],
 )  # fmt: skip
 def _softmax_grad_kernel(
@@ -499,10 +506,8 @@ def _softmax_grad_kernel(
     Y_IDS,  # [n]
     ROW_TOP,  # this and what follows: [m] or [n] fp32
     COL_TOP,
-    ROW_LOG_SUM,
-    COL_LOG_SUM,
-    ROW_WEIGHT,
-    COL_WEIGHT,
+    ROW_SHARE,
+    COL_SHARE,
     ROW_TARGET,
     COL_TARGET,
     ROW_UNIFORM,  # or None without HAS_UNIFORM
@@ -540,37 +545,36 @@ def _softmax_grad_kernel(
     scale = tl.load(SCALE) * _LOG2_E
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
-    row_lse, _, _, row_weight = _load_lse(ROW_TOP, ROW_LOG_SUM, ROW_WEIGHT, row, row < m, scale)
-    col_lse, _, _, col_weight = _load_lse(COL_TOP, COL_LOG_SUM, COL_WEIGHT, col, col < n, scale)
+    row_top, row_share = _load_side(ROW_TOP, ROW_SHARE, row, row < m)
+    col_top, col_share = _load_side(COL_TOP, COL_SHARE, col, col < n)
     highest = tl.maximum(
-        tl.max(tl.where(row_weight != 0.0, row_lse, float("-inf")), axis=0),
-        tl.max(tl.where(col_weight != 0.0, col_lse, float("-inf")), axis=0),
+        tl.max(tl.where(row_share != 0.0, row_top * scale, float("-inf")), axis=0),
+        tl.max(tl.where(col_share != 0.0, col_top * scale, float("-inf")), axis=0),
     )
-    lowest = tl.minimum(tl.min(row_lse, axis=0), tl.min(col_lse, axis=0))
-    is_narrow = (highest - lowest <= _WIDEST_RANGE) & (highest <= _FARTHEST) & (lowest >= -_FARTHEST)
-    row_factor = _factors(row_lse, row_weight, highest)
-    col_factor = _factors(col_lse, col_weight, highest)
+    row_factor = _factors(row_top, row_share, scale, highest)
+    col_factor = _factors(col_top, col_share, scale, highest)
+    too_large = tl.max((tl.abs(row_factor) > _LARGEST_FACTOR).to(tl.int32), axis=0)
+    too_large += tl.max((tl.abs(col_factor) > _LARGEST_FACTOR).to(tl.int32), axis=0)
+    is_narrow = (too_large == 0) & (tl.abs(highest) <= _FARTHEST)
     if HALVES:
         WIDTH: tl.constexpr = BLOCK_N // 2
         left, right = split_columns(raw, BLOCK_M, BLOCK_N)
         left_factor, right_factor = tl.split(tl.permute(tl.reshape(col_factor, (2, WIDTH)), (1, 0)))
         row_g_raw = _grad_epilogue(
-            left, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_LOG_SUM, COL_LOG_SUM, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET,
-            COL_TARGET, ROW_UNIFORM, COL_UNIFORM, scale, highest, is_narrow, row_factor, left_factor, m, n, positive,
-            excluded, first_row, first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
+            left, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_SHARE, COL_SHARE, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
+            COL_UNIFORM, scale, highest, is_narrow, row_factor, left_factor, m, n, positive, excluded, first_row,
+            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
         )  # fmt: skip
         row_g_raw += _grad_epilogue(
-            right, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_LOG_SUM, COL_LOG_SUM, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET,
-            COL_TARGET, ROW_UNIFORM, COL_UNIFORM, scale, highest, is_narrow, row_factor, right_factor, m, n, positive,
-            excluded, first_row, first_col + WIDTH, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M,
-            WIDTH,
+            right, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_SHARE, COL_SHARE, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
+            COL_UNIFORM, scale, highest, is_narrow, row_factor, right_factor, m, n, positive, excluded, first_row,
+            first_col + WIDTH, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
         )  # fmt: skip
     else:
         row_g_raw = _grad_epilogue(
-            raw, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_LOG_SUM, COL_LOG_SUM, ROW_WEIGHT, COL_WEIGHT, ROW_TARGET,
-            COL_TARGET, ROW_UNIFORM, COL_UNIFORM, scale, highest, is_narrow, row_factor, col_factor, m, n, positive,
-            excluded, first_row, first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M,
-            BLOCK_N,
+            raw, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_SHARE, COL_SHARE, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
+            COL_UNIFORM, scale, highest, is_narrow, row_factor, col_factor, m, n, positive, excluded, first_row,
+            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     partial_at = PARTIALS + block_n.to(tl.int64) * m + first_row + tl.arange(0, BLOCK_M)
     tl.store(partial_at, row_g_raw, mask=first_row + tl.arange(0, BLOCK_M) < m)
@@ -678,10 +682,8 @@ def softmax_grad(
     excluded: int,
     row_top: Tensor,
     col_top: Tensor,
-    row_log_sum: Tensor,
-    col_log_sum: Tensor,
-    row_weight: Tensor,
-    col_weight: Tensor,
+    row_share: Tensor,
+    col_share: Tensor,
     row_target: Tensor,
     col_target: Tensor,
     row_uniform: Tensor | None,
@@ -696,13 +698,11 @@ def softmax_grad(
         grad: [m, n] in the dtype of x with unit stride along n, receives G times :func:`gradient_scale`; None where no
             feature gradient is wanted.
         stats: [m, 1] float64.
-        row_top: [m] fp32, contiguous, as are all that follow: a maximum of x_i . y_j in each row. With row_log_sum it
-            makes the log-sum-exp over all kept pairs, scale row_top + row_log_sum, at least every z of the row.
+        row_top: [m] fp32, contiguous, as are all that follow: a maximum of x_i . y_j in each row, at least its own.
         col_top: [n], of the columns.
-        row_log_sum: [m], infinite where the weight is 0.
-        col_log_sum: [n], likewise.
-        row_weight: [m], of exp(z - log-sum-exp of the row).
-        col_weight: [n], of exp(z - log-sum-exp of the column).
+        row_share: [m], of exp(scale (x_i . y_j - row_top)): the weight of the row over the sum of these exponentials.
+            At 0 the row takes no part.
+        col_share: [n], likewise.
         row_target: [m], subtracted from positive pairs.
         col_target: [n], likewise.
         row_uniform: [m], subtracted from every kept pair; or None, together with ``col_uniform``.
@@ -727,10 +727,8 @@ def softmax_grad(
                 y_ids,
                 row_top,
                 col_top,
-                row_log_sum,
-                col_log_sum,
-                row_weight,
-                col_weight,
+                row_share,
+                col_share,
                 row_target,
                 col_target,
                 row_uniform,

@@ -201,8 +201,9 @@ def _grad_triton(
 
     m, n = x.shape[0], y.shape[0]
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
-    vectors = [vector for both in zip(row, col, strict=True) for vector in both]
-    kernels.softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (10 - len(vectors)))
+    sides = ((top, weight * torch.exp(-log_sum), *rest) for top, log_sum, weight, *rest in (row, col))
+    vectors = [vector for both in zip(*sides, strict=True) for vector in both]
+    kernels.softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (8 - len(vectors)))
     return grad
 
 

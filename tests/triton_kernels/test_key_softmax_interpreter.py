@@ -126,6 +126,15 @@ def test_scales(scale, dtype):
     check(features(20, 32, dtype), features(150, 32, dtype), scale=scale, splits=3)
 
 
+@pytest.mark.parametrize("scale", [100.0, -100.0])
+def test_the_largest_of_huge_similarities_is_alone(scale):
+    """A logit of 9e12 is rounded by half a million."""
+    query, keys = torch.tensor([[3e5], [-3e5]]), torch.tensor([[3e5], [0.0], [-3e5], [3e5 - 1]])
+    lse, mean = key_softmax(query, keys, torch.tensor(scale), True, config=Config(64, 32, 16, 64, 8, 2))
+    torch.testing.assert_close(lse, torch.full((2,), 9e12), rtol=1e-6, atol=0)
+    assert torch.equal(mean, torch.tensor([[3e5], [-3e5]]) * (1 if scale > 0 else -1))
+
+
 def test_all_keys_are_far_below_zero():
     """Zeros that only fill the last block would be the largest by far."""
     query, keys = torch.ones(3, 4), -torch.ones(33, 4)

@@ -82,11 +82,7 @@ class Case(aot.Case):
                 fixed |= {"COL_PARTIALS": None}
         else:
             fixed = grad_constants(*shared, has_uniform=self.smoothed, with_grad=True)
-            vectors = [
-                f"{side}_{name}"
-                for side in ("ROW", "COL")
-                for name in ("TOP", "LOG_SUM", "WEIGHT", "TARGET", "UNIFORM")
-            ]
+            vectors = [f"{side}_{name}" for side in ("ROW", "COL") for name in ("TOP", "SHARE", "TARGET", "UNIFORM")]
             types |= dict.fromkeys(("PARTIALS", *vectors), "*fp32")
             strides.append("stride_gm")
             if not self.smoothed:
@@ -175,5 +171,5 @@ def test_nothing_recompiles_when_sizes_change(kernel):
     aot.assert_sizes_do_not_recompile(kernel, ("m", "n", "positive", "excluded"))
     # Slices of these begin anywhere when a batch is cut unevenly.
     for parameter in kernel.params:
-        if re.match(r"(ROW|COL)_(TOP|LOG_SUM|WEIGHT|TARGET|UNIFORM)|[XY]_IDS", parameter.name):
+        if re.match(r"(ROW|COL)_(TOP|SHARE|TARGET|UNIFORM)|[XY]_IDS", parameter.name):
             assert parameter.do_not_specialize_on_alignment

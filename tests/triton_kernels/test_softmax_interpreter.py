@@ -31,6 +31,8 @@ from panels import (
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import ssl_kernels
+import ssl_kernels.functional as K
 from ssl_kernels.kernels import softmax
 from ssl_kernels.kernels.softmax import CONFIGS, Config, gradient_scale, softmax_grad, softmax_stats
 from ssl_kernels.kernels.tiles import operands
@@ -116,14 +118,10 @@ def check_stats(
             assert torch.equal((after[:, k + 1] - start[:, k + 1]).round(decimals=9), want[:, k])
 
 
-def parts_of(raw: Tensor, scale: float, row_lse: Tensor, col_lse: Tensor) -> dict[str, Tensor]:
-    """Log-sum-exps as the kernel takes them: similarities of that height and the rest, infinite where there is none."""
-    found = {}
-    for side, lse, top in (("row", row_lse, raw.amax(1)), ("col", col_lse, raw.amax(0))):
-        top = top.nan_to_num().float().masked_fill(lse == -INF, 0)
-        found[f"{side}_top"] = top
-        found[f"{side}_log_sum"] = (lse.double() - scale * top.double()).float().masked_fill(lse == -INF, INF)
-    return found
+def share_of(kept: Tensor, scale: float, lse: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Maxima, and weights over the sums of exponentials against them: log-sum-exps as the kernel takes them."""
+    top = kept.amax(dim).masked_fill(weight == 0, 0).float()
+    return top, torch.where(weight == 0, 0, weight * torch.exp(scale * top.double() - lse)).float()
 
 
 def check_grad(
@@ -152,7 +150,6 @@ def check_grad(
     # The rows and columns have more pairs than those of this panel.
     row_lse, col_lse = lse or ((z.logsumexp(1) + torch.rand(m)).float(), (z.logsumexp(0) + torch.rand(n)).float())
     vectors = {
-        **parts_of(exact, t, row_lse, col_lse),
         "row_weight": (2 * torch.rand(m) - 1) * (row_lse > -INF),
         "col_weight": (2 * torch.rand(n) - 1) * (col_lse > -INF),
         "row_target": torch.rand(m) / 2,
@@ -165,7 +162,11 @@ def check_grad(
     before = torch.rand(m, 1, dtype=torch.float64)
     stats = before.clone()
     options = (*(ids or (None, None)), ignore_same_id, positive, excluded)
-    softmax_grad(x, y, grad, stats, torch.tensor(scale), *options, **vectors, config=config)
+    given = {k: v for k, v in vectors.items() if "weight" not in k}
+    for side, lse_of_side, dim in (("row", row_lse, 1), ("col", col_lse, 0)):
+        top, share = share_of(exact.masked_fill(~kept, -INF), t, lse_of_side, vectors[f"{side}_weight"], dim)
+        given |= {f"{side}_top": top, f"{side}_share": share}
+    softmax_grad(x, y, grad, stats, torch.tensor(scale), *options, **given, config=config)
 
     def terms(raw: Tensor) -> list[Tensor]:
         kind = raw.dtype
@@ -293,7 +294,7 @@ def test_only_the_gradients_that_are_wanted(uniform, ids):
         check_grad(x, y, uniform=uniform, with_grad=with_grad, **options)
 
 
-@covering(1, dtype=DTYPES, scale=[0.0, 1.0, 100.0, 3000.0, 1e8])
+@covering(1, dtype=DTYPES, scale=[0.0, 1.0, 100.0, 3000.0])
 def test_rows_and_columns_that_are_far_below_their_tile(scale, dtype):
     """At 3000 nearly every row and column underflows against the largest logit of its tile."""
     x, y = features(40, 32, dtype), features(75, 32, dtype)
@@ -346,8 +347,7 @@ def test_nothing_is_left_of_ignored_pairs_even_if_they_are_nan(positive):
     rows, cols = empty_stats(m, 6), empty_stats(n, 6)
     scale = torch.tensor(10.0)
     softmax_stats(x, y, rows, cols, scale, *ids, True, positive, NOWHERE)
-    tops, log_sums = (torch.zeros(m), torch.zeros(n)), (torch.full((m,), INF), torch.full((n,), INF))
-    weights = torch.zeros(m), torch.zeros(n)
+    tops, shares = (torch.zeros(m), torch.zeros(n)), (torch.zeros(m), torch.zeros(n))
     if positive == 69:  # all that is kept is the first row's positive, in the last column
         raw = (x[0].double() @ y[69].double()).item()
         for stats, at in ((rows, 0), (cols, 69)):
@@ -355,12 +355,11 @@ def test_nothing_is_left_of_ignored_pairs_even_if_they_are_nan(positive):
             torch.testing.assert_close(stats[at], want, rtol=1e-6, atol=1e-6)
             stats[at] = empty_stats(1, 6)[0]
         tops[0][0] = tops[1][69] = raw
-        log_sums[0][0] = log_sums[1][69] = 0
-        weights[0][0] = weights[1][69] = 1.0
+        shares[0][0] = shares[1][69] = 1.0
     assert torch.equal(rows, empty_stats(m, 6))
     assert torch.equal(cols, empty_stats(n, 6))
     grad, stats = torch.empty(m, n, dtype=torch.bfloat16), torch.zeros(m, 1, dtype=torch.float64)
-    vectors = (*tops, *log_sums, *weights, torch.rand(m), torch.rand(n), torch.rand(m), torch.rand(n))
+    vectors = (*tops, *shares, torch.rand(m), torch.rand(n), torch.rand(m), torch.rand(n))
     softmax_grad(x, y, grad, stats, scale, *ids, True, positive, NOWHERE, *vectors)
     if positive == 69:
         assert grad[0, 69] != 0
@@ -371,7 +370,7 @@ def test_nothing_is_left_of_ignored_pairs_even_if_they_are_nan(positive):
 
 @pytest.mark.parametrize("spread", [0.0, 100.0])
 def test_a_row_without_any_kept_pair_takes_no_part(spread):
-    """Weight 0 and an infinite logarithm of the sum mean no row term, not 0 times infinity, whatever the others are."""
+    """Weight 0 means no row term, not 0 times infinity, whatever the others are."""
     x, y = features(6, 8, torch.float32), features(7, 8, torch.float32)
     row_lse, col_lse = torch.full((6,), -INF), 12 + torch.rand(7) * spread
     check_grad(x, y, lse=(row_lse, col_lse), uniform=False)
@@ -400,20 +399,16 @@ def test_nan_features_give_nan_and_only_where_they_belong(where, ids):
                 assert torch.equal(stats[:, 4].isnan(), want)
     grad, stats = torch.empty(m, n), torch.zeros(m, 1, dtype=torch.float64)
     ones = torch.ones(m), torch.ones(n)
-    softmax_grad(x, y, grad, stats, torch.tensor(10.0), *pair, ids == "ignore", 0, NOWHERE, *4 * ones, None, None)
+    softmax_grad(x, y, grad, stats, torch.tensor(10.0), *pair, ids == "ignore", 0, NOWHERE, *3 * ones, None, None)
     assert torch.equal(grad.isnan(), touched)
     assert torch.equal(stats[:, 0].isnan(), touched.any(1))
 
 
-@covering(
-    1,
-    name=[f"{side}_{k}" for side in ("row", "col") for k in ("top", "log_sum", "weight")],
-    far=[1.0, 20.0, 200.0],
-)
+@covering(1, name=[f"{side}_{k}" for side in ("row", "col") for k in ("top", "share")], far=[1.0, 20.0, 200.0])
 def test_nan_in_a_vector_comes_out(name, far):
     m, n = 20, 70
     x, y = features(m, 12, torch.float32), features(n, 12, torch.float32)
-    kinds = ("top", "log_sum", "weight", "target")
+    kinds = ("top", "share", "target")
     vectors = {f"{side}_{k}": torch.ones(s) for k in kinds for side, s in (("row", m), ("col", n))}
     vectors["col_top"] *= far
     vectors[name][3] = float("nan")
@@ -523,7 +518,7 @@ def test_results_are_reproducible_bit_by_bit_and_independent_of_panels(ids):
     values=st.integers(1, 100),
     positive=st.integers(-100, 100),
     excluded=st.integers(-100, 100),
-    scale=st.floats(-300, 300, width=32),
+    scale=st.floats(0, 300, width=32),
     seed=st.integers(0, 2**31),
 )
 def test_any_panel(m, n, d, dtype, kind, values, positive, excluded, scale, seed):
@@ -532,3 +527,17 @@ def test_any_panel(m, n, d, dtype, kind, values, positive, excluded, scale, seed
         features(m, d, dtype), features(n, d, dtype), scale=scale, positive=positive, excluded=excluded,
         ids=make_ids(kind, m, n, values), ignore_same_id=kind == "ignore",
     )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # in factors that are not used there
+def test_logits_of_a_million_of_a_matrix_that_is_symmetric():
+    """The log-sum-exps of rows are those of columns, and differences of 1 are to be seen."""
+    x, ids = 300 * torch.randn(10, 63), torch.arange(10) // 2
+    gradients = []
+    for backend, rows in (("triton", x), ("reference", x.double())):
+        rows = rows.clone().requires_grad_()
+        with ssl_kernels.use_backend(backend):
+            loss = K.sup_con_loss(rows, ids, 0.07)
+        gradients += torch.autograd.grad(loss, rows)
+    ours, exact = gradients
+    assert (ours - exact).norm() <= 1e-5 * exact.norm()
