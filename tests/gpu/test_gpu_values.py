@@ -202,6 +202,7 @@ def test_panels_of_any_size_agree(case: Case) -> None:
 INTERPRETED = "test_small and bfloat16 or test_no_op_reads"  # tests/triton_kernels has the other dtypes
 
 
+@pytest.mark.slow  # tests/triton_kernels interprets the same kernels, and these cases run on the CPU's kernels
 @pytest.mark.skipif(ON_GPU, reason="the kernels themselves run")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that run")
 def test_the_triton_kernels_pass_these_tests_when_interpreted() -> None:

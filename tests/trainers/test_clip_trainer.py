@@ -111,7 +111,7 @@ def test_every_optimizer_step_is_followed_by_the_clamp(
     assert max(record["logit_scale"] for record in logged(tmp_path / "free")[1:]) > math.exp(ceiling)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("smoothing", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path, smoothing: float) -> None:
     """Thirty steps from one seed, the loss fused in one run and dense PyTorch in the other.
 

@@ -171,7 +171,7 @@ def test_a_run_learns_and_writes_what_it_says(table: Path, tmp_path: Path) -> No
             assert len(image.convert("L").getcolors() or range(999)) > 10  # something is drawn
 
 
-@pytest.mark.parametrize("source", ["shards", "openmoji"])
+@pytest.mark.parametrize("source", ["shards", pytest.param("openmoji", marks=pytest.mark.slow)])  # as make demo does
 def test_other_sources_train_and_evaluate(shards: str, tmp_path: Path, source: str) -> None:
     options: dict[str, object] = {
         "data": shards,
