@@ -314,14 +314,14 @@ def test_the_kernel_passes_the_tests_of_the_op(emulator: Emulator, file: str) ->
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-p", "as_cuda", "-k", "cpu and not opcheck", str(here.parent / file)]
+    command += ["-m", "", "-p", "as_cuda", "-k", "cpu and not opcheck", str(here.parent / file)]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
         command, cwd=here.parents[1], capture_output=True, text=True, timeout=TIMEOUT_S, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) >= 7
-    assert int(re.findall(r"(\d+) launches", done.stdout)[-1]) >= 50
+    assert int(re.findall(r"(\d+) launches", done.stdout)[-1]) >= 15
 
 
 # ---- all of it again
