@@ -588,6 +588,7 @@ def test_no_grad_keeps_nothing() -> None:
     assert sizes == []
 
 
+@pytest.mark.slow  # the test above has the same bound for smaller batches
 @linux_only
 def test_a_batch_of_32768_fits_in_400_mb() -> None:
     x, y = (t.requires_grad_() for t in features(32_768, 32_768, 512))
