@@ -31,7 +31,7 @@ log2(e) folded into t.
                  rows have their own maximum to begin with.
     gradient     e = 2^(z - c) against the largest c of the tile's maxima, which no z exceeds; then
                  G = e (a_i 2^(c - t mr_i) + b_j 2^(c - t mc_j)), whose factors are made once per row and column: fma,
-                 ex2, addition, multiplication. If a factor is more than 2^60, or c beyond 2^10, where its rounding
+                 ex2, addition, multiplication. If a factor may be above 2^60, or c beyond 2^10, where its rounding
                  would be seen, the two exponentials are taken one by one, of differences with the maxima; if not, what
                  underflows is below 2^-66.
 
@@ -72,7 +72,7 @@ __all__ = ["CONFIGS", "Config", "gradient_scale", "softmax_grad", "softmax_stats
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LEAST_SUM = tl.constexpr(2.0**-90)
-_LARGEST_FACTOR = tl.constexpr(2.0**60)
+_LARGEST_EXPONENT = tl.constexpr(60.0)
 _FARTHEST = tl.constexpr(2.0**10)
 _LEAST_SCALE = tl.constexpr(2.0**-126)
 _FP16_GRADIENT_SCALE = tl.constexpr(2.0**14)
@@ -385,6 +385,14 @@ def _load_side(TOP, SHARE, at, ok):
 
 
 @triton.jit
+def _exponent_of_factor(top, share, scale, highest):
+    """At most 1 below its logarithm, from the bits of the share: made of the factor itself, exponentials would be taken
+    twice."""
+    exponent = ((share.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+    return tl.where(share != 0.0, exponent.to(tl.float32) + (highest - top * scale), float("-inf"))
+
+
+@triton.jit
 def _factors(top, share, scale, highest):
     """What 2^(z - highest) is multiplied by for the sake of a row or column."""
     return tl.where(share != 0.0, share * tl.exp2(highest - top * scale), 0.0)
@@ -553,9 +561,11 @@ def _softmax_grad_kernel(
     )
     row_factor = _factors(row_top, row_share, scale, highest)
     col_factor = _factors(col_top, col_share, scale, highest)
-    too_large = tl.max((tl.abs(row_factor) > _LARGEST_FACTOR).to(tl.int32), axis=0)
-    too_large += tl.max((tl.abs(col_factor) > _LARGEST_FACTOR).to(tl.int32), axis=0)
-    is_narrow = (too_large == 0) & (tl.abs(highest) <= _FARTHEST)
+    largest = tl.maximum(
+        tl.max(_exponent_of_factor(row_top, row_share, scale, highest), axis=0),
+        tl.max(_exponent_of_factor(col_top, col_share, scale, highest), axis=0),
+    )
+    is_narrow = (largest <= _LARGEST_EXPONENT) & (tl.abs(highest) <= _FARTHEST)
     if HALVES:
         WIDTH: tl.constexpr = BLOCK_N // 2
         left, right = split_columns(raw, BLOCK_M, BLOCK_N)
