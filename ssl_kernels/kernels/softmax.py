@@ -386,9 +386,9 @@ def _load_side(TOP, SHARE, at, ok):
 
 @triton.jit
 def _exponent_of_factor(top, share, scale, highest):
-    """At most 1 below its logarithm, from the bits of the share: made of the factor itself, exponentials would be taken
-    twice."""
-    exponent = ((share.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+    """At most 1 below its logarithm, and that of its exponential alone if the share is below 1. From the bits of the
+    share: made of the factor itself, exponentials would be taken twice."""
+    exponent = tl.maximum(((share.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127, 0)
     return tl.where(share != 0.0, exponent.to(tl.float32) + (highest - top * scale), float("-inf"))
 
 
