@@ -7,16 +7,15 @@ one range only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 _ELEMENTS_PER_THREAD = 2**23  # some tens of milliseconds, beside which a call costs nothing
 
 
-def spans(rows: int, elements: int) -> Iterator[tuple[int, int]]:
+def spans(rows: int, elements: int) -> list[tuple[int, int]]:
     """Ranges (begin, end) that cover ``rows`` rows of so many elements each, a multiple of 8 rows where many fit."""
+    if 0 < rows * elements <= _ELEMENTS_PER_THREAD:
+        return [(0, rows)]
     step = max(1, _ELEMENTS_PER_THREAD * torch.get_num_threads() // max(1, elements))
     step = step // 8 * 8 or step
-    for begin in range(0, rows, step):
-        yield begin, min(begin + step, rows)
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
