@@ -58,7 +58,7 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reducti
     rows = z0.shape[0]
     one_tile = rows <= _ONE_TILE and 16 * rows * rows <= workspace_bytes()
     if backend == "cpu" and one_tile and not torch.compiler.is_compiling():
-        ids = torch.arange(rows, device=z.device).repeat(2)
+        ids = torch.arange(2 * rows, device=z.device).remainder_(max(rows, 1))
         pairs, seam = Pairs(ids, ids, False, NO_DIAGONAL, excluded=0), 0
     else:
         pairs, seam = Pairs(None, None, False, positive=rows, excluded=0), rows

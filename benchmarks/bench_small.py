@@ -1,0 +1,66 @@
+"""Small batches, where a loss costs what its plumbing costs: ours and the peers', both ways, on one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Loss, measure, verify
+from torch import Tensor
+
+import ssl_kernels as S
+
+KEYS = 4096  # of the queue that InfoNCE meets
+
+
+def moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
+    """As MoCo's code computes it."""
+    logits = torch.cat([(query * positive).sum(1, keepdim=True), query @ queue.t().clone()], 1) / 0.2
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64))
+
+
+def peer_of(name: str) -> Callable[[], Loss]:
+    package = "open_clip.loss" if name in ("ClipLoss", "SigLipLoss") else "lightly.loss"
+    return lambda: getattr(pytest.importorskip(package), name)()
+
+
+# Name -> what of unit rows x, y [B, D], a scale and a bias it takes, and the peer's.
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]], Callable[[], Loss]]] = {
+    "ClipLoss": (lambda x, y, t, b: [x, y, t], peer_of("ClipLoss")),
+    "SigLipLoss": (lambda x, y, t, b: [x, y, t, b], peer_of("SigLipLoss")),
+    "NTXentLoss": (lambda x, y, t, b: [x, y], peer_of("NTXentLoss")),
+    "InfoNCELoss": (
+        lambda x, y, t, b: [x, y.detach(), F.normalize(torch.randn(KEYS, x.shape[1]), dim=1)],
+        lambda: moco,
+    ),
+    "KoLeoLoss": (lambda x, y, t, b: [x], peer_of("KoLeoLoss")),
+    "VICRegLoss": (lambda x, y, t, b: [x, y], peer_of("VICRegLoss")),
+    "BarlowTwinsLoss": (lambda x, y, t, b: [x, y], peer_of("BarlowTwinsLoss")),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("batch", [16] if metafunc.config.getoption("--quick") else [32, 128, 256])
+
+
+@pytest.mark.parametrize("provider", ["ours", "peer"])
+@pytest.mark.parametrize("name", LOSSES)
+def bench_small(benchmark: Any, name: str, provider: str, batch: int) -> None:
+    choose, peer = LOSSES[name]
+    torch.manual_seed(0)
+    x, y = (F.normalize(torch.randn(batch, 128), dim=1).requires_grad_() for _ in range(2))
+    leaves = choose(x, y, torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True))
+    ours = S.InfoNCELoss(0.2) if name == "InfoNCELoss" else getattr(S, name)()
+    mode, threads = "forward+backward", torch.get_num_threads()
+    verify(ours, peer(), leaves, mode, tolerance=1e-3)
+    try:
+        torch.set_num_threads(1)
+        measure(
+            benchmark, ours if provider == "ours" else peer(), leaves, op="small", provider=provider, mode=mode,
+            shape=f"{name} B={batch} D=128", width=128, gflop=0.0, rounds=200,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)

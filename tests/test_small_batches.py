@@ -1,0 +1,43 @@
+"""What a call costs beside its matrix products, counted in operations: at small batches it is the whole cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ssl_kernels as S
+
+# Views, and what only allocates or reads.
+FREE = {
+    "_local_scalar_dense", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand",
+    "expand_as", "item",
+    "lift_fresh", "new_empty", "new_empty_strided", "promote_types", "reshape", "result_type", "select", "slice", "t",
+    "transpose", "unbind", "unfold", "unsqueeze", "view", "resize_", "resolve_conj", "is_nonzero", "to", "contiguous",
+}  # fmt: skip
+
+
+def operations(call: Callable[[], object]) -> list[str]:
+    """Names of what works, each the innermost of torch's own and this library's operations."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+
+    def name(event: torch.autograd.profiler_util.FunctionEvent) -> str | None:
+        space, _, op = event.name.partition("::")
+        return op if space in ("aten", "mkldnn", "ssl_kernels") and op not in FREE else None
+
+    return [op for event in profile.events() if (op := name(event)) and not any(map(name, event.cpu_children))]
+
+
+@pytest.mark.parametrize(("loss", "most"), [("ClipLoss", 15), ("SigLipLoss", 10), ("NTXentLoss", 23)])
+def test_a_step_of_one_panel_takes_few_operations(loss: str, most: int) -> None:
+    x, y = (F.normalize(torch.randn(32, 16), dim=1).requires_grad_() for _ in range(2))
+    scalars = [torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)]
+    leaves: list[Tensor] = [x, y, *scalars[: {"ClipLoss": 1, "SigLipLoss": 2, "NTXentLoss": 0}[loss]]]
+    criterion = getattr(S, loss)()
+    found = operations(lambda: torch.autograd.grad(criterion(*leaves), leaves))
+    assert len(found) <= most, found
