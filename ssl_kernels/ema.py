@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -241,10 +242,10 @@ def _leave_out_wrappers(average: nn.Module, state: dict[str, Any], prefix: str, 
 
 def _reshard(module: nn.Module) -> None:
     """Parameters that FSDP2 gathered for a forward pass are copies, and writing to these would be lost."""
-    for part in module.modules():
-        reshard = getattr(part, "reshard", None)
-        if callable(reshard):
-            reshard()
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever uses it has imported it
+    for part in module.modules() if fsdp is not None else ():
+        if isinstance(part, fsdp.FSDPModule):
+            part.reshard()
 
 
 def _checked(momentum: float | Tensor) -> float | Tensor:

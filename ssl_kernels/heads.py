@@ -89,7 +89,7 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.mlp(x)
-        z = unit_rows(z if z.dtype == torch.float64 else z.float())
+        z = unit_rows(z.to(accumulation_dtype(z.dtype)))
         logits: Tensor = self.last_layer(z)
         return logits
 

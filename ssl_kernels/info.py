@@ -61,9 +61,13 @@ def collect() -> dict[str, str]:
         report["instruction sets here"] = ", ".join(native["available_isas"])
         report["compiled by"] = f"{native['compiler']} for {native['architecture']}"
     report["CPU matrix products"] = "oneDNN" if onednn_is_faster() else "torch.mm"
-    report["backend"] = f"{settings.current_backend()} (SSL_KERNELS_BACKEND or use_backend overrides)"
-    report["workspace"] = f"{settings.workspace_bytes() / 2**20:g} MB (SSL_KERNELS_WORKSPACE_MB overrides)"
-    report["kept tiles"] = f"{settings.tile_budget_bytes() / 2**20:g} MB (SSL_KERNELS_TILE_BUDGET_MB overrides)"
+    report["backend"] = f"{settings.current_backend()} (SSL_KERNELS_BACKEND, use_backend or set_defaults overrides)"
+    for label, size, name in (
+        ("workspace", settings.workspace_bytes(), "workspace"),
+        ("kept tiles", settings.tile_budget_bytes(), "tile_budget"),
+    ):
+        overrides = f"SSL_KERNELS_{name.upper()}_MB, use_{name} or set_defaults overrides"
+        report[label] = f"{size / 2**20:g} MB ({overrides})"
     for op in OPS:
         report[op] = ", ".join(f"{case}: {backend}" for case, backend in _backends(op).items())
     return report

@@ -110,9 +110,10 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     """Run every op inside the block with the backend ``name`` (one of :data:`BACKENDS`).
 
     The block counts for its own thread (or asyncio task); other threads keep theirs. :func:`set_defaults` and the
-    environment variable ``SSL_KERNELS_BACKEND`` set what counts outside of blocks. A call takes its settings once, so
-    that a backward pass has those of its forward pass, wherever it runs. A graph of ``torch.compile`` takes those of
-    the block that was entered last in the whole process.
+    environment variable ``SSL_KERNELS_BACKEND`` set what counts outside of blocks: use these where other threads run
+    the forward pass, as those of ``DataParallel``, or run it again, as activation checkpointing does. A call takes its
+    backend once; its backward pass has the same. A graph of ``torch.compile`` takes that of the block that was entered
+    last in the whole process.
 
     >>> import torch, ssl_kernels
     >>> x = torch.eye(2)

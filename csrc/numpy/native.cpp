@@ -455,9 +455,9 @@ parts: in how many steps to take rows and columns; the result is the same.)");
         py::arg("write") = true, py::arg("isa") = py::none(),
         R"(Gradient of a two-sided softmax loss by z = scale * tile, in place of the tile (if write).
 
-G = row_weight exp(z - row_lse) + col_weight exp(z - col_lse) - (row_uniform + col_uniform), less row_target +
-col_target on positives, and 0 for pairs that are left out. tile and pairs as in softmax_stats, and
-lse = scale * top + log_sum, on either side.
+G = row_weight exp(z - lse of the row) + col_weight exp(z - lse of the column) - (row_uniform + col_uniform), less
+row_target + col_target on positives, and 0 for pairs that are left out. tile and pairs as in softmax_stats, and on
+either side lse = scale * top + log_sum.
 stats [m] float64: the row sums of G * tile are added. The other vectors are float32.)");
   m.def("key_softmax_panel", &key_softmax_panel, py::arg("tile").noconvert(), py::arg("stats").noconvert(),
         py::arg("mean").noconvert().none(true), py::arg("scale"), py::arg("isa") = py::none(),

@@ -86,7 +86,7 @@ void centered_softmax_cpu(Tensor rows, std::optional<Tensor> center, double temp
   if (begin == 0) sslk::prefer_huge_pages(out);
   const sslk::Isa isa = sslk::active_isa();
   const int64_t elements_per_task = 16384;
-  torch::stable::parallel_for(begin, end, elements_per_task / job.width + 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(begin, end, elements_per_task / (job.width > 0 ? job.width : 1) + 1, [&](int64_t first, int64_t last) {
     const std::unique_ptr<float[]> scratch(new float[sslk::sinkhorn_scratch(job)]);
     sslk::centered_softmax(job, first, last, scratch.get(), probabilities, isa);
   });

@@ -112,7 +112,9 @@ void softmax_summary_cpu(std::vector<Tensor> stats, double scale, double label_s
   summary.scale = scale;
   summary.label_smoothing = label_smoothing;
   summary.mean = mean;
-  summary.row_weight = sslk::vector_data(row_weight, "row_weight", summary.size[0]);
+  for (int64_t i = 0; i < summary.n_sides; ++i) {
+    summary.row_weight = sslk::vector_data(row_weight, "row_weight", summary.size[i]);
+  }
   if (loss.dim() == 1) {
     for (int64_t i = 0; i < summary.n_sides; ++i) sslk::check_size(loss, "loss", 0, summary.size[i]);
     summary.losses = sslk::output_data(loss, "loss", summary.size[0]);

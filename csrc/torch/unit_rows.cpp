@@ -43,26 +43,20 @@ void unit_rows_cpu(std::vector<Tensor> z, double eps, Tensor unit, Tensor norm) 
   }
 }
 
-void unit_rows_gradient_cpu(Tensor upstream, std::vector<Tensor> z, Tensor norm, double eps,
-                            std::vector<Tensor> gradients) {
-  STD_TORCH_CHECK(z.size() == gradients.size(), "gradients: expected ", z.size(), ", got ", gradients.size());
-  int64_t first = 0;
-  for (size_t i = 0; i < z.size(); ++i) {
-    sslk::UnitRows job = make_job(z[i], eps, upstream, norm, first);
-    STD_TORCH_CHECK(sslk::check_features(gradients[i], "gradients", 2) == job.type && gradients[i].is_contiguous() &&
-                        gradients[i].size(0) == job.rows && gradients[i].size(1) == job.width,
-                    "gradients: expected contiguous tensors of the dtypes and shapes of z");
-    job.gradient = gradients[i].mutable_data_ptr();
-    over_rows(job, sslk::unit_rows_gradient);
-    first += job.rows;
-  }
+void unit_rows_gradient_cpu(Tensor upstream, Tensor z, Tensor norm, double eps, Tensor gradient) {
+  sslk::UnitRows job = make_job(z, eps, upstream, norm, 0);
+  STD_TORCH_CHECK(sslk::check_features(gradient, "gradient", 2) == job.type && gradient.is_contiguous() &&
+                      gradient.size(0) == job.rows && gradient.size(1) == job.width,
+                  "gradient: expected a contiguous tensor of the dtype and shape of z");
+  job.gradient = gradient.mutable_data_ptr();
+  over_rows(job, sslk::unit_rows_gradient);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
   m.def("unit_rows_(Tensor[] z, float eps, Tensor(a!) unit, Tensor(b!) norm) -> ()");
-  m.def("unit_rows_gradient_(Tensor upstream, Tensor[] z, Tensor norm, float eps, Tensor(a!)[] gradients) -> ()");
+  m.def("unit_rows_gradient_(Tensor upstream, Tensor z, Tensor norm, float eps, Tensor(a!) gradient) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {

@@ -44,4 +44,4 @@ class SupConLoss(losses.SupConLoss):
             if value is not None:
                 raise NotImplementedError(f"SupConLoss: {name}: only None is implemented, got {type(value).__name__}")
         labels = labels.to(embeddings.device)
-        return super().forward(fused_unit_rows(embeddings), labels) * (labels != labels[:1]).any()
+        return super().forward(fused_unit_rows(embeddings, name="embeddings"), labels) * (labels != labels[:1]).any()

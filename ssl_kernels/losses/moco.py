@@ -36,7 +36,7 @@ class MoCoLoss(nn.Module):
 
         ``update=False`` leaves the queue as it is, for an evaluation.
         """
-        query, key = fused_unit_rows(query), fused_unit_rows(key)
+        query, key = fused_unit_rows(query, name="query"), fused_unit_rows(key, name="key")
         loss = K.info_nce_loss(query, key, queue.keys, 1 / self.temperature)
         if update:
             queue.enqueue(key)
@@ -77,7 +77,7 @@ class MoCoV3Loss(nn.Module):
     def one_direction(self, query: Tensor, key: Tensor) -> Tensor:
         if key.shape != query.shape:
             raise ValueError(f"key: expected the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}")
-        query, key = fused_unit_rows(query), fused_unit_rows(key)
+        query, key = fused_unit_rows(query, name="query"), fused_unit_rows(key, name="key")
         query, key = autocast_features(query, key)  # the positive must be rounded as it is among the keys
         keys = gather_rows(key) if self.gather else key
         lse, _ = K.key_softmax(query, keys, 1 / self.temperature, want_mean=False)

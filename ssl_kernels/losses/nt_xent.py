@@ -61,7 +61,7 @@ class NTXentLoss(nn.Module):
             if self.gather_distributed:
                 refuse_several_processes("NTXentLoss: gather_distributed without a memory bank")
             return K.nt_xent_loss(out0, out1, self.temperature)
-        query, key = fused_unit_rows(out0), fused_unit_rows(out1)
+        query, key = fused_unit_rows(out0, name="out0"), fused_unit_rows(out1, name="out1")
         loss = K.info_nce_loss(query, key, self.memory_bank.keys, 1 / self.temperature)
         if query.requires_grad:
             self.memory_bank.enqueue(key)

@@ -13,7 +13,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 Arguments = TypeVar("Arguments", bound=NamedTuple)
 
@@ -21,7 +22,6 @@ _PLAIN = (Tensor, nn.Parameter)
 _SCHEMA: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    list[Tensor]: "Tensor[]",
     bool: "bool",
     int: "SymInt",
     float: "float",
@@ -84,13 +84,21 @@ class Op(Generic[Arguments]):
         return self._in_eager.apply(*arguments) if torch.is_grad_enabled() else self._forward(arguments)
 
 
-def is_plain(arguments: Sequence[Any]) -> bool:
-    """Whether nothing but autograd is to know of a call: no graph that is traced, no mode, no kind of tensor."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+def is_plain(values: Sequence[Any]) -> bool:
+    """Whether a call may skip the dispatcher: plain tensors, no graph that is traced, no mode and no transform."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or _len_torch_dispatch_stack_pre_dispatch()
+    ):
         return False
-    for value in arguments:
-        if isinstance(value, Tensor) and (
-            type(value) not in _PLAIN or value.is_meta or is_functorch_wrapped_tensor(value)
-        ):
-            return False
-    return True
+    return not any(isinstance(value, Tensor) and _is_special(value) for value in values)
+
+
+def _is_special(tensor: Tensor) -> bool:
+    if type(tensor) not in _PLAIN or tensor.is_meta:
+        return True
+    return is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor)  # the latter of batched gradients

@@ -81,7 +81,7 @@ def weighted_sums(stats: Tensor, row_weight: Tensor | None, divisor: int, dtype:
 def setup_context(ctx: Any, arguments: Any, output: tuple[Tensor, ...]) -> None:
     """Of an op whose arguments have x, y or None, scale, row_weight and reduction, and whose output starts as a Result.
 
-    What follows there is no function of the arguments; the gradients are, so that differentiating them meets an error.
+    Outputs after the Result are not differentiable. Its gradients stay so, that a second backward pass meets an error.
     """
     ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.contrastive import no_double_backward
@@ -516,6 +517,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         factor = factor / temp
     # Handed over where nobody can ask for it again: not with retain_graph, and not while being traced.
     once = type(gradient) is Tensor and not torch.is_grad_enabled() and not _graph_is_kept()
+    once = once and not is_legacy_batchedtensor(factor)  # nor where one pass makes the gradients of many
     gradient = _scale_gradient_(gradient.detach(), factor, ctx.backend) if once else _scale_gradient(gradient, factor)
     return (list(gradient.split(ctx.crops)), *rest)
 

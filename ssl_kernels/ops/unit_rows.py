@@ -26,15 +26,17 @@ def unit_rows(z: Tensor) -> Tensor:
     return F.normalize(z.to(_checks.accumulation_dtype(z.dtype)), dim=-1, eps=_EPS).to(z.dtype)
 
 
-def fused_unit_rows(z0: Tensor, z1: Tensor | None = None) -> Tensor:
+def fused_unit_rows(z0: Tensor, z1: Tensor | None = None, *, name: str = "z") -> Tensor:
     """The same of rows [M, D], one below the other, for losses that support no double backward, either.
 
     On a CPU one pass each way makes them, as fp32 that was rounded to the dtype of z: a gradient is rounded once.
+    ``name`` is what an error calls the rows, of which two are checked by the caller.
     """
+    if z1 is None:
+        _checks.check_features(**{name: z0})
     if choose_backend(z0.device.type, z0.dtype) == "cpu":
-        other = z0[:0] if z1 is None else z1
-        _checks.check_transforms(z0, other)
-        rows: Tensor = _op(Arguments(z0, other))[0]
+        _checks.check_transforms(z0, *([] if z1 is None else [z1]))
+        rows: Tensor = _op(Arguments(z0, z1))[0]
         return rows
     if z1 is None:
         return unit_rows(z0)
@@ -44,18 +46,18 @@ def fused_unit_rows(z0: Tensor, z1: Tensor | None = None) -> Tensor:
 
 class Arguments(NamedTuple):
     z0: Tensor
-    z1: Tensor
+    z1: Tensor | None
 
 
 def _forward(a: Arguments) -> tuple[Tensor, Tensor]:
     rows, norm = _fake(a)
-    torch.ops.ssl_kernels.unit_rows_([unit_stride(z) for z in a], _EPS, rows, norm)
+    torch.ops.ssl_kernels.unit_rows_([unit_stride(z) for z in a if z is not None], _EPS, rows, norm)
     return rows, norm
 
 
 def _fake(a: Arguments) -> tuple[Tensor, Tensor]:
     """The unit rows, and the norms that their gradient takes."""
-    count = a.z0.shape[0] + a.z1.shape[0]
+    count = a.z0.shape[0] + (0 if a.z1 is None else a.z1.shape[0])
     new = functools.partial(a.z0.new_empty, dtype=torch.float32)
     return new(count, a.z0.shape[1]), new(count)
 
@@ -64,31 +66,34 @@ def _setup_context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor]) -> Non
     _, norm = output
     ctx.mark_non_differentiable(norm)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*a, norm)
+    ctx.first = a.z0.shape[0]
+    # torch.library counts an argument of its own at the end.
+    wanted = (z if needed else None for z, needed in zip(a, ctx.needs_input_grad, strict=False))
+    ctx.save_for_backward(norm, *wanted)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return None, None
-    gradients = _gradient(Gradient(upstream, *ctx.saved_tensors))
-    return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+    norm, z0, z1 = ctx.saved_tensors
+    parts = ((z0, slice(0, ctx.first)), (z1, slice(ctx.first, None)))
+    return tuple(None if z is None else _gradient(Gradient(upstream[part], z, norm[part])) for z, part in parts)
 
 
 class Gradient(NamedTuple):
     upstream: Tensor
-    z0: Tensor
-    z1: Tensor
+    z: Tensor
     norm: Tensor
 
 
-def _gradient_forward(a: Gradient) -> tuple[Tensor, Tensor]:
-    gradients, z = _gradient_fake(a), [unit_stride(a.z0), unit_stride(a.z1)]
-    torch.ops.ssl_kernels.unit_rows_gradient_(a.upstream.contiguous(), z, a.norm, _EPS, gradients)
-    return gradients
+def _gradient_forward(a: Gradient) -> Tensor:
+    gradient = _gradient_fake(a)
+    torch.ops.ssl_kernels.unit_rows_gradient_(a.upstream.contiguous(), unit_stride(a.z), a.norm, _EPS, gradient)
+    return gradient
 
 
-def _gradient_fake(a: Gradient) -> tuple[Tensor, Tensor]:
-    return a.z0.new_empty(a.z0.shape), a.z1.new_empty(a.z1.shape)
+def _gradient_fake(a: Gradient) -> Tensor:
+    return a.z.new_empty(a.z.shape)
 
 
 _op = Op(
@@ -103,7 +108,7 @@ _op = Op(
 _gradient = Op(
     "unit_rows_gradient",
     Gradient,
-    "(Tensor, Tensor)",
+    "Tensor",
     forward=_gradient_forward,
     fake=_gradient_fake,
     backward=no_double_backward,
