@@ -123,7 +123,7 @@ def run_panels(
     device = x.device
     accumulate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats_dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    stats = torch.zeros(rows, stats_width, dtype=stats_dtype, device=device)
+    stats = (torch.zeros if stats_width else torch.empty)(rows, stats_width, dtype=stats_dtype, device=device)
     # The gradient of y is kept transposed: [D, m] x [m, n] reads G along its rows, the fast way on the CPU.
     make = torch.zeros if rows == 0 or cols == 0 else torch.empty
     if dx is None:
@@ -135,7 +135,8 @@ def run_panels(
     bytes_per_element = tiles * compute_dtype.itemsize
     panel_rows, panel_cols = panel_shape(rows, cols, width, bytes_per_element, device, workspace, symmetric)
     row_panels, col_panels = _cut(rows, panel_rows, seam), _cut(cols, panel_cols, seam)
-    if symmetric and want_dy:
+    mirrored = symmetric and want_dy and len(row_panels) > 1  # there are tiles above the diagonal
+    if mirrored:
         dy_t[:, col_panels[0]] = 0  # nothing lies above the first tile
     for a, row_panel in enumerate(row_panels):
         i = row_panel.start
@@ -155,8 +156,9 @@ def run_panels(
                     x_i_t = _transposed(x_i, None if row_weight is None else row_weight[row_panel], accumulate_dtype)
                 add_matmul(_part(dy_t.t(), col_panel).t(), x_i_t, tile, first=a == 0)
             del tile  # before the next one is made
-    if symmetric and want_dy:
+    if mirrored:
         dx += dy_t.t()
+    if symmetric:
         dy_t = dy_t.new_empty(width, 0)
     if tile_scale != 1:
         dx /= tile_scale

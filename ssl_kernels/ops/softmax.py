@@ -251,7 +251,7 @@ class _Passes:
         dtype = torch.float32 if self.x.device.type == "mps" else torch.float64  # MPS has no float64
         rows, cols = self.x.shape[0], 0 if self.symmetric else self.y.shape[0]
         both = torch.zeros(rows + cols, width, dtype=dtype, device=self.x.device)
-        both[:, 0] = -torch.inf
+        both[:, 0].fill_(-torch.inf)
         sides = [both] if self.symmetric else [both[:rows], both[rows:]]
 
         def panel(x_i: Tensor, y_j: Tensor, _: Tensor, i: int, j: int) -> None:
