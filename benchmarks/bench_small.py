@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Loss, measure, verify
+from harness import Loss, step, verify
 from torch import Tensor
 
 import ssl_kernels as S
@@ -56,11 +56,10 @@ def bench_small(benchmark: Any, name: str, provider: str, batch: int) -> None:
     ours = S.InfoNCELoss(0.2) if name == "InfoNCELoss" else getattr(S, name)()
     mode, threads = "forward+backward", torch.get_num_threads()
     verify(ours, peer(), leaves, mode, tolerance=1e-3)
+    loss = ours if provider == "ours" else peer()
+    benchmark.extra_info.update(op="small", provider=provider, mode=mode, shape=f"{name} B={batch} D=128")
     try:
         torch.set_num_threads(1)
-        measure(
-            benchmark, ours if provider == "ours" else peer(), leaves, op="small", provider=provider, mode=mode,
-            shape=f"{name} B={batch} D=128", width=128, gflop=0.0, rounds=200,
-        )  # fmt: skip
+        benchmark.pedantic(step, args=(loss, leaves, mode), rounds=200, warmup_rounds=3)
     finally:
         torch.set_num_threads(threads)
