@@ -404,7 +404,7 @@ def test_only_the_gradients_that_are_needed(backend: str, reduction: str, needed
 
 def test_no_grad_computes_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One product per tile, one column of statistics, no gradient buffer."""
-    from ssl_kernels.ops import panels, sigmoid
+    from ssl_kernels.ops import contrastive, panels, sigmoid
 
     products: list[tuple[int, ...]] = []
     widths: list[int] = []
@@ -414,6 +414,7 @@ def test_no_grad_computes_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         widths.append(stats.shape[1])
         return kernel(x, y, stats, *rest)
 
+    monkeypatch.setattr(contrastive, "_ONE_TILE", 0)
     monkeypatch.setattr(panels, "add_matmul", lambda out, a, b, first: products.append(a.shape))
     monkeypatch.setitem(sigmoid._PANELS, "cpu", spy)
     x, y = features(40, 40, 8)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.ops import panels, softmax
+from ssl_kernels.ops import contrastive, panels, softmax
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
 from ssl_kernels.ops.softmax import softmax_contrastive
 
@@ -50,7 +50,8 @@ def test_the_result_does_not_depend_on_tiles_or_budget(
 
 
 def count_products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How many similarity tiles are multiplied, and how many products add to gradients."""
+    """How many similarity tiles are multiplied, and how many products add to gradients, panel by panel."""
+    monkeypatch.setattr(contrastive, "_ONE_TILE", 0)
     counts = {"tiles": 0, "gradients": 0}
     matmul, add_matmul = softmax.matmul, panels.add_matmul
 
@@ -102,7 +103,7 @@ def test_no_grad_computes_the_loss_alone(name: str, reduction: str, monkeypatch:
     loss, arguments = case(name, 40, reduction=reduction)
     with torch.no_grad():
         loss(*(t.requires_grad_() for t in arguments))
-    assert counts == {"tiles": 1, "gradients": 0}
+    assert counts == {"tiles": 3 if name == "nt_xent" else 1, "gradients": 0}
 
 
 def test_a_frozen_tower_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +113,23 @@ def test_a_frozen_tower_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> Non
     assert counts == {"tiles": 1, "gradients": 1}
     K.clip_loss(x.detach(), y, torch.tensor(10.0, requires_grad=True)).backward()
     assert counts == {"tiles": 2, "gradients": 1}
+
+
+@pytest.mark.parametrize(("wanted", "products"), [((), 1), ("s", 1), ("x", 2), ("xs", 2), ("xy", 3)])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_one_tile_is_multiplied_only_as_often_as_needed(name: str, wanted: str, products: int) -> None:
+    x, y, scale = *features(40, 40, 8), torch.tensor(10.0)
+    for letter in wanted:
+        {"x": x, "y": y, "s": scale}[letter].requires_grad_()
+
+    def loss() -> Tensor:
+        return K.clip_loss(x, y, scale) if name == "clip" else K.sigmoid_contrastive_loss(x, y, scale, -10.0)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    of_one_tile = f"ssl_kernels::{'softmax' if name == 'clip' else 'sigmoid'}_of_one_tile"
+    assert (counts[of_one_tile], counts["aten::mm"]) == (1, products)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -563,6 +581,7 @@ def test_warm_tiles_of_many_threads_stay_within_one_budget(monkeypatch: pytest.M
     x, y = features(200, 200, 8)
     threads, second_pass = 8, softmax._Passes.gradients
     barrier = threading.Barrier(threads)
+    monkeypatch.setattr(contrastive, "_ONE_TILE", 0)
 
     def gradients(passes: softmax._Passes, *options: Any) -> Any:
         assert passes.kept

@@ -4,43 +4,82 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <tuple>
+#include <vector>
+
 #include "../checks.h"
+#include "products.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
 
-void sigmoid_panel_cpu(Tensor tile, Tensor stats, double scale, double bias, std::optional<Tensor> row_ids,
-                       std::optional<Tensor> col_ids, bool ignore_same_id, int64_t diagonal, bool write_grad) {
+sslk::SigmoidPanel make_panel(const Tensor& tile, double scale, double bias, const std::optional<Tensor>& row_ids,
+                              const std::optional<Tensor>& col_ids, bool ignore_same_id, int64_t diagonal) {
   sslk::check_tile(tile, "tile");
-  sslk::check_tensor(stats, "stats", ScalarType::Double, 2);
-  sslk::check_size(stats, "stats", 0, tile.size(0));
-  STD_TORCH_CHECK(stats.is_contiguous(), "stats: expected a contiguous tensor");
-  STD_TORCH_CHECK(stats.size(1) == 3 || (stats.size(1) == 1 && !write_grad),
-                  "stats: expected 3 columns (1 when only the loss is wanted), got ", stats.size(1));
   STD_TORCH_CHECK(row_ids.has_value() == col_ids.has_value(), "row_ids, col_ids: expected both or neither");
-
   sslk::SigmoidPanel panel{};
   panel.tile = tile.mutable_data_ptr<float>();
   panel.rows = tile.size(0);
   panel.cols = tile.size(1);
   panel.row_stride = tile.stride(0);
-  panel.stats = stats.mutable_data_ptr<double>();
-  panel.stats_width = stats.size(1);
   panel.scale = static_cast<float>(scale);
   panel.bias = static_cast<float>(bias);
   panel.row_ids = sslk::check_ids(row_ids, "row_ids", panel.rows);
   panel.col_ids = sslk::check_ids(col_ids, "col_ids", panel.cols);
   panel.ignore_same_id = ignore_same_id;
   panel.diagonal = diagonal;
-  panel.write_grad = write_grad;
+  return panel;
+}
 
+void run(const sslk::SigmoidPanel& panel) {
   const sslk::Isa isa = sslk::active_isa();
   const int64_t elements_per_task = 16384;  // about 10 us of work, so that small tiles stay on one thread
   const int64_t grain = elements_per_task / (panel.cols > 0 ? panel.cols : 1) + 1;
   torch::stable::parallel_for(0, panel.rows, grain,
                               [&](int64_t begin, int64_t end) { sslk::sigmoid_panel(panel, begin, end, isa); });
+}
+
+void sigmoid_panel_cpu(Tensor tile, Tensor stats, double scale, double bias, std::optional<Tensor> row_ids,
+                       std::optional<Tensor> col_ids, bool ignore_same_id, int64_t diagonal, bool write_grad) {
+  sslk::SigmoidPanel panel = make_panel(tile, scale, bias, row_ids, col_ids, ignore_same_id, diagonal);
+  sslk::check_tensor(stats, "stats", ScalarType::Double, 2);
+  sslk::check_size(stats, "stats", 0, panel.rows);
+  STD_TORCH_CHECK(stats.is_contiguous(), "stats: expected a contiguous tensor");
+  STD_TORCH_CHECK(stats.size(1) == 3 || (stats.size(1) == 1 && !write_grad),
+                  "stats: expected 3 columns (1 when only the loss is wanted), got ", stats.size(1));
+  panel.stats = stats.mutable_data_ptr<double>();
+  panel.stats_width = stats.size(1);
+  panel.write_grad = write_grad;
+  run(panel);
+}
+
+// All of a forward pass whose similarities are one tile. Returns the loss, the gradients of x and, transposed in memory,
+// of y (empty where not wanted), and the scalars of a Result.
+std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_of_one_tile_cpu(
+    Tensor x, Tensor y, double scale, double bias, std::optional<Tensor> x_ids, std::optional<Tensor> y_ids,
+    bool ignore_same_id, int64_t positive, double divisor, bool want_dx, bool want_dy, bool want_scalars) {
+  using torch::stable::new_empty;
+  const Tensor tile = sslk::product(x, sslk::transposed(y));
+  sslk::SigmoidPanel panel = make_panel(tile, scale, bias, x_ids, y_ids, ignore_same_id, positive);
+  panel.write_grad = want_dx || want_dy;
+  panel.stats_width = panel.write_grad || want_scalars ? 3 : 1;
+  std::vector<double> stats(panel.rows * panel.stats_width);
+  panel.stats = stats.data();
+  run(panel);
+  double sums[3] = {};
+  for (size_t i = 0; i < stats.size(); ++i) sums[i % panel.stats_width] += stats[i];
+
+  Tensor loss = new_empty(x, {}), scalars = new_empty(x, {3});
+  *loss.mutable_data_ptr<float>() = static_cast<float>(sums[0] / divisor);
+  float* factors = scalars.mutable_data_ptr<float>();
+  factors[0] = static_cast<float>(sums[1]);
+  factors[1] = static_cast<float>(sums[2]);
+  factors[2] = static_cast<float>(1 / (divisor > 1 ? divisor : 1));
+  const Tensor dx = want_dx ? sslk::product(tile, y) : new_empty(x, {0, x.size(1)});
+  const Tensor dy_t = want_dy ? sslk::product(sslk::transposed(x), tile) : new_empty(x, {x.size(1), 0});
+  return {loss, dx, sslk::transposed(dy_t), scalars};
 }
 
 }  // namespace
@@ -49,6 +88,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
   m.def(
       "sigmoid_panel_(Tensor(a!) tile, Tensor(b!) stats, float scale, float bias, Tensor? row_ids, Tensor? col_ids, "
       "bool ignore_same_id, int diagonal, bool write_grad) -> ()");
+  m.def(
+      "sigmoid_of_one_tile(Tensor x, Tensor y, float scale, float bias, Tensor? x_ids, Tensor? y_ids, "
+      "bool ignore_same_id, int positive, float divisor, bool want_dx, bool want_dy, bool want_scalars) "
+      "-> (Tensor loss, Tensor dx, Tensor dy, Tensor scalars)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) { m.impl("sigmoid_panel_", TORCH_BOX(&sigmoid_panel_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {
+  m.impl("sigmoid_panel_", TORCH_BOX(&sigmoid_panel_cpu));
+  m.impl("sigmoid_of_one_tile", TORCH_BOX(&sigmoid_of_one_tile_cpu));
+}

@@ -4,7 +4,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+#include <tuple>
+#include <vector>
+
 #include "../checks.h"
+#include "products.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -52,6 +57,29 @@ sslk::SoftmaxGrad::Side side_of(const Tensor& side, const char* name, int64_t si
 
 constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work, so that small tiles stay on one thread
 
+void add_tile(sslk::SoftmaxStats& stats) {
+  const int64_t rows = stats.tile.rows, cols = stats.tile.cols;
+  const sslk::Isa isa = sslk::active_isa();
+  const int64_t chunk_elements = sslk::SoftmaxStats::kChunk * (cols > 0 ? cols : 1);
+  torch::stable::parallel_for(0, stats.chunks(), kElementsPerTask / chunk_elements + 1,
+                              [&](int64_t begin, int64_t end) { stats.add_rows(begin, end, isa); });
+  if (!stats.col_stats) return;
+  // Columns go to threads by whole vectors, whose neighbours are summed again together.
+  const int64_t group = 64, groups = (cols + group - 1) / group;
+  torch::stable::parallel_for(0, groups, kElementsPerTask / (group * (rows > 0 ? rows : 1)) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                const int64_t last = end * group < cols ? end * group : cols;
+                                stats.add_columns(begin * group, last, isa);
+                              });
+}
+
+void make_gradient(const sslk::SoftmaxGrad& grad) {
+  const int64_t cols = grad.tile.cols;
+  const sslk::Isa isa = sslk::active_isa();
+  torch::stable::parallel_for(0, grad.tile.rows, kElementsPerTask / (cols > 0 ? cols : 1) + 1,
+                              [&](int64_t begin, int64_t end) { sslk::softmax_grad(grad, begin, end, isa); });
+}
+
 void softmax_stats_cpu(Tensor tile, Tensor row_stats, std::optional<Tensor> col_stats, double scale,
                        std::optional<Tensor> row_ids, std::optional<Tensor> col_ids, bool ignore_same_id,
                        int64_t positive, int64_t excluded) {
@@ -61,18 +89,7 @@ void softmax_stats_cpu(Tensor tile, Tensor row_stats, std::optional<Tensor> col_
   double* rows = stats_data(row_stats, "row_stats", pairs.rows, width);
   double* cols = col_stats ? stats_data(*col_stats, "col_stats", pairs.cols, width) : nullptr;
   sslk::SoftmaxStats stats(pairs, rows, cols, uniform);
-  const sslk::Isa isa = sslk::active_isa();
-  const int64_t chunk_elements = sslk::SoftmaxStats::kChunk * (pairs.cols > 0 ? pairs.cols : 1);
-  torch::stable::parallel_for(0, stats.chunks(), kElementsPerTask / chunk_elements + 1,
-                              [&](int64_t begin, int64_t end) { stats.add_rows(begin, end, isa); });
-  if (!cols) return;
-  // Columns go to threads by whole vectors, whose neighbours are summed again together.
-  const int64_t group = 64, groups = (pairs.cols + group - 1) / group;
-  torch::stable::parallel_for(0, groups, kElementsPerTask / (group * (pairs.rows > 0 ? pairs.rows : 1)) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                const int64_t last = end * group < pairs.cols ? end * group : pairs.cols;
-                                stats.add_columns(begin * group, last, isa);
-                              });
+  add_tile(stats);
 }
 
 void softmax_grad_cpu(Tensor tile, Tensor stats, double scale, std::optional<Tensor> row_ids,
@@ -86,9 +103,7 @@ void softmax_grad_cpu(Tensor tile, Tensor stats, double scale, std::optional<Ten
   grad.row = side_of(row_side, "row_side", rows);
   grad.col = side_of(col_side, "col_side", cols);
   grad.write = write;
-  const sslk::Isa isa = sslk::active_isa();
-  torch::stable::parallel_for(0, rows, kElementsPerTask / (cols > 0 ? cols : 1) + 1,
-                              [&](int64_t begin, int64_t end) { sslk::softmax_grad(grad, begin, end, isa); });
+  make_gradient(grad);
 }
 
 void softmax_summary_cpu(std::vector<Tensor> stats, double scale, double label_smoothing, bool mean,
@@ -140,6 +155,81 @@ void mirror_cpu(Tensor tile) {
   });
 }
 
+// All of a forward pass whose similarities are one tile: both passes over it, and the products. Without y the rows of x
+// meet each other, and with a seam so do those of equal place before and after it, as positive pairs. Returns the loss,
+// the gradients of x and, transposed in memory, of y (empty where not wanted), the scalars of a Result, and the number
+// of unpaired.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_of_one_tile_cpu(
+    Tensor x, std::optional<Tensor> y, double scale, std::optional<Tensor> x_ids, std::optional<Tensor> y_ids,
+    bool ignore_same_id, int64_t positive, int64_t excluded, int64_t seam, double label_smoothing, bool mean,
+    bool want_dx, bool want_dy, bool want_dscale) {
+  using torch::stable::new_empty;
+  const bool uniform = label_smoothing != 0;
+  const int64_t width = uniform ? sslk::kUniformStats : sslk::kStats, n_sides = y ? 2 : 1;
+  Tensor tile = sslk::product(x, sslk::transposed(y ? *y : x));
+  if (!y) mirror_cpu(tile);
+  sslk::SoftmaxTile pairs = make_tile(tile, scale, x_ids, y_ids, ignore_same_id, positive, excluded);
+  std::vector<int64_t> views;
+  if (seam > 0) {
+    views.resize(pairs.rows);
+    for (int64_t i = 0; i < pairs.rows; ++i) views[i] = i % seam;
+    pairs.row_ids = pairs.col_ids = views.data();
+    pairs.positive = sslk::kNoDiagonal;
+  }
+
+  const int64_t size[2] = {pairs.rows, y ? pairs.cols : 0}, both = size[0] + size[1];
+  std::vector<double> stats(both * width);
+  for (int64_t i = 0; i < both; ++i) stats[i * width] = -std::numeric_limits<double>::infinity();
+  double* stats_of[2] = {stats.data(), stats.data() + size[0] * width};
+  sslk::SoftmaxStats tile_stats(pairs, stats_of[0], y ? stats_of[1] : nullptr, uniform);
+  add_tile(tile_stats);
+
+  Tensor loss = new_empty(x, {}), unpaired = new_empty(x, {}, ScalarType::Long), scalars = new_empty(x, {3});
+  float* factors = scalars.mutable_data_ptr<float>();
+  factors[0] = factors[1] = 0;
+  const bool wanted = want_dx || want_dy || want_dscale;
+  const int64_t planes = uniform ? 5 : 4;
+  std::vector<float> sides(wanted ? planes * both : 0);
+  sslk::SoftmaxSummary summary{};
+  summary.n_sides = n_sides;
+  summary.width = width;
+  summary.scale = scale;
+  summary.label_smoothing = label_smoothing;
+  summary.mean = mean;
+  summary.loss = loss.mutable_data_ptr<float>();
+  summary.unpaired = unpaired.mutable_data_ptr<int64_t>();
+  summary.unit = factors + 2;
+  sslk::SoftmaxGrad grad{};
+  sslk::SoftmaxGrad::Side* side_of_grad[2] = {&grad.row, &grad.col};
+  for (int64_t i = 0; i < n_sides; ++i) {
+    float* side = wanted ? sides.data() + i * planes * size[0] : nullptr;
+    summary.stats[i] = stats_of[i];
+    summary.size[i] = size[i];
+    summary.side[i] = side;
+    if (side) {
+      const int64_t n = size[i];
+      *side_of_grad[i] = {side, side + n, side + 2 * n, side + 3 * n, uniform ? side + 4 * n : nullptr};
+    }
+  }
+  sslk::softmax_summary(summary);
+
+  Tensor dx = new_empty(x, {0, x.size(1)}), dy = sslk::transposed(new_empty(x, {x.size(1), 0}));
+  if (wanted) {
+    if (!y) grad.col = grad.row;
+    std::vector<double> moments(pairs.rows);
+    grad.tile = pairs;
+    grad.stats = moments.data();
+    grad.write = want_dx || want_dy;
+    make_gradient(grad);
+    double moment = 0;
+    for (double value : moments) moment += value;
+    factors[0] = static_cast<float>(moment / (y ? 1 : 2));  // a symmetric tile holds every pair both ways
+    if (want_dx) dx = sslk::product(tile, y ? *y : x);
+    if (want_dy && y) dy = sslk::transposed(sslk::product(sslk::transposed(x), tile));
+  }
+  return {loss, dx, dy, scalars, unpaired};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
@@ -153,6 +243,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
       "softmax_summary_(Tensor[] stats, float scale, float label_smoothing, bool mean, Tensor? row_weight, "
       "Tensor(a!) loss, Tensor(b!) unpaired, Tensor(c!) scalars, Tensor(d!)[] sides) -> ()");
   m.def("mirror_(Tensor(a!) tile) -> ()");
+  m.def(
+      "softmax_of_one_tile(Tensor x, Tensor? y, float scale, Tensor? x_ids, Tensor? y_ids, bool ignore_same_id, "
+      "int positive, int excluded, int seam, float label_smoothing, bool mean, bool want_dx, bool want_dy, "
+      "bool want_dscale) -> (Tensor loss, Tensor dx, Tensor dy, Tensor scalars, Tensor unpaired)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {
@@ -160,4 +254,5 @@ STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {
   m.impl("softmax_grad_", TORCH_BOX(&softmax_grad_cpu));
   m.impl("softmax_summary_", TORCH_BOX(&softmax_summary_cpu));
   m.impl("mirror_", TORCH_BOX(&mirror_cpu));
+  m.impl("softmax_of_one_tile", TORCH_BOX(&softmax_of_one_tile_cpu));
 }

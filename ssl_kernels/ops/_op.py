@@ -71,8 +71,9 @@ class Op(Generic[Arguments]):
         self._forward = forward
 
         def run_and_prepare(ctx: Any, *values: Any) -> Any:  # apart, they would cost a look at the signature each time
-            result = run(*values)
-            prepare(ctx, values, result)
+            packed = arguments(*values)
+            result = forward(packed)
+            setup_context(ctx, packed, result)
             return result
 
         methods = {"forward": staticmethod(run_and_prepare), "backward": staticmethod(backward)}
@@ -95,7 +96,7 @@ def is_plain(values: Sequence[Any]) -> bool:
         or _len_torch_dispatch_stack_pre_dispatch()
     ):
         return False
-    return not any(isinstance(value, Tensor) and _is_special(value) for value in values)
+    return not any(isinstance(value, Tensor) and _is_special(value) for value in values if value is not None)
 
 
 def _is_special(tensor: Tensor) -> bool:

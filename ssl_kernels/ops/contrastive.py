@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops._op import Op
+from ssl_kernels.ops.matmul import onednn_is_faster_for
 
 NO_DIAGONAL = 2**62  # a diagonal that meets no tile
+_ONE_TILE = 2**16  # similarities; where there are more, the way from panel to panel is a small part of the time
 
 
 class Pairs(NamedTuple):
@@ -64,6 +66,15 @@ class Result(NamedTuple):
 RESULT = "Tensor loss, Tensor dx, Tensor dy, Tensor scalars"
 
 
+def is_one_tile(a: Any) -> bool:
+    """Whether the similarities are so few that one call of C++ had better do all of a forward pass of such arguments as
+    :func:`setup_context` takes."""
+    if a.backend != "cpu" or a.row_weight is not None or a.reduction == "none":
+        return False
+    pairs = a.x.shape[0] * (a.x if a.y is None else a.y).shape[0]
+    return 0 < pairs <= min(_ONE_TILE, a.workspace // 4) and not onednn_is_faster_for(pairs * a.x.shape[1])
+
+
 def weighted_sums(stats: Tensor, row_weight: Tensor | None, divisor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of stats [M, 3], or [M, 1], times ``row_weight`` [M]: the sum of the first column over the divisor, which is the
     loss; and the sums of the others, with one over the divisor as the unit of derivatives."""
@@ -79,7 +90,8 @@ def weighted_sums(stats: Tensor, row_weight: Tensor | None, divisor: int, dtype:
 
 
 def setup_context(ctx: Any, arguments: Any, output: tuple[Tensor, ...]) -> None:
-    """Of an op whose arguments have x, y or None, scale, row_weight and reduction, and whose output starts as a Result.
+    """Of an op whose arguments start with x, y or None, scale and perhaps bias, and have row_weight and reduction, and
+    whose output starts as a Result.
 
     Outputs after the Result are not differentiable. Its gradients stay so, that a second backward pass meets an error.
     """
@@ -105,11 +117,11 @@ def backward(op: Any, ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tens
         tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         _, dx, dy, scalars, *_ = op(ctx.again._replace(**tensors | {"row_weight": upstream}))
         scale, upstream = tensors["scale"], None
-    found = finish_gradients(Finish(upstream, scale, scalars, dx, dy, ctx.dtype))
-    gradients = dict(zip(("x", "y", "scale", "bias"), found, strict=True))
-    return tuple(
-        gradients.get(name) if needed else None for name, needed in zip(ctx.fields, ctx.needs_input_grad, strict=True)
-    )
+    gradients = finish_gradients(Finish(upstream, scale, scalars, dx, dy, ctx.dtype))
+    differentiable = 4 if ctx.fields[3] == "bias" else 3
+    wanted = zip(gradients, ctx.needs_input_grad[:differentiable], strict=False)
+    rest = (None,) * (len(ctx.fields) - differentiable)
+    return (*(gradient if needed else None for gradient, needed in wanted), *rest)
 
 
 class Finish(NamedTuple):

@@ -30,9 +30,14 @@ def onednn_is_faster() -> bool:
 _ONEDNN_FROM = 2**22  # multiply-adds; below, MKL's leaner calls and its choice of fewer threads win
 
 
+def onednn_is_faster_for(multiply_adds: int) -> bool:
+    """Whether an fp32 product of this size is."""
+    return multiply_adds >= _ONEDNN_FROM and onednn_is_faster()
+
+
 def _through_onednn(a: Tensor, b: Tensor) -> bool:
     on_cpu = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
-    return on_cpu and a.shape[0] * a.shape[1] * b.shape[1] >= _ONEDNN_FROM and onednn_is_faster()
+    return on_cpu and onednn_is_faster_for(a.shape[0] * a.shape[1] * b.shape[1])
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

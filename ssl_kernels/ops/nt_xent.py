@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
+from ssl_kernels.ops.contrastive import Pairs
 from ssl_kernels.ops.softmax import dense_losses, reduce_losses, softmax_contrastive
 from ssl_kernels.ops.unit_rows import fused_unit_rows
-from ssl_kernels.settings import choose_backend, workspace_bytes
-
-# Up to so many rows of a view one tile of all pairs takes less time than three, of which ids then tell the positives.
-_ONE_TILE = 128
+from ssl_kernels.settings import choose_backend
 
 
 def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reduction: str = "mean") -> Tensor:
@@ -56,13 +53,8 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reducti
     if backend == "reference":
         return reference(z, scale, reduction)
     rows = z0.shape[0]
-    one_tile = rows <= _ONE_TILE and 16 * rows * rows <= workspace_bytes()
-    if backend == "cpu" and one_tile and not torch.compiler.is_compiling():
-        ids = torch.arange(2 * rows, device=z.device).remainder_(max(rows, 1))
-        pairs, seam = Pairs(ids, ids, False, NO_DIAGONAL, excluded=0), 0
-    else:
-        pairs, seam = Pairs(None, None, False, positive=rows, excluded=0), rows
-    return softmax_contrastive(z, None, scale, pairs, seam=seam, reduction=reduction, backend=backend)[0]
+    pairs = Pairs(None, None, False, positive=rows, excluded=0)
+    return softmax_contrastive(z, None, scale, pairs, seam=rows, reduction=reduction, backend=backend)[0]
 
 
 def reference(z: Tensor, scale: Tensor, reduction: str) -> Tensor:

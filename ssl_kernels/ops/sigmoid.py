@@ -185,6 +185,7 @@ _TILES = {"eager": 8, "cpu": 1, "triton": 1}  # tiles that each holds at a time
 def _forward(a: Arguments) -> Result:
     """The loss, and sum_ij w_i G_ij times y_j, x_i, x_i . y_j and 1, where needed."""
     want_dx, want_dy, *_ = a.wanted
+    divisor = len(a.x) if a.reduction == "mean" else 1
     dtype, pairs, panel_function = _checks.accumulation_dtype(a.x.dtype), a.pairs, _PANELS[a.backend]
 
     def panel(x: Tensor, y: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
@@ -194,6 +195,9 @@ def _forward(a: Arguments) -> Result:
     triton = a.backend == "triton"
     tiles = 0 if triton and not (want_dx or want_dy) else _TILES[a.backend]
     with _checks.without_autocast(a.x):
+        if contrastive.is_one_tile(a):
+            one = a.x.to(dtype), a.y.to(dtype), a.scale.item(), a.bias.item(), *pairs[:4], divisor, want_dx, want_dy
+            return Result(*torch.ops.ssl_kernels.sigmoid_of_one_tile(*one, any(a.wanted)))
         stats, dx, dy = run_panels(
             panel,
             a.x,
@@ -209,8 +213,7 @@ def _forward(a: Arguments) -> Result:
         )
     if a.row_weight is not None and want_dx:
         dx *= a.row_weight[:, None]
-    rows = len(a.x) if a.reduction == "mean" else 1
-    loss, scalars = contrastive.weighted_sums(stats, a.row_weight, rows, dtype)
+    loss, scalars = contrastive.weighted_sums(stats, a.row_weight, divisor, dtype)
     return Result(stats[:, 0].to(dtype) if a.reduction == "none" else loss, dx, dy, scalars)
 
 

@@ -363,13 +363,19 @@ def _summarise_eager(a: Arguments, stats: list[Tensor], dtype: torch.dtype) -> _
 
 def _forward(a: Arguments) -> tuple[Tensor, ...]:
     """A :class:`ssl_kernels.ops.contrastive.Result`, and the number of rows and columns without a positive pair."""
+    if any(a.wanted):
+        _warm.free_down_to(a.keep_bytes)
     with _checks.without_autocast(a.x):
+        if contrastive.is_one_tile(a):
+            x, y = a.x.to(torch.float32), None if a.y is None else a.y.to(torch.float32)
+            one = x, y, a.scale.item(), *a.pairs, a.seam, a.label_smoothing, a.reduction == "mean"
+            outputs: tuple[Tensor, ...] = torch.ops.ssl_kernels.softmax_of_one_tile(*one, *a.wanted)
+            return outputs
         passes = _Passes(a)
         stats = passes.statistics(6 if a.label_smoothing else 4)
         summary = _summarise(a, stats, any(a.wanted))
         _, dx, dy, *_ = _fake(a._replace(needs_grad=[False] * 3))  # empty
         if any(a.wanted):
-            _warm.free_down_to(a.keep_bytes)
             dx, dy, moment = passes.gradients(summary.sides[0], summary.sides[-1], a.wanted[0], a.wanted[1])
             summary.scalars[0] = moment
     return summary.loss, dx, dy, summary.scalars, summary.unpaired

@@ -90,7 +90,7 @@ def main(words: list[str]) -> int:
     stale = False  # whether what is compiled has a bug
     lives, sound = [], set()
     for bug in chosen:
-        place, is_cpp = COPY / bug.path, bug.path.startswith("csrc/cpu")
+        place, is_cpp = COPY / bug.path, bug.path.startswith(("csrc/cpu", "csrc/torch"))
         text = place.read_text()
         if stale and (not is_cpp or bug.tests not in sound):
             stale = not build()
