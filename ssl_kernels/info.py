@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import platform
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import ssl_kernels
+import ssl_kernels.functional as K
 from ssl_kernels import _C, _cuda, settings
 from ssl_kernels.ops.matmul import onednn_is_faster
-
-OPS = (
-    "sigmoid_contrastive_loss",
-    "clip_loss",
-    "nt_xent_loss",
-    "sup_con_loss",
-    "info_nce_loss",
-    "albef_contrastive_loss",
-    "key_softmax",
-    "dino_loss",
-    "ibot_patch_loss",
-    "sinkhorn_center",
-    "sinkhorn_knopp",
-    "centered_softmax",
-    "koleo_loss",
-    "enqueue_",
-    "ema_update_",
-)
-IN_CUDA = ("enqueue_", "ema_update_")
-"""Ops with a kernel in CUDA C++."""
 
 
 def native_build_info() -> dict[str, Any] | str:
@@ -68,8 +51,8 @@ def collect() -> dict[str, str]:
     ):
         overrides = f"SSL_KERNELS_{name.upper()}_MB, use_{name} or set_defaults overrides"
         report[label] = f"{size / 2**20:g} MB ({overrides})"
-    for op in OPS:
-        report[op] = ", ".join(f"{case}: {backend}" for case, backend in _backends(op).items())
+    for op in K.__all__:
+        report[op] = ", ".join(f"{case}: {backend}" for case, backend in _backends(kernels_of(op)).items())
     return report
 
 
@@ -82,8 +65,14 @@ def _triton_version() -> str:
         return "not installed"
 
 
-def _backends(op: str) -> dict[str, str]:
-    """What it will use for features of each kind."""
+def kernels_of(op: str) -> Sequence[str]:
+    """The backends for which an op of :mod:`ssl_kernels.functional` has kernels."""
+    kernels: Sequence[str] = sys.modules[getattr(K, op).__module__].KERNELS
+    return kernels
+
+
+def _backends(kernels: Sequence[str]) -> dict[str, str]:
+    """What an op with such kernels will use for features of each kind."""
     cases = {
         "CPU fp32/bf16/fp16": ("cpu", torch.float32),
         "CPU fp64": ("cpu", torch.float64),
@@ -93,9 +82,7 @@ def _backends(op: str) -> dict[str, str]:
     chosen = {}
     for case, (device, dtype) in cases.items():
         try:
-            chosen[case] = settings.choose_backend(device, dtype, in_cuda=op in IN_CUDA)
-            if op == "ema_update_" and chosen[case] == "triton":  # no kernel of ours: torch's for lists of tensors
-                chosen[case] = "eager"
+            chosen[case] = settings.choose_backend(torch.device(device), dtype, kernels)
         except ValueError as error:
             chosen[case] = str(error)
     return chosen

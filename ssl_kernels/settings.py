@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Generic, TypeVar
@@ -180,43 +180,45 @@ def current_backend() -> str:
     return _backend.get()
 
 
-def choose_backend(device: str, dtype: torch.dtype, *, in_cuda: bool = False) -> str:
-    """The backend that an op will use for features of ``dtype`` on a device of type ``device``.
+def choose_backend(device: torch.device, dtype: torch.dtype, kernels: Sequence[str]) -> str:
+    """The backend that an op will use for features of ``dtype`` on ``device``.
 
-    ``in_cuda`` tells that the op has a kernel in CUDA C++.
+    ``kernels`` are the backends, of "cpu", "triton" and "cuda", for which the op has kernels: ``KERNELS`` of its file.
     """
     backend, double = current_backend(), dtype == torch.float64
     if backend == "auto":
-        if double or device not in ("cpu", "cuda"):
+        if double or device.type not in ("cpu", "cuda"):
             return "eager"
-        if device == "cpu":
-            return "cpu"
-        if in_cuda and not _cuda.missing:
+        if device.type == "cpu":
+            return "cpu" if "cpu" in kernels else "eager"
+        if "cuda" in kernels and not _cuda.missing:
             return "cuda"
-        return "triton" if _triton_suits() else "eager"
-    if backend in ("cpu", "triton", "cuda") and double:
+        return "triton" if "triton" in kernels and _triton_suits(device.index) else "eager"
+    if backend in ("reference", "eager"):
+        return backend
+    if double:
         raise ValueError(f"backend {backend!r} has no float64 kernels: use 'eager' or 'reference'")
-    if backend == "cpu" and device != "cpu":
-        raise ValueError(f"backend 'cpu': expected CPU tensors, got {device}")
-    if backend == "triton" and device != "cuda" and not (device == "cpu" and _interpreting()):
-        raise ValueError(f"backend 'triton': expected CUDA tensors, got {device}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu': expected CPU tensors, got {device.type}")
+    if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
+        raise ValueError(f"backend 'triton': expected CUDA tensors, got {device.type}")
     if backend == "cuda":
-        if not in_cuda:
+        if "cuda" not in kernels:
             raise ValueError("backend 'cuda': this op has no kernel in CUDA C++: use 'auto' or 'triton'")
         if _cuda.missing:
             raise ValueError(f"backend 'cuda': {_cuda.missing}")
-        if device != "cuda":
-            raise ValueError(f"backend 'cuda': expected CUDA tensors, got {device}")
-    return backend
+        if device.type != "cuda":
+            raise ValueError(f"backend 'cuda': expected CUDA tensors, got {device.type}")
+    return backend if backend in kernels else "eager"
 
 
 @torch.compiler.assume_constant_result
-def _triton_suits() -> bool:
-    """Whether the current GPU is one that Triton supports: for those before Ampere it compiles without tensor cores,
-    into code that spills."""
+def _triton_suits(index: int | None) -> bool:
+    """Whether this GPU, or None for the current one, is one that Triton supports: for those before Ampere it compiles
+    without tensor cores, into code that spills."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return True
-    return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def _interpreting() -> bool:

@@ -33,35 +33,44 @@ def test_report_tells_how_they_were_built_or_why_they_are_missing() -> None:
     assert "CUDA fp32/bf16/fp16: triton" in report["clip_loss"]
 
 
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+ALL, NO_CUDA_CPP = ("cpu", "triton", "cuda"), ("cpu", "triton")
+
+
 def test_auto_takes_them_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing, chosen in (("", "cuda"), ("not built", "triton")):
         monkeypatch.setattr(_cuda, "missing", missing)
-        assert settings.choose_backend("cuda", torch.bfloat16, in_cuda=True) == chosen
-        assert settings.choose_backend("cuda", torch.bfloat16) == "triton"
-        assert settings.choose_backend("cuda", torch.float64, in_cuda=True) == "eager"
-        assert settings.choose_backend("cpu", torch.float32, in_cuda=True) == "cpu"
-        assert settings.choose_backend("mps", torch.float32, in_cuda=True) == "eager"
+        assert settings.choose_backend(CUDA, torch.bfloat16, ALL) == chosen
+        assert settings.choose_backend(CUDA, torch.bfloat16, NO_CUDA_CPP) == "triton"
+        assert settings.choose_backend(CUDA, torch.float64, ALL) == "eager"
+        assert settings.choose_backend(CPU, torch.float32, ALL) == "cpu"
+        assert settings.choose_backend(torch.device("mps"), torch.float32, ALL) == "eager"
         with ssl_kernels.use_backend("triton"):
-            assert settings.choose_backend("cuda", torch.float32, in_cuda=True) == "triton"
+            assert settings.choose_backend(CUDA, torch.float32, ALL) == "triton"
 
 
 @pytest.mark.parametrize(
-    ("missing", "device", "dtype", "in_cuda", "message"),
+    ("missing", "device", "dtype", "kernels", "message"),
     [
-        ("", "cuda", torch.float32, False, "backend 'cuda': this op has no kernel in CUDA C\\+\\+"),
-        ("not built", "cuda", torch.float32, True, "backend 'cuda': not built"),
-        ("", "cpu", torch.float32, True, "backend 'cuda': expected CUDA tensors, got cpu"),
-        ("", "cuda", torch.float64, True, "backend 'cuda' has no float64 kernels"),
+        ("", CUDA, torch.float32, NO_CUDA_CPP, "backend 'cuda': this op has no kernel in CUDA C\\+\\+"),
+        ("not built", CUDA, torch.float32, ALL, "backend 'cuda': not built"),
+        ("", CPU, torch.float32, ALL, "backend 'cuda': expected CUDA tensors, got cpu"),
+        ("", CUDA, torch.float64, ALL, "backend 'cuda' has no float64 kernels"),
     ],
 )
 def test_asked_for_in_vain(
-    missing: str, device: str, dtype: torch.dtype, in_cuda: bool, message: str, monkeypatch: pytest.MonkeyPatch
+    missing: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_cuda, "missing", missing)
     with ssl_kernels.use_backend("cuda"):
-        assert _cuda.missing or settings.choose_backend("cuda", torch.float32, in_cuda=True) == "cuda"
+        assert _cuda.missing or settings.choose_backend(CUDA, torch.float32, ALL) == "cuda"
         with pytest.raises(ValueError, match=message):
-            settings.choose_backend(device, dtype, in_cuda=in_cuda)
+            settings.choose_backend(device, dtype, kernels)
 
 
 # ---- what the ops hand to the kernels; the CPU's stand in

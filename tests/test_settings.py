@@ -28,13 +28,25 @@ from ssl_kernels.ops.panels import panel_shape
 MB_64 = 64 * 2**20
 
 
+def choose(device: str, dtype: torch.dtype = torch.float32, kernels: tuple[str, ...] = ("cpu", "triton")) -> str:
+    return settings.choose_backend(torch.device(device), dtype, kernels)
+
+
 def test_auto_chooses_by_device_and_dtype() -> None:
-    assert settings.choose_backend("cpu", torch.float32) == "cpu"
-    assert settings.choose_backend("cpu", torch.bfloat16) == "cpu"
-    assert settings.choose_backend("cpu", torch.float64) == "eager"
-    assert settings.choose_backend("cuda", torch.float16) == "triton"
-    assert settings.choose_backend("cuda", torch.float64) == "eager"
-    assert settings.choose_backend("mps", torch.float32) == "eager"
+    assert choose("cpu") == "cpu"
+    assert choose("cpu", torch.bfloat16) == "cpu"
+    assert choose("cpu", torch.float64) == "eager"
+    assert choose("cuda", torch.float16) == "triton"
+    assert choose("cuda", torch.float64) == "eager"
+    assert choose("mps") == "eager"
+
+
+def test_an_op_without_the_kernel_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("cpu", kernels=("triton",)) == "eager"
+    assert choose("cuda", kernels=("cpu",)) == "eager"
+    with ssl_kernels.use_backend("triton"):
+        assert choose("cpu", kernels=("cpu",)) == "eager"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +62,7 @@ def test_a_backend_that_cannot_run_says_so(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with ssl_kernels.use_backend(backend), pytest.raises(ValueError, match=message):
-        settings.choose_backend(device, dtype)
+        choose(device, dtype)
 
 
 def test_use_backend_nests_and_restores_after_an_error() -> None:
@@ -184,9 +196,10 @@ def test_gpus_that_triton_does_not_support_run_eagerly(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert settings.choose_backend("cuda", torch.float32) == backend
-    assert settings.choose_backend("cpu", torch.float32) == "cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability if index == 1 else (9, 0))
+    assert choose("cuda:1") == backend
+    assert choose("cuda:0") == "triton"
+    assert choose("cpu") == "cpu"
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +217,7 @@ def test_the_choice_of_a_backend_is_part_of_a_graph() -> None:
     """Whatever it asks of the GPU is settled when the graph is made."""
 
     def doubled_where_eager(x: torch.Tensor) -> torch.Tensor:
-        return 2 * x if settings.choose_backend("cuda", torch.float32) == "eager" else x
+        return 2 * x if choose("cuda:0") == "eager" else x
 
     compiled = torch.compile(doubled_where_eager, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(())), doubled_where_eager(torch.ones(())))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
-from ssl_kernels.ops.softmax import dense_losses, reduce_losses, softmax_contrastive
+from ssl_kernels.ops.softmax import KERNELS, dense_losses, reduce_losses, softmax_contrastive
 from ssl_kernels.settings import choose_backend
 
 
@@ -81,7 +81,7 @@ def clip_loss(
         )
     scale = _checks.as_softmax_scale("scale", scale, x)
     pairs = Pairs(x_ids, y_ids, same_id == "ignore", offset, NO_DIAGONAL)
-    backend = choose_backend(x.device.type, x.dtype)
+    backend = choose_backend(x.device, x.dtype, KERNELS)
     if backend == "reference":
         return reference(x, y, scale, pairs, label_smoothing, reduction)
     return softmax_contrastive(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssl_kernels.ops import _checks
 from ssl_kernels.settings import choose_backend
 
+KERNELS = ("cpu", "cuda")
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
@@ -77,7 +78,7 @@ def ema_update_(
         if any(_is_sharded(t) for t in into):
             into, towards, beside = ([_local(t) for t in tensors] for tensors in (into, towards, beside))
         double = any(t.dtype == torch.float64 for t in (*into, *towards, *beside))
-        backend = choose_backend(device.type, torch.float64 if double else torch.float32, in_cuda=True)
+        backend = choose_backend(device, torch.float64 if double else torch.float32, KERNELS)
         if backend == "reference":
             reference(into, towards, beside, m)
         else:
@@ -91,8 +92,7 @@ def _update_plain(targets: list[Any], sources: list[Any], copies: list[Any], mom
     """
     if torch.compiler.is_compiling() or type(momentum) is not float or type(next(iter(targets), None)) not in _PLAIN:
         return False
-    kind = targets[0].device.type
-    backend = choose_backend(kind, torch.float32, in_cuda=True) if kind in ("cpu", "cuda") else ""
+    backend = choose_backend(targets[0].device, torch.float32, KERNELS)
     if backend not in ("cpu", "cuda") or len(copies) != len(targets):
         return False
     if all(copy is None for copy in copies):

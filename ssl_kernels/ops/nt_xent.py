@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.contrastive import Pairs
-from ssl_kernels.ops.softmax import dense_losses, reduce_losses, softmax_contrastive
+from ssl_kernels.ops.softmax import KERNELS, dense_losses, reduce_losses, softmax_contrastive
 from ssl_kernels.ops.unit_rows import fused_unit_rows
 from ssl_kernels.settings import choose_backend
 
@@ -49,7 +49,7 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reducti
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     scale = _checks.as_inverse_temperature("temperature", temperature, z0)
     (z,) = _checks.autocast_features(fused_unit_rows(z0, z1))
-    backend = choose_backend(z.device.type, z.dtype)
+    backend = choose_backend(z.device, z.dtype, KERNELS)
     if backend == "reference":
         return reference(z, scale, reduction)
     rows = z0.shape[0]

@@ -19,6 +19,8 @@ from torch import Tensor
 from ssl_kernels.ops import _checks
 from ssl_kernels.settings import choose_backend
 
+KERNELS = ("cpu", "triton", "cuda")
+
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = False) -> None:
     r"""Write keys over the oldest rows of a ring buffer, in place: row :math:`(\text{pointer} + r) \bmod K` for each r.
@@ -44,7 +46,7 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = 
     ([6.0, 0.0, 0.0, 5.0], 1)
     """
     _check(queue, pointer, keys)
-    backend = choose_backend(queue.device.type, torch.promote_types(queue.dtype, keys.dtype), in_cuda=True)
+    backend = choose_backend(queue.device, torch.promote_types(queue.dtype, keys.dtype), KERNELS)
     if backend == "reference":
         with torch.no_grad():
             reference(queue, pointer, keys, normalize)

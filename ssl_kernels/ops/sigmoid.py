@@ -22,6 +22,8 @@ from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
+KERNELS = ("cpu", "triton")
+
 
 def sigmoid_contrastive_loss(
     x: Tensor,
@@ -82,7 +84,7 @@ def sigmoid_contrastive_loss(
     scale = _checks.as_scalar("scale", scale, x)
     bias = _checks.as_scalar("bias", bias, x)
     pairs = Pairs(x_ids, y_ids, same_id == "ignore", offset, NO_DIAGONAL)
-    backend = choose_backend(x.device.type, x.dtype)
+    backend = choose_backend(x.device, x.dtype, KERNELS)
     if backend == "reference":
         return reference(x, y, scale, bias, pairs, reduction)
     _checks.check_transforms(x, y, scale, bias)

@@ -34,6 +34,8 @@ from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.ops.reuse import HeldTiles
 from ssl_kernels.settings import tile_budget_bytes, workspace_bytes
 
+KERNELS = ("cpu", "triton")
+
 
 def softmax_contrastive(
     x: Tensor,

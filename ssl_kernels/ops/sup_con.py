@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
-from ssl_kernels.ops.softmax import dense_losses, reduce_losses, softmax_contrastive
+from ssl_kernels.ops.softmax import KERNELS, dense_losses, reduce_losses, softmax_contrastive
 from ssl_kernels.settings import choose_backend
 
 
@@ -72,7 +72,7 @@ def sup_con_loss(
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     scale = _checks.as_inverse_temperature("temperature", temperature, z)
     pairs = Pairs(ids, ids, False, NO_DIAGONAL, excluded=0)
-    backend = choose_backend(z.device.type, z.dtype)
+    backend = choose_backend(z.device, z.dtype, KERNELS)
     if backend == "reference":
         loss, unpaired = reference(z, pairs, scale, reduction)
     else:

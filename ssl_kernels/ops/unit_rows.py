@@ -15,6 +15,7 @@ from ssl_kernels.ops.contrastive import no_double_backward
 from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.settings import choose_backend
 
+KERNELS = ("cpu",)
 _EPS = 1e-12  # the least norm
 
 
@@ -34,7 +35,7 @@ def fused_unit_rows(z0: Tensor, z1: Tensor | None = None, *, name: str = "z") ->
     """
     if z1 is None:
         _checks.check_features(**{name: z0})
-    if choose_backend(z0.device.type, z0.dtype) == "cpu":
+    if choose_backend(z0.device, z0.dtype, KERNELS) == "cpu":
         _checks.check_transforms(z0, *([] if z1 is None else [z1]))
         rows: Tensor = _op(Arguments(z0, z1))[0]
         return rows

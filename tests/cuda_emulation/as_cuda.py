@@ -7,6 +7,7 @@ and threads of its own.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ EMULATOR = load_ops()
 ORDERS = itertools.count()
 
 
-def choose_backend(device: str, dtype: torch.dtype, **options: Any) -> str:
-    chosen = settings.choose_backend(device, dtype)
+def choose_backend(device: torch.device, dtype: torch.dtype, kernels: Sequence[str]) -> str:
+    chosen = settings.choose_backend(device, dtype, kernels)
     return "cuda" if chosen == "cpu" else chosen
 
 
