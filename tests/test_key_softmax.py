@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.ops.key_softmax import _key_softmax, key_softmax_gradients
+from ssl_kernels.ops import key_softmax
 from ssl_kernels.ops.matmul import onednn_is_faster
 
 
@@ -409,12 +409,17 @@ def test_opcheck(backend: str) -> None:
             continue
         query = unit_rows(9, 4).requires_grad_(needs)
         scale = torch.tensor(10.0, requires_grad=needs)
-        torch.library.opcheck(_key_softmax, (query, unit_rows(13, 4), scale, want_mean, dtype, backend))
+        arguments = (query, unit_rows(13, 4), scale, want_mean, dtype, 2**26, backend)
+        torch.library.opcheck(key_softmax._op.in_graphs, arguments)
 
 
-def test_opcheck_of_the_gradients() -> None:
-    arguments = (torch.randn(5), torch.randn(5, 3), torch.randn(5, 3), torch.tensor(10.0))
-    torch.library.opcheck(key_softmax_gradients, arguments)
+@pytest.mark.parametrize("backend", FUSED)
+def test_opcheck_of_the_gradients(backend: str) -> None:
+    query, pull, scale = torch.randn(5, 3), torch.randn(5, 3), torch.tensor(10.0)
+    for needs in itertools.product([False, True], repeat=3):
+        for upstream, slope in ((torch.randn(5), None), (torch.randn(()), torch.rand(5))):
+            arguments = (upstream, slope, query, pull, scale, needs, backend)
+            torch.library.opcheck(key_softmax.gradients.in_graphs, arguments)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
