@@ -568,6 +568,46 @@ def test_the_kernel_checks_its_own_arguments() -> None:
             op(*arguments, 1.0)
 
 
+def test_the_kernels_of_the_rows_check_their_own_arguments() -> None:
+    ops, x, lse, none = torch.ops.ssl_kernels, torch.zeros(3, 4), torch.zeros(3), torch.zeros(0, 4)
+    stats, scalar = torch.zeros(3, 2).double(), torch.zeros(())
+    for call, message in (
+        (lambda: ops.key_softmax_rows_(stats.float(), 1.0, x, lse), "stats: expected dtype Double, got Float"),
+        (lambda: ops.key_softmax_rows_(stats, 1.0, x[:2], lse), "mean: expected a contiguous matrix of the rows"),
+        (lambda: ops.key_softmax_rows_(stats, 1.0, x, lse[:2]), "loss: expected size 3 in dimension 0, got 2"),
+        (
+            lambda: ops.info_nce_rows_(stats, 1.0, x, x.half(), True, x, scalar, lse),
+            "positive: expected the dtype of query",
+        ),
+        (
+            lambda: ops.info_nce_rows_(stats, 1.0, x, x[:2], True, x, scalar, lse),
+            "positive: expected size 3 in dimension 0, got 2",
+        ),
+        (
+            lambda: ops.info_nce_rows_(stats, 1.0, x[:, :3], x, True, x, scalar, lse),
+            "query: expected size 4 in dimension 1, got 3",
+        ),
+        (
+            lambda: ops.info_nce_rows_(stats, 1.0, x, x, True, x, scalar, lse[:2]),
+            "slopes: expected size 3 in dimension 0, got 2",
+        ),
+        (
+            lambda: ops.key_softmax_gradients_(lse, None, x, none, 1.0, x, none, scalar),
+            "pull: expected size 3 in dimension 0, got 0",
+        ),
+        (
+            lambda: ops.key_softmax_gradients_(lse, None, x, x, 1.0, x.half(), none, scalar),
+            "by_query: expected a contiguous matrix of the rows, and of their dtype",
+        ),
+        (
+            lambda: ops.key_softmax_gradients_(lse, lse[:2], x, x, 1.0, x, none, scalar),
+            "slopes: expected size 3 in dimension 0, got 2",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
 def test_strided_keys_reach_the_matrix_product_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN multiplies a matrix that has gaps between its rows 1,000 times slower than one that has none."""
     if not onednn_is_faster():

@@ -411,6 +411,39 @@ def test_the_kernel_checks_its_own_arguments() -> None:
             op(*arguments)
 
 
+def test_the_kernels_of_the_rows_check_their_own_arguments() -> None:
+    ops, x, loss = torch.ops.ssl_kernels, torch.zeros(3, 4), torch.zeros(())
+    norm, neighbor, distance = torch.zeros(3), torch.tensor([1, 2, 0]), torch.zeros(3)
+    for call, message in (
+        (
+            lambda: ops.koleo_unit_rows_(x.double(), EPS, norm, x),
+            "x: expected dtype Float, BFloat16 or Half",
+        ),
+        (
+            lambda: ops.koleo_unit_rows_(x.t(), EPS, torch.zeros(4), x.t()),
+            "x: expected unit stride",
+        ),
+        (lambda: ops.koleo_unit_rows_(x, EPS, norm[:2], x), "norm: expected size 3 in dimension 0, got 2"),
+        (lambda: ops.koleo_unit_rows_(x, EPS, norm, x[:2]), "unit: expected a contiguous matrix"),
+        (lambda: ops.koleo_loss_(x, EPS, norm, neighbor + 1, True, distance, loss), "neighbor: expected 0 to 2, got 3"),
+        (
+            lambda: ops.koleo_loss_(x, EPS, norm, neighbor - 1, True, distance, loss),
+            "neighbor: expected 0 to 2",
+        ),
+        (lambda: ops.koleo_loss_(x, EPS, norm, neighbor, True, distance, x), "loss: expected 0 dimensions, got 2"),
+        (
+            lambda: ops.koleo_gradient_(norm[:2], x, EPS, norm, neighbor, distance, True, x),
+            "upstream: expected size 3 in dimension 0, got 2",
+        ),
+        (
+            lambda: ops.koleo_gradient_(loss, x, EPS, norm, neighbor, distance, True, x.half()),
+            "gradient: expected a contiguous matrix of the rows, and of their dtype",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
 # ---- beside lightly
 
 
