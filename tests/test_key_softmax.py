@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.ops.key_softmax import _key_softmax, key_softmax_gradients
+from ssl_kernels.ops import key_softmax
 from ssl_kernels.ops.matmul import onednn_is_faster
 
 
@@ -409,12 +409,17 @@ def test_opcheck(backend: str) -> None:
             continue
         query = unit_rows(9, 4).requires_grad_(needs)
         scale = torch.tensor(10.0, requires_grad=needs)
-        torch.library.opcheck(_key_softmax, (query, unit_rows(13, 4), scale, want_mean, dtype, backend))
+        arguments = (query, unit_rows(13, 4), scale, want_mean, dtype, 2**26, backend)
+        torch.library.opcheck(key_softmax._op.in_graphs, arguments)
 
 
-def test_opcheck_of_the_gradients() -> None:
-    arguments = (torch.randn(5), torch.randn(5, 3), torch.randn(5, 3), torch.tensor(10.0))
-    torch.library.opcheck(key_softmax_gradients, arguments)
+@pytest.mark.parametrize("backend", FUSED)
+def test_opcheck_of_the_gradients(backend: str) -> None:
+    query, pull, scale = torch.randn(5, 3), torch.randn(5, 3), torch.tensor(10.0)
+    for needs in itertools.product([False, True], repeat=3):
+        for upstream, slope in ((torch.randn(5), None), (torch.randn(()), torch.rand(5))):
+            arguments = (upstream, slope, query, pull, scale, needs, backend)
+            torch.library.opcheck(key_softmax.gradients.in_graphs, arguments)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -561,6 +566,46 @@ def test_the_kernel_checks_its_own_arguments() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments, 1.0)
+
+
+def test_the_kernels_of_the_rows_check_their_own_arguments() -> None:
+    ops, x, lse, none = torch.ops.ssl_kernels, torch.zeros(3, 4), torch.zeros(3), torch.zeros(0, 4)
+    stats, scalar = torch.zeros(3, 2).double(), torch.zeros(())
+    for call, message in (
+        (lambda: ops.key_softmax_rows_(stats.float(), 1.0, x, lse), "stats: expected dtype Double, got Float"),
+        (lambda: ops.key_softmax_rows_(stats, 1.0, x[:2], lse), "mean: expected a contiguous matrix of the rows"),
+        (lambda: ops.key_softmax_rows_(stats, 1.0, x, lse[:2]), "loss: expected size 3 in dimension 0, got 2"),
+        (
+            lambda: ops.info_nce_rows_(stats, 1.0, x, x.half(), True, x, scalar, lse),
+            "positive: expected the dtype of query",
+        ),
+        (
+            lambda: ops.info_nce_rows_(stats, 1.0, x, x[:2], True, x, scalar, lse),
+            "positive: expected size 3 in dimension 0, got 2",
+        ),
+        (
+            lambda: ops.info_nce_rows_(stats, 1.0, x[:, :3], x, True, x, scalar, lse),
+            "query: expected size 4 in dimension 1, got 3",
+        ),
+        (
+            lambda: ops.info_nce_rows_(stats, 1.0, x, x, True, x, scalar, lse[:2]),
+            "slopes: expected size 3 in dimension 0, got 2",
+        ),
+        (
+            lambda: ops.key_softmax_gradients_(lse, None, x, none, 1.0, x, none, scalar),
+            "pull: expected size 3 in dimension 0, got 0",
+        ),
+        (
+            lambda: ops.key_softmax_gradients_(lse, None, x, x, 1.0, x.half(), none, scalar),
+            "by_query: expected a contiguous matrix of the rows, and of their dtype",
+        ),
+        (
+            lambda: ops.key_softmax_gradients_(lse, lse[:2], x, x, 1.0, x, none, scalar),
+            "slopes: expected size 3 in dimension 0, got 2",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 def test_strided_keys_reach_the_matrix_product_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:

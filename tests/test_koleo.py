@@ -22,7 +22,9 @@ from torch import Tensor
 import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels import KoLeoLoss
-from ssl_kernels.ops.koleo import _koleo, koleo_gradient, nearest_neighbors
+from ssl_kernels.ops import koleo
+from ssl_kernels.ops.koleo import nearest_neighbors
+from ssl_kernels.settings import workspace_bytes
 
 EPS = 1e-8
 
@@ -53,7 +55,7 @@ def given_neighbors(x: Tensor, neighbor: Tensor, weight: Tensor, reduction: str,
 
 
 def neighbors_of(x: Tensor, backend: str, eps: float = EPS) -> Tensor:
-    _, neighbor, _, _ = _koleo(x, eps, backend)
+    _, neighbor, _, _ = koleo._op.in_graphs(x, eps, "none", workspace_bytes(), backend)
     return neighbor
 
 
@@ -173,7 +175,7 @@ def test_of_equal_similarities_the_first_is_taken(
     torch.manual_seed(seed)
     u = torch.randint(-1, 2, (rows, width)).float()
     with ssl_kernels.use_workspace(workspace_mb):
-        neighbor = nearest_neighbors(u, backend)
+        neighbor = nearest_neighbors(u, workspace_bytes(), backend)
     assert torch.equal(neighbor, (u @ u.t()).fill_diagonal_(-math.inf).argmax(1))
 
 
@@ -274,7 +276,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(threads: int) -> No
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(nearest_neighbors(u, "cpu"), expected)
+        assert torch.equal(nearest_neighbors(u, 2**26, "cpu"), expected)
     finally:
         torch.set_num_threads(before)
 
@@ -286,8 +288,6 @@ def test_repeats_bit_for_bit() -> None:
 
 
 def test_only_tiles_on_and_above_the_diagonal_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssl_kernels.ops import koleo
-
     product, elements = koleo.matmul, []
 
     def spy(a: Tensor, b: Tensor) -> Tensor:
@@ -304,14 +304,13 @@ def test_only_tiles_on_and_above_the_diagonal_are_multiplied(monkeypatch: pytest
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(backend: str, dtype: torch.dtype) -> None:
-    torch.library.opcheck(_koleo, (spread_rows(9, 4, dtype).requires_grad_(), EPS, backend))
-
-
-def test_opcheck_of_the_gradient() -> None:
-    x = spread_rows(9, 4)
-    loss, *rest = _koleo(x, EPS, "cpu")
-    torch.library.opcheck(koleo_gradient, (torch.randn_like(loss), x, *rest, EPS))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(backend: str, dtype: torch.dtype, reduction: str) -> None:
+    x = spread_rows(9, 4, dtype)
+    torch.library.opcheck(koleo._op.in_graphs, (x.requires_grad_(), EPS, reduction, 2**26, backend))
+    loss, *rest = koleo._op.in_graphs(x.detach(), EPS, reduction, 2**26, backend)
+    arguments = (torch.randn_like(loss), x.detach(), *rest, EPS, reduction == "mean", backend)
+    torch.library.opcheck(koleo.gradient.in_graphs, arguments)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -410,6 +409,39 @@ def test_the_kernel_checks_its_own_arguments() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
+
+
+def test_the_kernels_of_the_rows_check_their_own_arguments() -> None:
+    ops, x, loss = torch.ops.ssl_kernels, torch.zeros(3, 4), torch.zeros(())
+    norm, neighbor, distance = torch.zeros(3), torch.tensor([1, 2, 0]), torch.zeros(3)
+    for call, message in (
+        (
+            lambda: ops.koleo_unit_rows_(x.double(), EPS, norm, x),
+            "x: expected dtype Float, BFloat16 or Half",
+        ),
+        (
+            lambda: ops.koleo_unit_rows_(x.t(), EPS, torch.zeros(4), x.t()),
+            "x: expected unit stride",
+        ),
+        (lambda: ops.koleo_unit_rows_(x, EPS, norm[:2], x), "norm: expected size 3 in dimension 0, got 2"),
+        (lambda: ops.koleo_unit_rows_(x, EPS, norm, x[:2]), "unit: expected a contiguous matrix"),
+        (lambda: ops.koleo_loss_(x, EPS, norm, neighbor + 1, True, distance, loss), "neighbor: expected 0 to 2, got 3"),
+        (
+            lambda: ops.koleo_loss_(x, EPS, norm, neighbor - 1, True, distance, loss),
+            "neighbor: expected 0 to 2",
+        ),
+        (lambda: ops.koleo_loss_(x, EPS, norm, neighbor, True, distance, x), "loss: expected 0 dimensions, got 2"),
+        (
+            lambda: ops.koleo_gradient_(norm[:2], x, EPS, norm, neighbor, distance, True, x),
+            "upstream: expected size 3 in dimension 0, got 2",
+        ),
+        (
+            lambda: ops.koleo_gradient_(loss, x, EPS, norm, neighbor, distance, True, x.half()),
+            "gradient: expected a contiguous matrix of the rows, and of their dtype",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 # ---- beside lightly

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,24 +17,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ssl_kernels as S
 import ssl_kernels.functional as K
 
-SCALE, BIAS = torch.tensor(3.0), torch.tensor(-1.0)
+SCALE, BIAS, KEYS = torch.tensor(3.0), torch.tensor(-1.0), torch.eye(3)
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "clip": lambda x, y, **options: K.clip_loss(x, y, SCALE, **options),
     "sigmoid": lambda x, y, **options: K.sigmoid_contrastive_loss(x, y, SCALE, BIAS, **options),
     "nt_xent": lambda x, y, **options: K.nt_xent_loss(x, y, 0.5, **options),
+    "info_nce": lambda x, y, **options: K.info_nce_loss(x, y, KEYS, SCALE, **options),
+    "koleo": lambda x, y, **options: K.koleo_loss(x, **options),
 }
 both = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+TRACED = ("info_nce", "koleo")  # arguments without a list
 
 
 def views() -> tuple[Tensor, Tensor]:
     return F.normalize(torch.randn(5, 3), dim=1).requires_grad_(), F.normalize(torch.randn(5, 3), dim=1)
 
 
-@both
-def test_tracing_is_refused_instead_of_baking_numbers_in(loss: Callable[..., Tensor]) -> None:
-    x, y = views()
-    with torch.no_grad(), pytest.raises(RuntimeError, match="Tracing a list of"):
-        torch.jit.trace(lambda x, y: loss(x, y), (x, y), check_trace=False)
+@pytest.mark.parametrize("name", LOSSES)
+def test_tracing_keeps_the_op_or_is_refused_instead_of_baking_numbers_in(name: str) -> None:
+    loss, (x, y) = LOSSES[name], views()
+    refusal = pytest.raises(RuntimeError, match="Tracing a list of")
+    with torch.no_grad(), contextlib.nullcontext() if name in TRACED else refusal:
+        traced = torch.jit.trace(lambda x, y: loss(x, y), (x, y), check_trace=False)
+        torch.testing.assert_close(traced(2 * x, y), loss(2 * x, y))
 
 
 @both

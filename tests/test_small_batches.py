@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import ssl_kernels as S
 
@@ -33,11 +32,22 @@ def operations(call: Callable[[], object]) -> list[str]:
     return [op for event in profile.events() if (op := name(event)) and not any(map(name, event.cpu_children))]
 
 
-@pytest.mark.parametrize(("loss", "most"), [("ClipLoss", 5), ("SigLipLoss", 5), ("NTXentLoss", 8)])
-def test_a_step_of_one_panel_takes_few_operations(loss: str, most: int) -> None:
-    x, y = (F.normalize(torch.randn(32, 16), dim=1).requires_grad_() for _ in range(2))
-    scalars = [torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)]
-    leaves: list[Tensor] = [x, y, *scalars[: {"ClipLoss": 1, "SigLipLoss": 2, "NTXentLoss": 0}[loss]]]
+@pytest.mark.parametrize(
+    ("loss", "arguments", "most"),
+    [
+        ("ClipLoss", "x y scale", 5),
+        ("SigLipLoss", "x y scale bias", 5),
+        ("NTXentLoss", "x y", 8),
+        ("InfoNCELoss", "x y keys", 11),
+        ("KoLeoLoss", "x", 9),
+    ],
+)
+def test_a_step_of_one_panel_takes_few_operations(loss: str, arguments: str, most: int) -> None:
+    x, y, keys = (F.normalize(torch.randn(32, 16), dim=1) for _ in range(3))
+    leaves = {"x": x, "y": y, "scale": torch.tensor(10.0), "bias": torch.tensor(-10.0)}
+    inputs = {name: t.requires_grad_() for name, t in leaves.items()} | {"keys": keys}
+    given = [inputs[name] for name in arguments.split()]
+    wanted = [t for t in given if t.requires_grad]
     criterion = getattr(S, loss)()
-    found = operations(lambda: torch.autograd.grad(criterion(*leaves), leaves))
+    found = operations(lambda: torch.autograd.grad(criterion(*given), wanted))
     assert len(found) <= most, found

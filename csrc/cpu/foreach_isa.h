@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
 #include "isa.h"
 
 #define SSLK_PRAGMA(text) _Pragma(#text)

@@ -68,3 +68,48 @@ SSLK_INLINE void for_each_vector(int64_t width, Body body) {
   for (; col + LANES <= width; col += LANES) body(col, LANES);
   if (col < width) body(col, int(width - col));
 }
+
+// The sum of body(col, count) over a row. The numbers of a vector behind the first `count` count too: they must be 0.
+template <typename Body>
+SSLK_INLINE double sum_of_row(int64_t width, Body body) {
+  double total = 0;
+  for (int64_t first = 0; first < width; first += 64 * LANES) {  // fp32 sums stay short
+    const int64_t cols = width - first < 64 * LANES ? width - first : 64 * LANES;
+    Vec part = {};
+    for_each_vector(cols, [&](int64_t col, int count) __attribute__((always_inline)) {
+      part += body(first + col, count);
+    });
+    total += sum(part);
+  }
+  return total;
+}
+
+// The norm of a row of such vectors.
+template <typename Body>
+SSLK_INLINE float norm_of_row(int64_t width, Body body) {
+  double squares = sum_of_row(width, [&](int64_t col, int count) __attribute__((always_inline)) {
+    const Vec v = body(col, count);
+    return v * v;
+  });
+  if (!(squares > 1e-30 && squares < 1e38)) {  // what fp32 cannot hold
+    squares = 0;
+    for (int64_t col = 0; col < width; ++col) {
+      const double v = body(col, 1)[0];
+      squares += v * v;
+    }
+  }
+  return float(std::sqrt(squares));
+}
+
+// Calls body with a value of the type that `type` names.
+template <typename Body>
+SSLK_INLINE void with_type(FeatureType type, Body body) {
+  switch (type) {
+    case FeatureType::kFloat32:
+      return body(Float32{});
+    case FeatureType::kBFloat16:
+      return body(BFloat16{});
+    case FeatureType::kFloat16:
+      return body(Float16{});
+  }
+}

@@ -98,3 +98,81 @@ static void key_softmax_panel(const KeySoftmaxPanel& p, int64_t begin, int64_t e
     }
   }
 }
+
+// For a positive the difference comes before the product, too. An infinite similarity would pass for a perfect match,
+// but for the last term of the loss.
+template <typename Type>
+SSLK_INLINE void info_nce_row(const KeySoftmaxRows& job, int64_t i, float* mean, double maximum, double log_total) {
+  typedef typename Type::Element Element;
+  const Element* query = static_cast<const Element*>(job.query) + i * job.query_stride;
+  const Element* positive = static_cast<const Element*>(job.positive) + i * job.positive_stride;
+  const double similarity = sum_of_row(job.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+    return load_features<Type>(query + col, count) * load_features<Type>(positive + col, count);
+  });
+  const double z = job.scale * similarity, top = std::fabs(job.scale) * maximum;
+  const double difference = maximum - (job.scale < 0 ? -similarity : similarity);
+  const double gap = (std::fabs(top) == kInfinity ? top - z : std::fabs(job.scale) * difference) + log_total;
+  const double e = std::exp(-std::fabs(gap));
+  job.values[i] = (gap > 0 ? gap : 0) + std::log1p(e) + 0 * z;
+  job.slopes[i] = float((gap > 0 ? 1 : e) / (1 + e) * job.unit);
+  if (!mean) return;
+  for_each_vector(job.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+    const Vec v = load_features<Float32>(mean + col, count) - load_features<Type>(positive + col, count);
+    store_features<Float32>(mean + col, v, count);
+  });
+}
+
+template <typename Type>
+static void key_softmax_rows_of(const KeySoftmaxRows& job, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const bool keys = job.stats[2 * i + 1] != 0;  // whether there are any
+    const double maximum = keys ? job.stats[2 * i] : 0, total = job.stats[2 * i + 1], log_total = std::log(total);
+    const double top = std::fabs(job.scale) * maximum;
+    float* mean = job.mean ? job.mean + i * job.width : nullptr;
+    if (mean && keys) {
+      const float divisor = std::fabs(top) == kInfinity ? __builtin_nanf("") : float(total);  // infinite logits: no mean
+      for (int64_t k = 0; k < job.width; ++k) mean[k] /= divisor;
+    }
+    if (job.slopes) {
+      info_nce_row<Type>(job, i, mean, maximum, log_total);
+    } else {
+      job.values[i] = top + log_total;
+    }
+  }
+}
+
+template <typename Type>
+static void key_softmax_gradient_of(const KeySoftmaxGradient& job, int64_t begin, int64_t end) {
+  typedef typename Type::Element Element;
+  for (int64_t i = begin; i < end; ++i) {
+    const Element* query = static_cast<const Element*>(job.query) + i * job.query_stride;
+    const float* pull = job.pull ? job.pull + i * job.width : nullptr;
+    const double f = job.upstream[i * job.upstream_stride] * (job.slopes ? double(job.slopes[i]) : 1);
+    const float factor = float(f * job.scale);
+    if (job.by_query) {
+      Element* out = static_cast<Element*>(job.by_query) + i * job.width;
+      for_each_vector(job.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+        store_features<Type>(out + col, load_features<Float32>(pull + col, count) * factor, count);
+      });
+    }
+    if (job.by_positive) {
+      Element* out = static_cast<Element*>(job.by_positive) + i * job.width;
+      for_each_vector(job.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+        store_features<Type>(out + col, load_features<Type>(query + col, count) * -factor, count);
+      });
+    }
+    if (job.by_scale) {
+      job.by_scale[i] = f * sum_of_row(job.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+        return load_features<Type>(query + col, count) * load_features<Float32>(pull + col, count);
+      });
+    }
+  }
+}
+
+static void key_softmax_rows(const KeySoftmaxRows& job, int64_t begin, int64_t end) {
+  with_type(job.type, [&](auto type) { key_softmax_rows_of<decltype(type)>(job, begin, end); });
+}
+
+static void key_softmax_gradient(const KeySoftmaxGradient& job, int64_t begin, int64_t end) {
+  with_type(job.type, [&](auto type) { key_softmax_gradient_of<decltype(type)>(job, begin, end); });
+}

@@ -1,4 +1,4 @@
-// The largest element of each row, and of each column, of a tile, and where it stands.
+// The largest element of each row, and of each column, of a tile, and where it stands; then the rows by themselves.
 //
 // Every lane keeps the largest value that it has met and its position; it meets positions in rising order and moves on
 // to a strictly larger value only, so that among equals it holds the first. Where a row ends, the largest value wins
@@ -36,7 +36,8 @@ SSLK_INLINE void settle(const KoleoSide& side, int64_t k, float value, int64_t n
 
 static void koleo_rows(const KoleoPanel& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const float* row = p.tile + i * p.row_stride;
+    float* row = p.tile + i * p.row_stride;
+    if (p.row.first == p.col.first) row[i] = -kInfinity;
     Largest found[kVectors];
     for (Largest& f : found) f = nothing_yet();
     int64_t col = 0;
@@ -84,4 +85,89 @@ static void koleo_columns(const KoleoPanel& p, int64_t begin, int64_t end) {
       settle(p.col, col + k, f.value[k % LANES], p.row.first + f.at[k % LANES]);
     }
   }
+}
+
+SSLK_INLINE float divisor_of(const KoleoRows& rows, int64_t i) {
+  return rows.norm[i] < rows.eps ? rows.eps : rows.norm[i];
+}
+
+// u_i, columns [col, col + count) at a time.
+template <typename Type>
+SSLK_INLINE auto unit_row(const KoleoRows& rows, int64_t i) {
+  const auto* x = static_cast<const typename Type::Element*>(rows.x) + i * rows.stride;
+  const float divisor = divisor_of(rows, i);
+  return [=](int64_t col, int count) __attribute__((always_inline)) {
+    return load_features<Type>(x + col, count) / divisor;
+  };
+}
+
+template <typename Type>
+static void koleo_unit_rows_of(const KoleoRows& rows, float* unit, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const auto* x = static_cast<const typename Type::Element*>(rows.x) + i * rows.stride;
+    rows.norm[i] = norm_of_row(rows.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+      return load_features<Type>(x + col, count);
+    });
+    const auto u = unit_row<Type>(rows, i);
+    for_each_vector(rows.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+      const Vec v = u(col, count);
+      store_features<Float32>(unit + i * rows.width + col, v == v ? v : broadcast(0), count);
+    });
+  }
+}
+
+template <typename Type>
+static void koleo_distances_of(const KoleoRows& rows, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const auto u = unit_row<Type>(rows, i), v = unit_row<Type>(rows, rows.neighbor[i]);
+    rows.distance[i] = norm_of_row(rows.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+      const Vec d = u(col, count) - v(col, count) + rows.eps;
+      return lane_index() < count ? d : broadcast(0);
+    });
+  }
+}
+
+// With the push p_i of row i, du_i = -p_i d_i + sum of p_k d_k over the rows k whose neighbour i is; and the gradient
+// is what of du_i is orthogonal to u_i, over |x_i|, or all of it where |x_i| does not divide u_i.
+template <typename Type>
+static void koleo_gradient_of(const KoleoGradient& g, float* du, int64_t begin, int64_t end) {
+  const KoleoRows& rows = g.rows;
+  for (int64_t i = begin; i < end; ++i) {
+    const auto u = unit_row<Type>(rows, i), v = unit_row<Type>(rows, rows.neighbor[i]);
+    for_each_vector(rows.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+      store_features<Float32>(du + col, -g.push[i] * (u(col, count) - v(col, count) + rows.eps), count);
+    });
+    for (int64_t at = g.first[i]; at < g.first[i + 1]; ++at) {
+      const int64_t k = g.those[at];
+      const auto w = unit_row<Type>(rows, k);
+      for_each_vector(rows.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+        const Vec pushed = g.push[k] * (w(col, count) - u(col, count) + rows.eps);
+        store_features<Float32>(du + col, load_features<Float32>(du + col, count) + pushed, count);
+      });
+    }
+    const float divisor = divisor_of(rows, i);
+    float radial = 0;
+    if (rows.norm[i] > rows.eps) {
+      radial = float(sum_of_row(rows.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+        return load_features<Float32>(du + col, count) * u(col, count);
+      }));
+    }
+    auto* out = static_cast<typename Type::Element*>(g.gradient) + i * rows.width;
+    for_each_vector(rows.width, [&](int64_t col, int count) __attribute__((always_inline)) {
+      const Vec along = load_features<Float32>(du + col, count) - u(col, count) * radial;
+      store_features<Type>(out + col, along / divisor, count);
+    });
+  }
+}
+
+static void koleo_unit_rows(const KoleoRows& rows, float* unit, int64_t begin, int64_t end) {
+  with_type(rows.type, [&](auto type) { koleo_unit_rows_of<decltype(type)>(rows, unit, begin, end); });
+}
+
+static void koleo_distances(const KoleoRows& rows, int64_t begin, int64_t end) {
+  with_type(rows.type, [&](auto type) { koleo_distances_of<decltype(type)>(rows, begin, end); });
+}
+
+static void koleo_gradient(const KoleoGradient& g, float* scratch, int64_t begin, int64_t end) {
+  with_type(g.rows.type, [&](auto type) { koleo_gradient_of<decltype(type)>(g, scratch, begin, end); });
 }

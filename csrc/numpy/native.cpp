@@ -215,7 +215,7 @@ void koleo_panel(Array<float> tile, Array<float> best, Array<int64_t> neighbor, 
   const auto side = [&](int64_t first) {
     return sslk::KoleoSide{best.mutable_data() + first, neighbor.mutable_data() + first, first};
   };
-  const sslk::KoleoPanel panel{tile.data(), rows, cols, row_stride(tile), side(first_row), side(first_col)};
+  const sslk::KoleoPanel panel{tile.mutable_data(), rows, cols, row_stride(tile), side(first_row), side(first_col)};
   const sslk::Isa chosen = choose_isa(isa);
   py::gil_scoped_release release;
   sslk::koleo_rows(panel, 0, rows, chosen);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../checks.h"
+#include "rows.h"
 
 using torch::stable::Tensor;
 
@@ -27,18 +28,12 @@ sslk::UnitRows make_job(const Tensor& z, double eps, const Tensor& unit, const T
   return job;
 }
 
-template <typename Rows>
-void over_rows(const sslk::UnitRows& job, Rows rows) {
-  const sslk::Isa isa = sslk::active_isa();
-  const int64_t elements_per_task = 16384;  // a few us of work, so that small batches stay on one thread
-  torch::stable::parallel_for(0, job.rows, elements_per_task / (job.width > 0 ? job.width : 1) + 1,
-                              [&](int64_t begin, int64_t end) { rows(job, begin, end, isa); });
-}
-
 void unit_rows_cpu(std::vector<Tensor> z, double eps, Tensor unit, Tensor norm) {
   int64_t first = 0;
   for (const Tensor& rows : z) {
-    over_rows(make_job(rows, eps, unit, norm, first), sslk::unit_rows);
+    const sslk::UnitRows job = make_job(rows, eps, unit, norm, first);
+    sslk::over_rows(job.rows, job.width,
+                    [&](int64_t begin, int64_t end, sslk::Isa isa) { sslk::unit_rows(job, begin, end, isa); });
     first += rows.size(0);
   }
 }
@@ -49,7 +44,8 @@ void unit_rows_gradient_cpu(Tensor upstream, Tensor z, Tensor norm, double eps, 
                       gradient.size(0) == job.rows && gradient.size(1) == job.width,
                   "gradient: expected a contiguous tensor of the dtype and shape of z");
   job.gradient = gradient.mutable_data_ptr();
-  over_rows(job, sslk::unit_rows_gradient);
+  sslk::over_rows(job.rows, job.width,
+                  [&](int64_t begin, int64_t end, sslk::Isa isa) { sslk::unit_rows_gradient(job, begin, end, isa); });
 }
 
 }  // namespace

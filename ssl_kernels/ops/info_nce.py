@@ -1,18 +1,24 @@
 r"""InfoNCE with one positive and many frozen negatives to a query (MoCo), on top of the softmax over frozen keys.
 
 With lse_i over the negatives and z+_i = t q_i . p_i, -log softmax of the positive among all is softplus(lse_i - z+_i):
-no sum of the positive with the negatives, from which a confident positive would have to be taken back.
+no sum of the positive with the negatives, from which a confident positive would have to be taken back. Its slope,
+sigmoid(lse_i - z+_i), and the mean of the negatives less the positive are what the backward pass needs of them.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_kernels.ops import _checks
-from ssl_kernels.ops.key_softmax import check_keys, fused_key_softmax, widen
-from ssl_kernels.settings import choose_backend
+from ssl_kernels.ops import _checks, key_softmax
+from ssl_kernels.ops._op import Op
+from ssl_kernels.ops.dino import unit_stride
+from ssl_kernels.ops.key_softmax import check_keys, widen
+from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
 def info_nce_loss(
@@ -61,11 +67,12 @@ def info_nce_loss(
     backend = choose_backend(query.device.type, query.dtype)
     if backend == "reference":
         return reference(query, positive, negatives, scale, reduction)
-    wide = widen(query)
-    lse, _ = fused_key_softmax(wide, negatives, scale, query.dtype, backend, want_mean=False)
-    z = scale * (wide * widen(positive)).sum(1)
-    # An infinite similarity would pass for a perfect match, but for the second term.
-    return reduce_rows(-F.logsigmoid(z - lse) + 0 * z, reduction)
+    _checks.check_transforms(query, positive, scale)
+    want_mean = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
+    loss: Tensor = _op(Arguments(query, positive, negatives, scale, reduction, want_mean, workspace_bytes(), backend))[
+        0
+    ]
+    return loss
 
 
 def reference(query: Tensor, positive: Tensor, negatives: Tensor, scale: Tensor, reduction: str) -> Tensor:
@@ -88,3 +95,71 @@ def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return rows
     return rows.mean() if reduction == "mean" else rows.sum()
+
+
+class Arguments(NamedTuple):
+    query: Tensor
+    positive: Tensor
+    negatives: Tensor
+    scale: Tensor
+    reduction: str
+    want_mean: bool
+    workspace: int
+    backend: str
+
+
+def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss; and for the gradient the mean of each row's negatives less its positive, if wanted, and the slopes."""
+    query, average = widen(a.query), a.reduction == "mean"
+    softmax = key_softmax.Arguments(query, a.negatives, a.scale, a.want_mean, a.query.dtype, a.workspace, a.backend)
+    if a.backend == "cpu":
+        stats, pull = key_softmax.statistics(softmax)
+        loss, _, slope = _fake(a)
+        torch.ops.ssl_kernels.info_nce_rows_(
+            stats, a.scale.item(), unit_stride(a.query), unit_stride(a.positive), average, pull, loss, slope
+        )
+        return loss, pull, slope
+    (lse, mean), positive = key_softmax.forward(softmax), widen(a.positive)
+    z = a.scale * (query * positive).sum(1)
+    # An infinite similarity would pass for a perfect match, but for the second term.
+    rows, slope = -F.logsigmoid(z - lse) + 0 * z, torch.sigmoid(lse - z)
+    pull = mean.sub_(positive) if a.want_mean else mean
+    return reduce_rows(rows, a.reduction), pull, slope / max(len(slope), 1) if average else slope
+
+
+def _fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    new = functools.partial(a.query.new_empty, dtype=_checks.accumulation_dtype(a.query.dtype))
+    rows, width = a.query.shape
+    loss = new(rows if a.reduction == "none" else ())
+    return loss, new(rows if a.want_mean else 0, width), new(rows)
+
+
+def _setup_context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """All outputs stay differentiable, so that a second backward pass meets an error."""
+    _, pull, slope = output
+    ctx.set_materialize_grads(False)
+    ctx.backend = a.backend
+    ctx.save_for_backward(slope, a.query, pull, a.scale)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * len(Arguments._fields)
+    needs_query, needs_positive, _, needs_scale, *_ = ctx.needs_input_grad
+    needs = [needs_query, needs_positive, needs_scale]
+    slope, query, pull, scale = ctx.saved_tensors
+    arguments = key_softmax.Gradients(upstream, slope, query, pull, scale, needs, ctx.backend)
+    found = key_softmax.gradients(arguments)
+    query, positive, scale = (t if needed else None for t, needed in zip(found, needs, strict=True))
+    return query, positive, None, scale, None, None, None, None
+
+
+_op = Op(
+    "info_nce",
+    Arguments,
+    "(Tensor loss, Tensor pull, Tensor slope)",
+    forward=_forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,4 +1,4 @@
-r"""Softmax over frozen keys: schema, reference, backends, fake and autograd.
+r"""Softmax over frozen keys: arguments, reference, backends, fake and autograd.
 
     lse_i  = log sum_j exp(t q_i . k_j)
     mean_i = sum_j softmax_j(t q_i . k_j) k_j
@@ -13,13 +13,16 @@ and O(M D) memory beside the keys, which are read in place and never copied.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.contrastive import no_double_backward
+from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.settings import choose_backend, workspace_bytes
@@ -78,7 +81,7 @@ def fused_key_softmax(
     the query's others before it is cast."""
     _checks.check_transforms(query, scale)
     want_mean |= torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-    lse, mean = _key_softmax(query, keys, scale, want_mean, dtype, backend)
+    lse, mean = _op(Arguments(query, keys, scale, want_mean, dtype, workspace_bytes(), backend))
     return lse, mean
 
 
@@ -107,6 +110,16 @@ def reference(query: Tensor, keys: Tensor, scale: Tensor, want_mean: bool) -> tu
         z = scale * (query.to(dtype) @ keys.t())
         mean = z.detach().softmax(1) @ keys if want_mean else keys[:0]
         return z.logsumexp(1), mean
+
+
+class Arguments(NamedTuple):
+    query: Tensor  # values of ``dtype`` in fp32 (float64): a GPU multiplies in ``dtype``, a CPU in fp32
+    keys: Tensor
+    scale: Tensor
+    want_mean: bool
+    dtype: torch.dtype
+    workspace: int
+    backend: str
 
 
 # The panel function of each backend takes: query [m, D], keys [n, D]; stats [m, 2] float64, the running maximum of
@@ -147,101 +160,131 @@ _PANELS = {"eager": _panel_eager, "cpu": _panel_cpu}
 _TILES = {"eager": 3, "cpu": 1}  # tiles that each holds at a time
 
 
-@torch.library.custom_op(
-    "ssl_kernels::key_softmax",
-    mutates_args=(),
-    schema=(
-        "(Tensor query, Tensor keys, Tensor scale, bool want_mean, ScalarType dtype, str backend) "
-        "-> (Tensor lse, Tensor mean)"
-    ),
-)
-def _key_softmax(
-    query: Tensor, keys: Tensor, scale: Tensor, want_mean: bool, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    """``query`` holds values of ``dtype`` in fp32 (float64): a GPU multiplies in ``dtype``, a CPU in fp32."""
-    rows, width = query.shape
-    mean = query.new_zeros(rows if want_mean else 0, width)
-    if query.numel() == 0 or keys.numel() == 0:  # similarities are 0, if there are any
-        return query.new_full((rows,), math.log(keys.shape[0]) if keys.shape[0] else -math.inf), mean
-    with _checks.without_autocast(query):
-        if backend == "triton":
-            from ssl_kernels.kernels import key_softmax as kernels
+def statistics(a: Arguments) -> tuple[Tensor, Tensor]:
+    """What the panels leave of all keys: the statistics of the rows, and the keys weighed by their exponentials."""
+    mean = _fake(a)[1].zero_()
+    panel_function = _PANELS[a.backend]
 
-            lse, weighted = kernels.key_softmax(query.to(dtype), keys, scale, want_mean)
-            return lse, mean if weighted is None else weighted
-        panel_function = _PANELS[backend]
+    def panel(query: Tensor, keys: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
+        if j == 0:
+            stats[:, 0] = -math.inf
+        return panel_function(query, keys, stats, mean[i : i + len(query)] if a.want_mean else None, a.scale)
 
-        def panel(query_i: Tensor, keys_j: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
-            if j == 0:
-                stats[:, 0] = -math.inf
-            mean_i = mean[i : i + query_i.shape[0]] if want_mean else None
-            return panel_function(query_i, keys_j, stats, mean_i, scale)
-
+    with _checks.without_autocast(a.query):
         stats, _, _ = run_panels(
             panel,
-            query,
-            keys,
-            workspace=workspace_bytes(),
-            compute_dtype=query.dtype,
-            tiles=_TILES[backend],
+            a.query,
+            a.keys,
+            workspace=a.workspace,
+            compute_dtype=a.query.dtype,
+            tiles=_TILES[a.backend],
             tile_scale=1.0,
             stats_width=2,
-            want_dx=want_mean,
+            want_dx=a.want_mean,
             want_dy=False,
             dx=mean,
         )
-    peak, total = scale.abs().to(stats.dtype) * stats[:, 0], stats[:, 1]
-    if want_mean:
+    return stats, mean
+
+
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of each row and the mean, [0, D] if that is not wanted."""
+    if a.backend == "cpu":
+        stats, mean = statistics(a)
+        lse, _ = _fake(a)
+        torch.ops.ssl_kernels.key_softmax_rows_(stats, a.scale.item(), mean, lse)
+        return lse, mean
+    if a.query.numel() == 0 or a.keys.numel() == 0:  # similarities are 0, if there are any
+        lse, mean = _fake(a)
+        return lse.fill_(math.log(len(a.keys)) if len(a.keys) else -math.inf), mean.zero_()
+    if a.backend == "triton":
+        from ssl_kernels.kernels import key_softmax as kernels
+
+        lse, weighted = kernels.key_softmax(a.query.to(a.dtype), a.keys, a.scale, a.want_mean)
+        return lse, _fake(a)[1] if weighted is None else weighted
+    stats, mean = statistics(a)
+    peak, total = a.scale.abs().to(stats.dtype) * stats[:, 0], stats[:, 1]
+    if a.want_mean:
         mean /= total.masked_fill(peak.isinf(), math.nan)[:, None]  # no softmax of infinite logits
-    return (peak + total.log()).to(query.dtype), mean
+    return (peak + total.log()).to(a.query.dtype), mean
 
 
-@_key_softmax.register_fake
-def _(
-    query: Tensor, keys: Tensor, scale: Tensor, want_mean: bool, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape[0]), query.new_empty(query.shape[0] if want_mean else 0, query.shape[1])
+def _fake(a: Arguments) -> tuple[Tensor, Tensor]:
+    rows, width = a.query.shape
+    return a.query.new_empty(rows), a.query.new_empty(rows if a.want_mean else 0, width)
 
 
-@torch.library.custom_op(
-    "ssl_kernels::key_softmax_gradients",
-    mutates_args=(),
-    schema="(Tensor upstream, Tensor query, Tensor mean, Tensor scale) -> (Tensor, Tensor)",
-)
-def key_softmax_gradients(upstream: Tensor, query: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the query and of the scale, given that of lse.
-
-    An op of its own, so that differentiating a gradient again meets an error instead of a wrong result.
-    """
-    with _checks.without_autocast(query):  # a backward pass inside autocast would round both factors
-        rows = torch.linalg.vecdot(query, mean)
-    return mean * (upstream * scale)[:, None], (rows * upstream).sum()
-
-
-@key_softmax_gradients.register_fake
-def _(upstream: Tensor, query: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(mean), torch.empty_like(scale)
-
-
-key_softmax_gradients.register_autograd(no_double_backward)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, _, scale, *_ = inputs
+def _setup_context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor]) -> None:
     _, mean = output
     ctx.mark_non_differentiable(mean)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, mean, scale)
+    ctx.backend = a.backend
+    ctx.save_for_backward(a.query, mean, a.scale)
 
 
-def _backward(ctx: Any, grad_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 3
-    if grad_lse is None:
-        return (None, None, None, *rest)
+def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * len(Arguments._fields)
     query, mean, scale = ctx.saved_tensors
-    dquery, dscale = key_softmax_gradients(grad_lse, query, mean, scale)
     needs_query, _, needs_scale, *_ = ctx.needs_input_grad
-    return (dquery if needs_query else None, None, dscale if needs_scale else None, *rest)
+    needs = [needs_query, False, needs_scale]
+    by_query, _, by_scale = gradients(Gradients(upstream, None, query, mean, scale, needs, ctx.backend))
+    return by_query if needs_query else None, None, by_scale if needs_scale else None, None, None, None, None
 
 
-_key_softmax.register_autograd(_backward, setup_context=_setup_context)
+class Gradients(NamedTuple):
+    """Of a loss with the derivative f_i = upstream_i slope_i by lse_i; and -f_i by t q_i . p_i, if it has positives."""
+
+    upstream: Tensor  # [M], or of no dimension for all rows
+    slope: Tensor | None  # [M]; None is 1
+    query: Tensor
+    pull: Tensor  # [M, D]: mean_i, or mean_i - p_i; perhaps no rows if only the gradient of p is needed
+    scale: Tensor
+    needs: Sequence[bool]  # the gradients of query, positives and scale
+    backend: str
+
+
+def _gradients(a: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    by_query, by_positive, by_scale = found = _empty_gradients(a)
+    needs_query, needs_positive, needs_scale = a.needs
+    if a.backend == "cpu":
+        torch.ops.ssl_kernels.key_softmax_gradients_(
+            a.upstream, a.slope, unit_stride(a.query), a.pull, a.scale.item(), *found
+        )
+        return found
+    f = a.upstream if a.slope is None else a.upstream * a.slope
+    if needs_query:
+        by_query.copy_(a.pull * (f * a.scale)[:, None])
+    if needs_positive:
+        by_positive.copy_(widen(a.query) * (-f * a.scale)[:, None])
+    if needs_scale:
+        with _checks.without_autocast(a.query):  # a backward pass inside autocast would round both factors
+            by_scale.copy_((torch.linalg.vecdot(widen(a.query), a.pull) * f).sum())
+    return found
+
+
+def _empty_gradients(a: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    """Those that are not needed have no elements."""
+    (rows, width), (needs_query, needs_positive, needs_scale) = a.query.shape, a.needs
+    by_query, by_positive = (a.query.new_empty(rows if n else 0, width) for n in (needs_query, needs_positive))
+    return by_query, by_positive, a.scale.new_empty(() if needs_scale else 0)
+
+
+_op = Op(
+    "key_softmax",
+    Arguments,
+    "(Tensor lse, Tensor mean)",
+    forward=forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+# An op of its own, so that differentiating a gradient again meets an error instead of a wrong result.
+gradients = Op(
+    "key_softmax_gradients",
+    Gradients,
+    "(Tensor, Tensor, Tensor)",
+    forward=_gradients,
+    fake=_empty_gradients,
+    backward=no_double_backward,
+)

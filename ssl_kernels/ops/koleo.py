@@ -1,4 +1,4 @@
-r"""KoLeo: schema, reference, backends, fake and autograd.
+r"""KoLeo: arguments, reference, backends, fake and autograd.
 
 With unit rows u_i = x_i / max(|x_i|, eps) and the nearest other row n(i) = argmax_{j != i} u_i . u_j,
 
@@ -13,16 +13,19 @@ dtype of x, for neighbours that 16 bits cannot tell apart are many.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.contrastive import no_double_backward
+from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.info_nce import reduce_rows
 from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.matmul import matmul
@@ -77,8 +80,8 @@ def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tens
     if backend == "reference":
         return reference(x, eps, reduction)
     _checks.check_transforms(x)
-    loss, *_ = _koleo(x, eps, backend)
-    return reduce_rows(loss, reduction)
+    loss: Tensor = _op(Arguments(x, eps, reduction, workspace_bytes(), backend))[0]
+    return loss
 
 
 def reference(x: Tensor, eps: float, reduction: str) -> Tensor:
@@ -95,14 +98,24 @@ def _searchable(u: Tensor) -> Tensor:
     return u.nan_to_num(nan=0)
 
 
+class Arguments(NamedTuple):
+    x: Tensor
+    eps: float
+    reduction: str
+    workspace: int
+    backend: str
+
+
 # The panel function of each backend takes rows u_i [m, D] and u_j [n, D], what was found so far for all rows, best [B]
 # and neighbor [B] int64, and the first row of either panel. It brings best and neighbor of both panels up to date.
 # Tiles are visited in rising order on either side, so that the first of equals is the one with the smallest index.
 
 
 def _panel_eager(u_i: Tensor, u_j: Tensor, best: Tensor, neighbor: Tensor, first_row: int, first_col: int) -> None:
+    tile = matmul(u_i, u_j.t())
     on_diagonal = first_row == first_col  # where the columns are the rows
-    tile = _tile(u_i, u_j, on_diagonal)
+    if on_diagonal:
+        tile.fill_diagonal_(-math.inf)
     sides = [(1, first_row, first_col), (0, first_col, first_row)]
     for axis, first, first_other in sides[: 1 if on_diagonal else 2]:
         found, at = tile.max(axis)
@@ -112,21 +125,13 @@ def _panel_eager(u_i: Tensor, u_j: Tensor, best: Tensor, neighbor: Tensor, first
 
 
 def _panel_cpu(u_i: Tensor, u_j: Tensor, best: Tensor, neighbor: Tensor, first_row: int, first_col: int) -> None:
-    tile = _tile(u_i, u_j, first_row == first_col)
-    torch.ops.ssl_kernels.koleo_panel_(tile, best, neighbor, first_row, first_col)
+    torch.ops.ssl_kernels.koleo_panel_(matmul(u_i, u_j.t()), best, neighbor, first_row, first_col)
 
 
 def _panel_triton(u_i: Tensor, u_j: Tensor, best: Tensor, neighbor: Tensor, first_row: int, first_col: int) -> None:
     from ssl_kernels.kernels import koleo as kernels
 
     kernels.koleo_panel(u_i, u_j, best, neighbor, first_row, first_col)
-
-
-def _tile(u_i: Tensor, u_j: Tensor, on_diagonal: bool) -> Tensor:
-    tile = matmul(u_i, u_j.t())
-    if on_diagonal:
-        tile.fill_diagonal_(-math.inf)
-    return tile
 
 
 _PANELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, int], None]] = {
@@ -136,7 +141,7 @@ _PANELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, int], None]] =
 }
 
 
-def nearest_neighbors(u: Tensor, backend: str) -> Tensor:
+def nearest_neighbors(u: Tensor, workspace: int, backend: str) -> Tensor:
     """For each of at least two unit rows [B, D] the other one with the largest dot product, [B] int64."""
     best = u.new_full((u.shape[0],), -math.inf)
     neighbor = torch.zeros(u.shape[0], dtype=torch.int64, device=u.device)
@@ -145,17 +150,32 @@ def nearest_neighbors(u: Tensor, backend: str) -> Tensor:
     def panel(u_i: Tensor, u_j: Tensor, _: Tensor, i: int, j: int) -> None:
         panel_function(u_i, u_j, best, neighbor, i, j)
 
-    searchable = _searchable(u)
     run_panels(
-        panel, searchable, searchable, workspace=workspace_bytes(), compute_dtype=u.dtype,
-        tiles=0 if backend == "triton" else 1, tile_scale=1.0, stats_width=0, want_dx=False, want_dy=False,
-        symmetric=True,
+        panel, u, u, workspace=workspace, compute_dtype=u.dtype, tiles=0 if backend == "triton" else 1,
+        tile_scale=1.0, stats_width=0, want_dx=False, want_dy=False, symmetric=True,
     )  # fmt: skip
     return neighbor
 
 
-def _unit_rows(x: Tensor, norm: Tensor) -> Tensor:
-    return widen(x) / norm[:, None]
+def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss; and of each row what the gradient takes beside x: the neighbour, |x| and the distance."""
+    with _checks.without_autocast(a.x):
+        if a.backend == "cpu":
+            loss, _, norm, distance = _fake(a)
+            x, u = unit_stride(a.x), norm.new_empty(a.x.shape)
+            torch.ops.ssl_kernels.koleo_unit_rows_(x, a.eps, norm, u)
+            neighbor = nearest_neighbors(u, a.workspace, a.backend)
+            torch.ops.ssl_kernels.koleo_loss_(x, a.eps, norm, neighbor, a.reduction == "mean", distance, loss)
+            return loss, neighbor, norm, distance
+        norm = torch.linalg.vector_norm(widen(a.x), dim=1)
+        u = _unit_rows(a.x, norm, a.eps)
+        neighbor = nearest_neighbors(_searchable(u), a.workspace, a.backend)
+        distance = torch.linalg.vector_norm(_differences(u, neighbor, a.eps), dim=1)
+        return reduce_rows(-torch.log(distance + a.eps), a.reduction), neighbor, norm, distance
+
+
+def _unit_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    return widen(x) / norm.clamp_min(eps)[:, None]
 
 
 def _differences(u: Tensor, neighbor: Tensor, eps: float) -> Tensor:
@@ -163,46 +183,57 @@ def _differences(u: Tensor, neighbor: Tensor, eps: float) -> Tensor:
     return torch.sub(u, d, out=d).add_(eps)
 
 
-@torch.library.custom_op(
-    "ssl_kernels::koleo",
-    mutates_args=(),
-    schema="(Tensor x, float eps, str backend) -> (Tensor loss, Tensor neighbor, Tensor norm, Tensor distance)",
-)
-def _koleo(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss of each row, and what its gradient takes beside x: [B] each."""
-    with _checks.without_autocast(x):
-        norm = torch.linalg.vector_norm(widen(x), dim=1).clamp_min_(eps)
-        u = _unit_rows(x, norm)
-        neighbor = nearest_neighbors(u, backend)
-        distance = torch.linalg.vector_norm(_differences(u, neighbor, eps), dim=1)
-        return -torch.log(distance + eps), neighbor, norm, distance
+def _fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new = functools.partial(a.x.new_empty, dtype=_checks.accumulation_dtype(a.x.dtype))
+    rows = a.x.shape[0]
+    loss = new(rows if a.reduction == "none" else ())
+    return loss, new(rows, dtype=torch.int64), new(rows), new(rows)
 
 
-@_koleo.register_fake
-def _(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = widen(x).new_empty(x.shape[0])
-    return rows, torch.empty_like(rows, dtype=torch.int64), torch.empty_like(rows), torch.empty_like(rows)
+def _setup_context(ctx: Any, a: Arguments, output: tuple[Tensor, ...]) -> None:
+    _, *rest = output
+    ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)
+    ctx.eps, ctx.mean, ctx.backend = a.eps, a.reduction == "mean", a.backend
+    ctx.save_for_backward(a.x, *rest)
 
 
-@torch.library.custom_op(
-    "ssl_kernels::koleo_gradient",
-    mutates_args=(),
-    schema="(Tensor upstream, Tensor x, Tensor neighbor, Tensor norm, Tensor distance, float eps) -> Tensor",
-)
-def koleo_gradient(upstream: Tensor, x: Tensor, neighbor: Tensor, norm: Tensor, distance: Tensor, eps: float) -> Tensor:
-    """Gradient of x, given those of the losses of its rows.
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * len(Arguments._fields)
+    x, neighbor, norm, distance = ctx.saved_tensors
+    found = gradient(Gradient(upstream, x, neighbor, norm, distance, ctx.eps, ctx.mean, ctx.backend))
+    return found, None, None, None, None
 
-    An op of its own, so that differentiating a gradient again meets an error instead of a wrong result.
-    """
-    u = _unit_rows(x, norm)
-    pull = _differences(u, neighbor, eps)
-    pull *= torch.where(distance > 0, upstream / (distance * (distance + eps)), 0 * upstream)[:, None]
+
+class Gradient(NamedTuple):
+    upstream: Tensor
+    x: Tensor
+    neighbor: Tensor
+    norm: Tensor
+    distance: Tensor
+    eps: float
+    mean: bool  # whether the loss is the mean of the rows
+    backend: str
+
+
+def _gradient(a: Gradient) -> Tensor:
+    if a.backend == "cpu":
+        found = _gradient_fake(a)
+        torch.ops.ssl_kernels.koleo_gradient_(
+            a.upstream, unit_stride(a.x), a.eps, a.norm, a.neighbor, a.distance, a.mean, found
+        )
+        return found
+    upstream = a.upstream / len(a.x) if a.mean else a.upstream
+    u = _unit_rows(a.x, a.norm, a.eps)
+    pull = _differences(u, a.neighbor, a.eps)
+    pull *= torch.where(a.distance > 0, upstream / (a.distance * (a.distance + a.eps)), 0 * upstream)[:, None]
     du = -pull
-    _add_rows(du, neighbor, pull)
-    with _checks.without_autocast(x):  # a backward pass inside autocast would round both factors
+    _add_rows(du, a.neighbor, pull)
+    with _checks.without_autocast(a.x):  # a backward pass inside autocast would round both factors
         radial = torch.linalg.vecdot(du, u)
-    radial = torch.where(norm > eps, radial, 0)  # a row below eps is divided by a constant, not by its norm
-    return du.addcmul_(u, radial[:, None], value=-1).div_(norm[:, None]).to(x.dtype)
+    radial = torch.where(a.norm > a.eps, radial, 0)  # a row below eps is divided by a constant, not by its norm
+    return du.addcmul_(u, radial[:, None], value=-1).div_(a.norm.clamp_min(a.eps)[:, None]).to(a.x.dtype)
 
 
 def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
@@ -213,23 +244,25 @@ def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
         out.index_put_((index,), rows, accumulate=True)
 
 
-@koleo_gradient.register_fake
-def _(upstream: Tensor, x: Tensor, neighbor: Tensor, norm: Tensor, distance: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+def _gradient_fake(a: Gradient) -> Tensor:
+    return a.x.new_empty(a.x.shape)
 
 
-koleo_gradient.register_autograd(no_double_backward)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ctx.eps, _ = inputs
-    _, *rest = output
-    ctx.mark_non_differentiable(*rest)
-    ctx.save_for_backward(x, *rest)
-
-
-def _backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]:
-    return koleo_gradient(upstream, *ctx.saved_tensors, ctx.eps), None, None
-
-
-_koleo.register_autograd(_backward, setup_context=_setup_context)
+_op = Op(
+    "koleo",
+    Arguments,
+    "(Tensor loss, Tensor neighbor, Tensor norm, Tensor distance)",
+    forward=_forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+# An op of its own, so that differentiating a gradient again meets an error instead of a wrong result.
+gradient = Op(
+    "koleo_gradient",
+    Gradient,
+    "Tensor",
+    forward=_gradient,
+    fake=_gradient_fake,
+    backward=no_double_backward,
+)

@@ -72,6 +72,77 @@ bool run_softmax(int64_t rows, int64_t cols, int64_t gap, int64_t width, bool wr
   return true;
 }
 
+double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+// What follows the tiles, rows in two ranges: with positives InfoNCE, without them the log-sum-exp; and the gradients.
+bool run_rows(int64_t rows, int64_t width, bool positives, bool with_mean, sslk::Isa isa, std::mt19937& random) {
+  const double scale = -3.5, unit = 0.25;
+  std::normal_distribution<float> normal;
+  const auto draw = [&](int64_t size) {
+    std::unique_ptr<float[]> data(new float[size]);
+    for (int64_t i = 0; i < size; ++i) data[i] = normal(random);
+    return data;
+  };
+  const auto query = draw(rows * width), positive = draw(rows * width), weighed = draw(rows * width);
+  const auto upstream = draw(rows);
+  std::unique_ptr<float[]> mean(new float[rows * width]), slopes(new float[rows]);
+  std::unique_ptr<float[]> by_query(new float[rows * width]), by_positive(new float[rows * width]);
+  std::unique_ptr<double[]> stats(new double[2 * rows]), values(new double[rows]), by_scale(new double[rows]);
+  std::memcpy(mean.get(), weighed.get(), rows * width * sizeof(float));
+  for (int64_t i = 0; i < rows; ++i) stats[2 * i] = normal(random), stats[2 * i + 1] = i % 3 ? 1 + i : 0;
+
+  sslk::KeySoftmaxRows job{};
+  job.rows = rows;
+  job.width = job.query_stride = job.positive_stride = width;
+  job.stats = stats.get();
+  job.scale = scale;
+  job.mean = with_mean ? mean.get() : nullptr;
+  job.values = values.get();
+  job.unit = unit;
+  if (positives) {
+    job.slopes = slopes.get();
+    job.query = query.get();
+    job.positive = positive.get();
+  }
+  sslk::key_softmax_rows(job, 0, rows / 2, isa);
+  sslk::key_softmax_rows(job, rows / 2, rows, isa);
+
+  sslk::KeySoftmaxGradient gradient{};
+  gradient.rows = rows;
+  gradient.width = gradient.query_stride = width;
+  gradient.query = query.get();
+  gradient.pull = with_mean ? mean.get() : nullptr;
+  gradient.scale = scale;
+  gradient.upstream = upstream.get();
+  gradient.upstream_stride = 1;
+  gradient.slopes = positives ? slopes.get() : nullptr;
+  gradient.by_query = with_mean ? by_query.get() : nullptr;
+  gradient.by_positive = positives ? by_positive.get() : nullptr;
+  gradient.by_scale = with_mean ? by_scale.get() : nullptr;
+  sslk::key_softmax_gradient(gradient, 0, rows / 3, isa);
+  sslk::key_softmax_gradient(gradient, rows / 3, rows, isa);
+
+  for (int64_t i = 0; i < rows; ++i) {
+    const double total = stats[2 * i + 1];
+    const double lse = total == 0 ? -kInfinity : std::fabs(scale) * stats[2 * i] + std::log(total);
+    double similarity = 0, along = 0;
+    for (int64_t k = i * width; k < (i + 1) * width; ++k) similarity += double(query[k]) * positive[k];
+    const double gap = lse - scale * similarity, value = positives ? softplus(gap) : lse;
+    if (!(values[i] == value || close(values[i], value, 1e-4))) return false;
+    const double slope = positives ? unit / (1 + std::exp(-gap)) : 1, f = slope * upstream[i];
+    if (positives && !close(slopes[i], slope, 1e-4)) return false;
+    for (int64_t k = i * width; k < (i + 1) * width; ++k) {
+      const double pull = (total == 0 ? weighed[k] : weighed[k] / total) - (positives ? positive[k] : 0);
+      along += query[k] * pull;
+      if (with_mean && !close(mean[k], pull, 1e-5)) return false;
+      if (with_mean && !close(by_query[k], f * scale * pull, 1e-4)) return false;
+      if (positives && !close(by_positive[k], -f * scale * query[k], 1e-4)) return false;
+    }
+    if (with_mean && !close(by_scale[i], f * along, 1e-4)) return false;
+  }
+  return true;
+}
+
 size_t item_size(sslk::FeatureType type) { return type == sslk::FeatureType::kFloat32 ? 4 : 2; }
 
 // Small integers are exact in every type; their bits are made here by hand.
@@ -137,6 +208,17 @@ int main() {
                 return 1;
               }
             }
+    for (int64_t rows : {0, 1, 7})
+      for (int64_t width : {0, 1, 15, 16, 17, 40, 1100})
+        for (bool positives : {false, true})
+          for (bool with_mean : {false, true}) {
+            ++cases;
+            if (!run_rows(rows, width, positives, with_mean, isa, random)) {
+              std::printf("%s: %d rows of %d features, positives %d, mean %d\n", sslk::isa_name(isa), int(rows),
+                          int(width), int(positives), int(with_mean));
+              return 1;
+            }
+          }
     for (int64_t size : {1, 5})
       for (int64_t batch : {0, 1, 4, 13})
         for (int64_t width : {0, 1, 3, 16, 37})
