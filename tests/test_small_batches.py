@@ -33,11 +33,15 @@ def operations(call: Callable[[], object]) -> list[str]:
     return [op for event in profile.events() if (op := name(event)) and not any(map(name, event.cpu_children))]
 
 
-@pytest.mark.parametrize(("loss", "most"), [("ClipLoss", 14), ("SigLipLoss", 10), ("NTXentLoss", 21)])
-def test_a_step_of_one_panel_takes_few_operations(loss: str, most: int) -> None:
-    x, y = (F.normalize(torch.randn(32, 16), dim=1).requires_grad_() for _ in range(2))
+@pytest.mark.parametrize(
+    ("loss", "most"),
+    [("ClipLoss", 14), ("SigLipLoss", 10), ("NTXentLoss", 21), ("VICRegLoss", 15), ("BarlowTwinsLoss", 13)],
+)
+@pytest.mark.parametrize("rows", [32, 8])  # at 8, the squares of 16 features are summed through the rows
+def test_a_step_of_one_panel_takes_few_operations(loss: str, most: int, rows: int) -> None:
+    x, y = (F.normalize(torch.randn(rows, 16), dim=1).requires_grad_() for _ in range(2))
     scalars = [torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)]
-    leaves: list[Tensor] = [x, y, *scalars[: {"ClipLoss": 1, "SigLipLoss": 2, "NTXentLoss": 0}[loss]]]
+    leaves: list[Tensor] = [x, y, *scalars[: {"ClipLoss": 1, "SigLipLoss": 2}.get(loss, 0)]]
     criterion = getattr(S, loss)()
     found = operations(lambda: torch.autograd.grad(criterion(*leaves), leaves))
     assert len(found) <= most, found

@@ -12,7 +12,6 @@ for the columns of g sum to 0 as those of b do. The squares off the diagonal, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,8 +65,9 @@ def barlow_twins_loss(za: Tensor, zb: Tensor, *, lambda_param: float = 5e-3) -> 
     if backend == "reference":
         return reference(za, zb, lambda_param)
     _checks.check_transforms(za, zb)
-    needs_grad = [torch.is_grad_enabled() and z.requires_grad for z in (za, zb)]
-    loss: Tensor = _op(Arguments(za, zb, lambda_param, needs_grad, workspace_bytes(), backend))[0]
+    grad = torch.is_grad_enabled()
+    wanted = grad and za.requires_grad, grad and zb.requires_grad
+    loss: Tensor = _op(Arguments(za, zb, lambda_param, *wanted, workspace_bytes(), backend == "cpu"))[0]
     return loss
 
 
@@ -85,36 +85,40 @@ class Arguments(NamedTuple):
     za: Tensor
     zb: Tensor
     lambda_param: float
-    needs_grad: Sequence[bool]  # of the first two
+    want_a: bool
+    want_b: bool
     workspace: int
-    backend: str
+    in_cpp: bool  # by the kernels of the CPU
 
 
-def _forward(a: Arguments) -> Result:
-    """The loss, and its gradients."""
-    with _checks.without_autocast(a.za):
-        return _forward_cpu(a) if a.backend == "cpu" else _forward_eager(a)
+def _forward(arguments: Arguments) -> Result:
+    """The loss, and the gradients that are wanted."""
+    with _checks.without_autocast(arguments.za):
+        return _forward_cpp(arguments) if arguments.in_cpp else _forward_eager(arguments)
 
 
-def _forward_cpu(arguments: Arguments) -> Result:
-    za, zb, lambda_param, needs_grad, *settings = arguments
-    a, b, columns = covariance.fused_views(za, zb, _EPS)
-    squares, da, db = off_diagonal_squares(a, b, columns[2], *needs_grad, *settings)
+def _forward_cpp(arguments: Arguments) -> Result:
+    a, b, columns = covariance.fused_views(arguments.za, arguments.zb, _EPS)
+    squares, da, db = off_diagonal_squares(
+        a, b, columns[2], arguments.want_a, arguments.want_b, arguments.workspace, arguments.in_cpp
+    )
     loss = columns.new_empty(())
-    torch.ops.ssl_kernels.barlow_twins_finish_(a, b, columns, squares, lambda_param, loss, da, db)
+    torch.ops.ssl_kernels.barlow_twins_finish_(a, b, columns, squares, arguments.lambda_param, loss, da, db)
     return covariance.result(loss, da, db, a.shape[1])
 
 
 def _forward_eager(arguments: Arguments) -> Result:
-    za, zb, lambda_param, needs_grad, *settings = arguments
-    rows, width = za.shape
-    (a, sigma_a), (b, sigma_b) = _standardise(za), _standardise(zb)
+    (a, sigma_a), (b, sigma_b) = _standardise(arguments.za), _standardise(arguments.zb)
+    rows, width = a.shape
+    factor = arguments.lambda_param / rows**2
     products = torch.linalg.vecdot(a, b, dim=0)
-    off_diagonal, da, db = off_diagonal_squares(a, b, products, *needs_grad, *settings)
-    loss = wide(products / rows - 1).square().sum() + lambda_param / rows**2 * off_diagonal
+    off_diagonal, da, db = off_diagonal_squares(
+        a, b, products, arguments.want_a, arguments.want_b, arguments.workspace, arguments.in_cpp
+    )
+    loss = wide(products / rows - 1).square().sum() + factor * off_diagonal
     for gradient, own, other, sigma in ((da, a, b, sigma_a), (db, b, a, sigma_b)):
         if gradient is not None:
-            gradient *= 2 * lambda_param / rows**2
+            gradient *= 2 * factor
             gradient.addcmul_(other, products / rows - 1, value=2 / rows)
             gradient.addcmul_(own, torch.linalg.vecdot(gradient, own, dim=0), value=-1 / rows)
             gradient /= sigma

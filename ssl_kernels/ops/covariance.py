@@ -36,45 +36,47 @@ from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.matmul import add_matmul, matmul
 
 
+class Squares(NamedTuple):
+    total: Tensor | float  # S in double precision; not a number where reading it would wait for the device
+    da: Tensor | None  # half of its gradient by a, where that is wanted
+    db: Tensor | None
+
+
 def off_diagonal_squares(
-    a: Tensor, b: Tensor, diagonal: Tensor, want_a: bool, want_b: bool, workspace: int, backend: str
-) -> tuple[Tensor | float, Tensor | None, Tensor | None]:
-    """S in double precision, and half of its gradient by a and by b where wanted. ``diagonal`` [D] holds C_jj.
+    a: Tensor, b: Tensor, diagonal: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool
+) -> Squares:
+    """S and its gradients. ``diagonal`` [D] holds C_jj.
 
     Where ``b`` is ``a``, so is its gradient, and what is returned for a is a quarter of that of S.
     """
     rows, width = a.shape
     if 2 * rows > width:
-        return _by_features(a, b, want_a, want_b, workspace, backend)
-    total, da, db = _by_rows(a, b, want_a, want_b, workspace, backend)
-    taken_back = _inner_product(diagonal[None], diagonal[None], backend)
+        return _by_features(a, b, want_a, want_b, workspace, in_cpp)
+    total, da, db = _by_rows(a, b, want_a, want_b, workspace, in_cpp)
+    taken_back = _inner_product(diagonal[None], diagonal[None], in_cpp)
     if a.device.type == "cpu" and 16 * taken_back > 15 * total:  # elsewhere this would wait for the device
-        return _by_features(a, b, want_a, want_b, workspace, backend)
+        return _by_features(a, b, want_a, want_b, workspace, in_cpp)
     for gradient, other in ((da, b), (db, a)):
         if gradient is not None:
             gradient.addcmul_(other, diagonal, value=-1)
-    return total - taken_back, da, db
+    return Squares(total - taken_back, da, db)
 
 
-def _by_rows(
-    a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, backend: str
-) -> tuple[Tensor | float, Tensor | None, Tensor | None]:
+def _by_rows(a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool) -> Squares:
     total: Tensor | float = 0.0
     da, db = (torch.empty_like(a) if want else None for want in (want_a, want_b))
     for panel in _panels(a.shape[0], a.shape[0], a, workspace):
         gram = matmul(a[panel], a.t())
         other = gram if b is a else matmul(b[panel], b.t())
-        total += _inner_product(gram, other, backend)
+        total += _inner_product(gram, other, in_cpp)
         if da is not None:
             add_matmul(da[panel], other, a, first=True)
         if db is not None:
             add_matmul(db[panel], gram, b, first=True)
-    return total, da, db
+    return Squares(total, da, db)
 
 
-def _by_features(
-    a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, backend: str
-) -> tuple[Tensor | float, Tensor | None, Tensor | None]:
+def _by_features(a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool) -> Squares:
     width = a.shape[1]
     total: Tensor | float = 0.0
     da, db = (torch.empty_like(a) if want else None for want in (want_a, want_b))
@@ -82,12 +84,12 @@ def _by_features(
         some = a[:, panel].t()
         covariance = matmul(some, b)
         covariance[:, panel].fill_diagonal_(0)
-        total += _inner_product(covariance, covariance, backend)
+        total += _inner_product(covariance, covariance, in_cpp)
         if da is not None:
             add_matmul(da[:, panel], b, covariance.t(), first=True)
         if db is not None:
             add_matmul(db, some.t(), covariance, first=panel.start == 0)
-    return total, da, db
+    return Squares(total, da, db)
 
 
 def _panels(rows: int, cols: int, like: Tensor, workspace: int) -> list[slice]:
@@ -96,9 +98,9 @@ def _panels(rows: int, cols: int, like: Tensor, workspace: int) -> list[slice]:
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
-def _inner_product(a: Tensor, b: Tensor, backend: str) -> Tensor | float:
-    """The sum of a b in double precision; not a number where reading it would wait for the device."""
-    if backend == "cpu":
+def _inner_product(a: Tensor, b: Tensor, in_cpp: bool) -> Tensor | float:
+    """The sum of a b, as the total of :class:`Squares`."""
+    if in_cpp:
         product: float = torch.ops.ssl_kernels.inner_product(a, b)
         return product
     return wide(torch.linalg.vecdot(a, b)).sum()
@@ -159,9 +161,9 @@ def result(loss: Tensor, da: Tensor | None, db: Tensor | None, width: int) -> Re
 
 
 def fake(a: Any) -> Result:
-    """Of an op whose arguments have za, zb and needs_grad."""
+    """Of an op whose arguments have za, zb, and whether the gradient by either is wanted."""
     new = functools.partial(a.za.new_empty, dtype=_checks.accumulation_dtype(a.za.dtype))
-    da, db = (new(z.shape[0] if want else 0, z.shape[1]) for z, want in zip(a[:2], a.needs_grad, strict=True))
+    da, db = (new(z.shape[0] if want else 0, z.shape[1]) for z, want in ((a.za, a.want_a), (a.zb, a.want_b)))
     return Result(new(()), da, db)
 
 
@@ -176,6 +178,7 @@ def setup_context(ctx: Any, a: Any, output: Result) -> None:
 def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None, None, *ctx.others)
-    ga, gb, *_ = finish_gradients(Finish(None, upstream, upstream.new_ones(3), *ctx.saved_tensors, ctx.dtype))
+    da, db = ctx.saved_tensors
+    ga, gb, *_ = finish_gradients(Finish(None, upstream, upstream.new_ones(3), da, db, ctx.dtype))
     needs_a, needs_b, *_ = ctx.needs_input_grad
     return (ga if needs_a else None, gb if needs_b else None, *ctx.others)

@@ -13,7 +13,6 @@ are made together, in 2 units, for nothing else is needed of C; autograd, which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,8 +85,9 @@ def vicreg_loss(
     if backend == "reference":
         return reference(za, zb, *weights, eps)
     _checks.check_transforms(za, zb)
-    needs_grad = [torch.is_grad_enabled() and z.requires_grad for z in (za, zb)]
-    loss: Tensor = _op(Arguments(za, zb, *weights, eps, needs_grad, workspace_bytes(), backend))[0]
+    grad = torch.is_grad_enabled()
+    wanted = grad and za.requires_grad, grad and zb.requires_grad
+    loss: Tensor = _op(Arguments(za, zb, *weights, eps, *wanted, workspace_bytes(), backend == "cpu"))[0]
     return loss
 
 
@@ -115,23 +115,22 @@ class Arguments(NamedTuple):
     variance_weight: float
     covariance_weight: float
     eps: float
-    needs_grad: Sequence[bool]  # of the first two
+    want_a: bool
+    want_b: bool
     workspace: int
-    backend: str
+    in_cpp: bool  # by the kernels of the CPU
 
 
 def _forward(a: Arguments) -> Result:
-    """The loss, and its gradients."""
+    """The loss, and the gradients that are wanted."""
     with _checks.without_autocast(a.za):
-        return _forward_cpu(a) if a.backend == "cpu" else _forward_eager(a)
+        return _forward_cpp(a) if a.in_cpp else _forward_eager(a)
 
 
-def _forward_cpu(a: Arguments) -> Result:
+def _forward_cpp(a: Arguments) -> Result:
     ca, cb, columns = covariance.fused_views(a.za, a.zb)
-    (squares_a, da, _), (squares_b, db, _) = (
-        off_diagonal_squares(c, c, columns[view], a.needs_grad[view], False, a.workspace, a.backend)
-        for view, c in enumerate((ca, cb))
-    )
+    squares_a, da, _ = off_diagonal_squares(ca, ca, columns[0], a.want_a, False, a.workspace, a.in_cpp)
+    squares_b, db, _ = off_diagonal_squares(cb, cb, columns[1], a.want_b, False, a.workspace, a.in_cpp)
     loss = columns.new_empty(())
     za, zb = unit_stride(a.za), unit_stride(a.zb)
     weights = a.invariance_weight, a.variance_weight, a.covariance_weight
@@ -144,11 +143,11 @@ def _forward_eager(a: Arguments) -> Result:
     difference = torch.sub(widen(a.za), widen(a.zb))
     loss = a.invariance_weight / (rows * width) * wide(torch.linalg.vecdot(difference, difference)).sum()
     gradients = []
-    for z, want, sign in zip(a[:2], a.needs_grad, (1, -1), strict=True):
+    for z, want, sign in ((a.za, a.want_a, 1), (a.zb, a.want_b, -1)):
         c = centered(z)
         squares = torch.linalg.vecdot(c, c, dim=0)
         sigma = torch.sqrt(squares / (rows - 1) + a.eps)
-        off_diagonal, gradient, _ = off_diagonal_squares(c, c, squares, want, False, a.workspace, a.backend)
+        off_diagonal, gradient, _ = off_diagonal_squares(c, c, squares, want, False, a.workspace, a.in_cpp)
         loss = loss + 0.5 * a.variance_weight * wide(F.relu(1 - sigma)).mean()
         loss = loss + a.covariance_weight / (width * (rows - 1) ** 2) * off_diagonal
         if gradient is not None:
@@ -156,7 +155,8 @@ def _forward_eager(a: Arguments) -> Result:
             gradient.addcmul_(c, (sigma < 1) / sigma, value=-0.5 * a.variance_weight / (width * (rows - 1)))
             gradient.add_(difference, alpha=sign * 2 * a.invariance_weight / (rows * width))
         gradients.append(gradient)
-    return covariance.result(loss.to(difference.dtype), *gradients, width)
+    da, db = gradients
+    return covariance.result(loss.to(difference.dtype), da, db, width)
 
 
 _op: Op[Arguments] = Op(
