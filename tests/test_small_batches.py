@@ -40,10 +40,13 @@ def operations(call: Callable[[], object]) -> list[str]:
         ("NTXentLoss", "x y", 8),
         ("InfoNCELoss", "x y keys", 11),
         ("KoLeoLoss", "x", 9),
+        ("VICRegLoss", "x y", 15),
+        ("BarlowTwinsLoss", "x y", 13),
     ],
 )
-def test_a_step_of_one_panel_takes_few_operations(loss: str, arguments: str, most: int) -> None:
-    x, y, keys = (F.normalize(torch.randn(32, 16), dim=1) for _ in range(3))
+@pytest.mark.parametrize("rows", [32, 8])  # at 8, the squares of 16 features are summed through the rows
+def test_a_step_of_one_panel_takes_few_operations(loss: str, arguments: str, most: int, rows: int) -> None:
+    x, y, keys = (F.normalize(torch.randn(rows, 16), dim=1) for _ in range(3))
     leaves = {"x": x, "y": y, "scale": torch.tensor(10.0), "bias": torch.tensor(-10.0)}
     inputs = {name: t.requires_grad_() for name, t in leaves.items()} | {"keys": keys}
     given = [inputs[name] for name in arguments.split()]

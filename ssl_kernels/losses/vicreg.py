@@ -62,17 +62,18 @@ class VICRegLoss(nn.Module):
         return torch.stack([self._loss(a, b) for a, b in places]).mean()
 
     def _loss(self, a: Tensor, b: Tensor) -> Tensor:
-        invariance: Tensor | float = 0.0
+        invariance = None
         invariance_weight = self.lambda_param
         if self.gather_distributed and several_processes():
             wide = torch.promote_types(a.dtype, torch.float32)
             invariance = self.lambda_param * F.mse_loss(a.to(wide), b.to(wide))  # of a process's own pairs
             invariance_weight = 0.0
             a, b = (torch.cat(_Gather.apply(z)) for z in (a, b))
-        return invariance + K.vicreg_loss(
+        loss = K.vicreg_loss(
             a, b, invariance_weight=invariance_weight, variance_weight=self.mu_param,
             covariance_weight=self.nu_param, eps=self.eps,
         )  # fmt: skip
+        return loss if invariance is None else invariance + loss
 
     def extra_repr(self) -> str:
         return (

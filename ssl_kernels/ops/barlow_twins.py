@@ -1,4 +1,4 @@
-r"""Barlow Twins: schema, reference, fake and autograd.
+r"""Barlow Twins: arguments, reference, backends, fake and autograd.
 
 With views of mean 0 and variance 1, a = (za - mean(za)) / sigma, sigma^2 = var(za) + 1e-5, and C = a^T b / n,
 
@@ -7,26 +7,22 @@ With views of mean 0 and variance 1, a = (za - mean(za)) / sigma, sigma^2 = var(
     d L / d za_j = (g_j - (g_j . a_j / n) a_j) / sigma_j
 
 for the columns of g sum to 0 as those of b do. The squares off the diagonal, and their gradients, take 3 units of
-2 n D^2 FLOP or 4 of 2 n^2 D: see :mod:`ssl_kernels.ops.covariance`. All of it is plain PyTorch on every device.
+2 n D^2 FLOP or 4 of 2 n^2 D: see :mod:`ssl_kernels.ops.covariance`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_kernels.ops import _checks
-from ssl_kernels.ops.covariance import (
-    backward,
-    centered,
-    check_views,
-    off_diagonal_squares,
-    setup_context,
-    wide,
-)
+from ssl_kernels.ops import _checks, covariance
+from ssl_kernels.ops._op import Op
+from ssl_kernels.ops.covariance import Result, centered, check_views, off_diagonal_squares, wide
 from ssl_kernels.ops.key_softmax import widen
-from ssl_kernels.settings import choose_backend
+from ssl_kernels.settings import choose_backend, workspace_bytes
 
 _EPS = 1e-5  # of batch normalisation
 
@@ -65,11 +61,14 @@ def barlow_twins_loss(za: Tensor, zb: Tensor, *, lambda_param: float = 5e-3) -> 
     za, zb = _checks.autocast_widest(za, zb)
     check_views(za, zb)
     _checks.check_numbers(lambda_param=lambda_param)
-    if choose_backend(za.device.type, za.dtype) == "reference":
+    backend = choose_backend(za.device.type, za.dtype)
+    if backend == "reference":
         return reference(za, zb, lambda_param)
     _checks.check_transforms(za, zb)
-    wanted = (torch.is_grad_enabled() and z.requires_grad for z in (za, zb))
-    return _barlow_twins(za, zb, lambda_param, *wanted)[0]
+    grad = torch.is_grad_enabled()
+    wanted = grad and za.requires_grad, grad and zb.requires_grad
+    loss: Tensor = _op(Arguments(za, zb, lambda_param, *wanted, workspace_bytes(), backend == "cpu"))[0]
+    return loss
 
 
 def reference(za: Tensor, zb: Tensor, lambda_param: float) -> Tensor:
@@ -82,31 +81,48 @@ def reference(za: Tensor, zb: Tensor, lambda_param: float) -> Tensor:
         return (diagonal - 1).square().sum() + lambda_param * others.square().sum()
 
 
-@torch.library.custom_op(
-    "ssl_kernels::barlow_twins",
-    mutates_args=(),
-    schema=(
-        "(Tensor za, Tensor zb, float lambda_param, bool want_a, bool want_b) -> (Tensor loss, Tensor da, Tensor db)"
-    ),
-)
-def _barlow_twins(
-    za: Tensor, zb: Tensor, lambda_param: float, want_a: bool, want_b: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its gradients in the accumulation dtype; empty where not wanted."""
-    rows, width = za.shape
-    with _checks.without_autocast(za):
-        (a, sigma_a), (b, sigma_b) = _standardise(za), _standardise(zb)
-        products = torch.linalg.vecdot(a, b, dim=0)
-        off_diagonal, da, db = off_diagonal_squares(a, b, products, want_a, want_b)
-        loss = wide(products / rows - 1).square().sum() + lambda_param / rows**2 * off_diagonal
-        for gradient, own, other, sigma in ((da, a, b, sigma_a), (db, b, a, sigma_b)):
-            if gradient is not None:
-                gradient *= 2 * lambda_param / rows**2
-                gradient.addcmul_(other, products / rows - 1, value=2 / rows)
-                gradient.addcmul_(own, torch.linalg.vecdot(gradient, own, dim=0), value=-1 / rows)
-                gradient /= sigma
-        da, db = (a.new_empty(0, width) if gradient is None else gradient for gradient in (da, db))
-        return loss.to(a.dtype), da, db
+class Arguments(NamedTuple):
+    za: Tensor
+    zb: Tensor
+    lambda_param: float
+    want_a: bool
+    want_b: bool
+    workspace: int
+    in_cpp: bool  # by the kernels of the CPU
+
+
+def _forward(arguments: Arguments) -> Result:
+    """The loss, and the gradients that are wanted."""
+    with _checks.without_autocast(arguments.za):
+        return _forward_cpp(arguments) if arguments.in_cpp else _forward_eager(arguments)
+
+
+def _forward_cpp(arguments: Arguments) -> Result:
+    a, b, columns = covariance.fused_views(arguments.za, arguments.zb, _EPS)
+    squares, da, db = off_diagonal_squares(
+        a, b, columns[2], arguments.want_a, arguments.want_b, arguments.workspace, arguments.in_cpp
+    )
+    loss = columns.new_empty(())
+    torch.ops.ssl_kernels.barlow_twins_finish_(a, b, columns, squares, arguments.lambda_param, loss, da, db)
+    return covariance.result(loss, da, db, a.shape[1])
+
+
+def _forward_eager(arguments: Arguments) -> Result:
+    (a, sigma_a), (b, sigma_b) = _standardise(arguments.za), _standardise(arguments.zb)
+    rows, width = a.shape
+    factor = arguments.lambda_param / rows**2
+    products = torch.linalg.vecdot(a, b, dim=0)
+    off_diagonal, da, db = off_diagonal_squares(
+        a, b, products, arguments.want_a, arguments.want_b, arguments.workspace, arguments.in_cpp
+    )
+    loss = wide(products / rows - 1).square().sum() + factor * off_diagonal
+    for gradient, own, other, sigma in ((da, a, b, sigma_a), (db, b, a, sigma_b)):
+        if gradient is not None:
+            gradient *= 2 * factor
+            gradient.addcmul_(other, products / rows - 1, value=2 / rows)
+            gradient.addcmul_(own, torch.linalg.vecdot(gradient, own, dim=0), value=-1 / rows)
+            gradient /= sigma
+    return covariance.result(loss.to(a.dtype), da, db, width)
 
 
 def _standardise(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,11 +132,12 @@ def _standardise(z: Tensor) -> tuple[Tensor, Tensor]:
     return c.div_(sigma), sigma
 
 
-@_barlow_twins.register_fake
-def _(za: Tensor, zb: Tensor, lambda_param: float, want_a: bool, want_b: bool) -> tuple[Tensor, Tensor, Tensor]:
-    wide_a = widen(za)
-    da, db = (wide_a.new_empty(za.shape[0] if want else 0, za.shape[1]) for want in (want_a, want_b))
-    return wide_a.new_empty(()), da, db
-
-
-_barlow_twins.register_autograd(backward, setup_context=setup_context)
+_op: Op[Arguments] = Op(
+    "barlow_twins",
+    Arguments,
+    covariance.RESULT,
+    forward=_forward,
+    fake=covariance.fake,
+    setup_context=covariance.setup_context,
+    backward=covariance.backward,
+)

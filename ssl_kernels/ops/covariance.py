@@ -16,76 +16,106 @@ other way is taken then. There the diagonal is left out of the sum.
 Either matrix exists in panels of rows only, that fit the workspace. A product with a panel is large enough to run at
 the full rate of the machine; symmetry, which would spare a quarter of the FLOP where b is a, costs as much in small
 tiles.
+
+On a CPU what surrounds the products is C++: one call centres the views, another finishes their gradients. Elsewhere,
+and in float64, it is plain PyTorch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssl_kernels.ops._checks import check_features
+from ssl_kernels.ops import _checks
 from ssl_kernels.ops.contrastive import Finish, finish_gradients
+from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.matmul import add_matmul, matmul
-from ssl_kernels.settings import workspace_bytes
+
+
+class Squares(NamedTuple):
+    total: Tensor | float  # S in double precision; not a number where reading it would wait for the device
+    da: Tensor | None  # half of its gradient by a, where that is wanted
+    db: Tensor | None
 
 
 def off_diagonal_squares(
-    a: Tensor, b: Tensor, diagonal: Tensor, want_a: bool, want_b: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """S in double precision, and half of its gradient by a and by b where wanted. ``diagonal`` [D] holds C_jj.
+    a: Tensor, b: Tensor, diagonal: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool
+) -> Squares:
+    """S and its gradients. ``diagonal`` [D] holds C_jj.
 
     Where ``b`` is ``a``, so is its gradient, and what is returned for a is a quarter of that of S.
     """
     rows, width = a.shape
     if 2 * rows > width:
-        return _by_features(a, b, want_a, want_b)
-    total, da, db = _by_rows(a, b, want_a, want_b)
-    taken_back = wide(diagonal).square().sum()
+        return _by_features(a, b, want_a, want_b, workspace, in_cpp)
+    total, da, db = _by_rows(a, b, want_a, want_b, workspace, in_cpp)
+    taken_back = _inner_product(diagonal[None], diagonal[None], in_cpp)
     if a.device.type == "cpu" and 16 * taken_back > 15 * total:  # elsewhere this would wait for the device
-        return _by_features(a, b, want_a, want_b)
+        return _by_features(a, b, want_a, want_b, workspace, in_cpp)
     for gradient, other in ((da, b), (db, a)):
         if gradient is not None:
             gradient.addcmul_(other, diagonal, value=-1)
-    return total - taken_back, da, db
+    return Squares(total - taken_back, da, db)
 
 
-def _by_rows(a: Tensor, b: Tensor, want_a: bool, want_b: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    total = wide(a.new_zeros(()))
+def _by_rows(a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool) -> Squares:
+    total: Tensor | float = 0.0
     da, db = (torch.empty_like(a) if want else None for want in (want_a, want_b))
-    for panel in _panels(a.shape[0], a.shape[0], a):
+    for panel in _panels(a.shape[0], a.shape[0], a, workspace):
         gram = matmul(a[panel], a.t())
         other = gram if b is a else matmul(b[panel], b.t())
-        total += wide(torch.linalg.vecdot(gram, other)).sum()
+        total += _inner_product(gram, other, in_cpp)
         if da is not None:
             add_matmul(da[panel], other, a, first=True)
         if db is not None:
             add_matmul(db[panel], gram, b, first=True)
-    return total, da, db
+    return Squares(total, da, db)
 
 
-def _by_features(a: Tensor, b: Tensor, want_a: bool, want_b: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _by_features(a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool) -> Squares:
     width = a.shape[1]
-    total = wide(a.new_zeros(()))
+    total: Tensor | float = 0.0
     da, db = (torch.empty_like(a) if want else None for want in (want_a, want_b))
-    for panel in _panels(width, width, a):
+    for panel in _panels(width, width, a, workspace):
         some = a[:, panel].t()
         covariance = matmul(some, b)
         covariance[:, panel].fill_diagonal_(0)
-        total += wide(torch.linalg.vecdot(covariance, covariance)).sum()
+        total += _inner_product(covariance, covariance, in_cpp)
         if da is not None:
             add_matmul(da[:, panel], b, covariance.t(), first=True)
         if db is not None:
             add_matmul(db, some.t(), covariance, first=panel.start == 0)
-    return total, da, db
+    return Squares(total, da, db)
 
 
-def _panels(rows: int, cols: int, like: Tensor) -> list[slice]:
+def _panels(rows: int, cols: int, like: Tensor, workspace: int) -> list[slice]:
     """Cuts [rows, cols] so that two panels, and a product with one, fit the workspace."""
-    step = max(1, workspace_bytes() // (2 * like.element_size() * max(1, cols, like.shape[1])))
+    step = max(1, workspace // (2 * like.element_size() * max(1, cols, like.shape[1])))
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
+def _inner_product(a: Tensor, b: Tensor, in_cpp: bool) -> Tensor | float:
+    """The sum of a b, as the total of :class:`Squares`."""
+    if in_cpp:
+        product: float = torch.ops.ssl_kernels.inner_product(a, b)
+        return product
+    return wide(torch.linalg.vecdot(a, b)).sum()
+
+
+def fused_views(za: Tensor, zb: Tensor, eps: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The views without the means of their columns, in fp32, and sums down the columns, [3, D], by C++.
+
+    The sums are those of the squares of either view, and of their difference. With ``eps`` the views are brought to
+    variance 1 as by batch normalisation; then the rows hold by what either was divided, and the products of both.
+    """
+    a, b = (z.new_empty(z.shape, dtype=torch.float32) for z in (za, zb))
+    columns = a.new_empty(3, a.shape[1])
+    torch.ops.ssl_kernels.center_views_(unit_stride(za), unit_stride(zb), eps, a, b, columns)
+    return a, b, columns
 
 
 def centered(z: Tensor) -> Tensor:
@@ -105,7 +135,7 @@ def wide(t: Tensor) -> Tensor:
 
 def check_views(za: Tensor, zb: Tensor) -> None:
     """Two [n, D] matrices of one dtype and device, n at least 2: there is no variance of one row."""
-    check_features(za=za, zb=zb)
+    _checks.check_features(za=za, zb=zb)
     if za.shape != zb.shape:
         raise ValueError(f"zb: expected {za.shape[0]} rows as za has, got {zb.shape[0]}")
     if za.shape[0] < 2:
@@ -114,11 +144,33 @@ def check_views(za: Tensor, zb: Tensor) -> None:
         raise ValueError("za: expected at least 1 feature, got 0")
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Of an op from two views and options to its loss and the two gradients."""
-    za, _, *options = inputs
+class Result(NamedTuple):
+    """Of the forward pass, in the accumulation dtype. Gradients that are not wanted are empty."""
+
+    loss: Tensor
+    da: Tensor
+    db: Tensor
+
+
+RESULT = "(Tensor loss, Tensor da, Tensor db)"
+
+
+def result(loss: Tensor, da: Tensor | None, db: Tensor | None, width: int) -> Result:
+    da, db = (loss.new_empty(0, width) if gradient is None else gradient for gradient in (da, db))
+    return Result(loss, da, db)
+
+
+def fake(a: Any) -> Result:
+    """Of an op whose arguments have za, zb, and whether the gradient by either is wanted."""
+    new = functools.partial(a.za.new_empty, dtype=_checks.accumulation_dtype(a.za.dtype))
+    da, db = (new(z.shape[0] if want else 0, z.shape[1]) for z, want in ((a.za, a.want_a), (a.zb, a.want_b)))
+    return Result(new(()), da, db)
+
+
+def setup_context(ctx: Any, a: Any, output: Result) -> None:
+    """Of an op whose arguments start with two views."""
     _, da, db = output
-    ctx.dtype, ctx.others = za.dtype, [None] * len(options)
+    ctx.dtype, ctx.others = a.za.dtype, [None] * (len(a) - 2)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(da, db)
 
@@ -127,6 +179,6 @@ def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None
     if upstream is None:
         return (None, None, *ctx.others)
     da, db = ctx.saved_tensors
-    ga, gb, *_ = finish_gradients(Finish(upstream, torch.ones_like(upstream), upstream.new_ones(3), da, db, ctx.dtype))
+    ga, gb, *_ = finish_gradients(Finish(None, upstream, upstream.new_ones(3), da, db, ctx.dtype))
     needs_a, needs_b, *_ = ctx.needs_input_grad
     return (ga if needs_a else None, gb if needs_b else None, *ctx.others)

@@ -1,4 +1,4 @@
-r"""VICReg: schema, reference, fake and autograd.
+r"""VICReg: arguments, reference, backends, fake and autograd.
 
 With the centred views c = z - mean(z) [n, D], s_j = sum_i c_ij^2, sigma_j = sqrt(s_j / (n - 1) + eps) and C = c^T c,
 
@@ -8,27 +8,23 @@ With the centred views c = z - mean(z) [n, D], s_j = sum_i c_ij^2, sigma_j = sqr
 
 The columns of the last two gradients sum to 0 as those of c do: what they are by c, they are by z. Value and gradients
 are made together, in 2 units, for nothing else is needed of C; autograd, which does not know that C is symmetric, takes
-3. A unit is 2 n^2 D or 2 n D^2 FLOP, whichever is less: see :mod:`ssl_kernels.ops.covariance`. All of it is
-plain PyTorch on every device.
+3. A unit is 2 n^2 D or 2 n D^2 FLOP, whichever is less: see :mod:`ssl_kernels.ops.covariance`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_kernels.ops import _checks
-from ssl_kernels.ops.covariance import (
-    backward,
-    centered,
-    check_views,
-    off_diagonal_squares,
-    setup_context,
-    wide,
-)
+from ssl_kernels.ops import _checks, covariance
+from ssl_kernels.ops._op import Op
+from ssl_kernels.ops.covariance import Result, centered, check_views, off_diagonal_squares, wide
+from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.key_softmax import widen
-from ssl_kernels.settings import choose_backend
+from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
 def vicreg_loss(
@@ -85,11 +81,14 @@ def vicreg_loss(
     )
     _checks.check_eps(eps)
     weights = (invariance_weight, variance_weight, covariance_weight)
-    if choose_backend(za.device.type, za.dtype) == "reference":
+    backend = choose_backend(za.device.type, za.dtype)
+    if backend == "reference":
         return reference(za, zb, *weights, eps)
     _checks.check_transforms(za, zb)
-    wanted = (torch.is_grad_enabled() and z.requires_grad for z in (za, zb))
-    return _vicreg(za, zb, *weights, eps, *wanted)[0]
+    grad = torch.is_grad_enabled()
+    wanted = grad and za.requires_grad, grad and zb.requires_grad
+    loss: Tensor = _op(Arguments(za, zb, *weights, eps, *wanted, workspace_bytes(), backend == "cpu"))[0]
+    return loss
 
 
 def reference(
@@ -109,60 +108,63 @@ def reference(
         return loss
 
 
-@torch.library.custom_op(
-    "ssl_kernels::vicreg",
-    mutates_args=(),
-    schema=(
-        "(Tensor za, Tensor zb, float invariance_weight, float variance_weight, float covariance_weight, float eps, "
-        "bool want_a, bool want_b) -> (Tensor loss, Tensor da, Tensor db)"
-    ),
+class Arguments(NamedTuple):
+    za: Tensor
+    zb: Tensor
+    invariance_weight: float
+    variance_weight: float
+    covariance_weight: float
+    eps: float
+    want_a: bool
+    want_b: bool
+    workspace: int
+    in_cpp: bool  # by the kernels of the CPU
+
+
+def _forward(a: Arguments) -> Result:
+    """The loss, and the gradients that are wanted."""
+    with _checks.without_autocast(a.za):
+        return _forward_cpp(a) if a.in_cpp else _forward_eager(a)
+
+
+def _forward_cpp(a: Arguments) -> Result:
+    ca, cb, columns = covariance.fused_views(a.za, a.zb)
+    squares_a, da, _ = off_diagonal_squares(ca, ca, columns[0], a.want_a, False, a.workspace, a.in_cpp)
+    squares_b, db, _ = off_diagonal_squares(cb, cb, columns[1], a.want_b, False, a.workspace, a.in_cpp)
+    loss = columns.new_empty(())
+    za, zb = unit_stride(a.za), unit_stride(a.zb)
+    weights = a.invariance_weight, a.variance_weight, a.covariance_weight
+    torch.ops.ssl_kernels.vicreg_finish_(za, zb, ca, cb, columns, squares_a, squares_b, *weights, a.eps, loss, da, db)
+    return covariance.result(loss, da, db, a.za.shape[1])
+
+
+def _forward_eager(a: Arguments) -> Result:
+    rows, width = a.za.shape
+    difference = torch.sub(widen(a.za), widen(a.zb))
+    loss = a.invariance_weight / (rows * width) * wide(torch.linalg.vecdot(difference, difference)).sum()
+    gradients = []
+    for z, want, sign in ((a.za, a.want_a, 1), (a.zb, a.want_b, -1)):
+        c = centered(z)
+        squares = torch.linalg.vecdot(c, c, dim=0)
+        sigma = torch.sqrt(squares / (rows - 1) + a.eps)
+        off_diagonal, gradient, _ = off_diagonal_squares(c, c, squares, want, False, a.workspace, a.in_cpp)
+        loss = loss + 0.5 * a.variance_weight * wide(F.relu(1 - sigma)).mean()
+        loss = loss + a.covariance_weight / (width * (rows - 1) ** 2) * off_diagonal
+        if gradient is not None:
+            gradient *= 4 * a.covariance_weight / (width * (rows - 1) ** 2)
+            gradient.addcmul_(c, (sigma < 1) / sigma, value=-0.5 * a.variance_weight / (width * (rows - 1)))
+            gradient.add_(difference, alpha=sign * 2 * a.invariance_weight / (rows * width))
+        gradients.append(gradient)
+    da, db = gradients
+    return covariance.result(loss.to(difference.dtype), da, db, width)
+
+
+_op: Op[Arguments] = Op(
+    "vicreg",
+    Arguments,
+    covariance.RESULT,
+    forward=_forward,
+    fake=covariance.fake,
+    setup_context=covariance.setup_context,
+    backward=covariance.backward,
 )
-def _vicreg(
-    za: Tensor,
-    zb: Tensor,
-    invariance_weight: float,
-    variance_weight: float,
-    covariance_weight: float,
-    eps: float,
-    want_a: bool,
-    want_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its gradients in the accumulation dtype; empty where not wanted."""
-    rows, width = za.shape
-    with _checks.without_autocast(za):
-        difference = torch.sub(widen(za), widen(zb))
-        loss = invariance_weight / (rows * width) * wide(torch.linalg.vecdot(difference, difference)).sum()
-        gradients = []
-        for z, want, sign in ((za, want_a, 1), (zb, want_b, -1)):
-            c = centered(z)
-            squares = torch.linalg.vecdot(c, c, dim=0)
-            sigma = torch.sqrt(squares / (rows - 1) + eps)
-            off_diagonal, gradient, _ = off_diagonal_squares(c, c, squares, want, False)
-            loss = loss + 0.5 * variance_weight * wide(F.relu(1 - sigma)).mean()
-            loss = loss + covariance_weight / (width * (rows - 1) ** 2) * off_diagonal
-            if gradient is not None:
-                gradient *= 4 * covariance_weight / (width * (rows - 1) ** 2)
-                gradient.addcmul_(c, (sigma < 1) / sigma, value=-0.5 * variance_weight / (width * (rows - 1)))
-                gradient.add_(difference, alpha=sign * 2 * invariance_weight / (rows * width))
-            gradients.append(difference.new_empty(0, width) if gradient is None else gradient)
-        da, db = gradients
-        return loss.to(difference.dtype), da, db
-
-
-@_vicreg.register_fake
-def _(
-    za: Tensor,
-    zb: Tensor,
-    invariance_weight: float,
-    variance_weight: float,
-    covariance_weight: float,
-    eps: float,
-    want_a: bool,
-    want_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide_a = widen(za)
-    da, db = (wide_a.new_empty(za.shape[0] if want else 0, za.shape[1]) for want in (want_a, want_b))
-    return wide_a.new_empty(()), da, db
-
-
-_vicreg.register_autograd(backward, setup_context=setup_context)
