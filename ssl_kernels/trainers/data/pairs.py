@@ -36,7 +36,7 @@ _ROTATION_DEGREES, _SCALE, _SHIFT = 8.0, 0.12, 0.12
 
 
 @dataclass
-class Pairs:
+class ImageTextPairs:
     """Images with one caption each; `categories` ("" where unknown) and the held-out `subsets` are optional."""
 
     images: Tensor | list[Path]  # uint8 [N, 3, H, W], or files
@@ -47,12 +47,12 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def select(self, indices: Sequence[int]) -> Pairs:
+    def select(self, indices: Sequence[int]) -> ImageTextPairs:
         def pick(values: list[Any] | None) -> Any:
             return None if values is None else [values[i] for i in indices]
 
         images = self.images[list(indices)] if isinstance(self.images, Tensor) else pick(self.images)
-        return Pairs(images, pick(self.captions), pick(self.categories), pick(self.subsets))
+        return ImageTextPairs(images, pick(self.captions), pick(self.categories), pick(self.subsets))
 
     def load(self, indices: Sequence[int], size: int) -> Tensor:
         """The images as evaluation sees them: uint8 [n, 3, size, size], resized and cropped around the centre."""
@@ -104,7 +104,7 @@ class Batches(Dataset[Batch]):
     """
 
     def __init__(
-        self, pairs: Pairs, tokenize: Tokenize, *, size: int, batch_size: int, seed: int,
+        self, pairs: ImageTextPairs, tokenize: Tokenize, *, size: int, batch_size: int, seed: int,
         augment: bool = True, label_captions: float = 0.0, workers: int = 0,
     ) -> None:  # fmt: skip
         self.pairs, self.tokenize, self.size, self.batch_size, self.seed = pairs, tokenize, size, batch_size, seed

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ssl_kernels.trainers.data.pairs import (
     Batch,
     Fingerprints,
-    Pairs,
+    ImageTextPairs,
     Tokenize,
     centre_crop,
     loader,
@@ -71,7 +71,7 @@ def decode(image: bytes, key: str, flag: str = "--data") -> Image.Image:
         raise UserError(f"{flag}: cannot decode the image of the sample {key}") from None
 
 
-def read_all(urls: str, size: int, flag: str = "--held-out-data") -> tuple[Pairs, Fingerprints]:
+def read_all(urls: str, size: int, flag: str = "--held-out-data") -> tuple[ImageTextPairs, Fingerprints]:
     """The pairs of held-out shards in memory, one for each caption and image, and what marks them."""
     images, captions, seen = [], [], Fingerprints()
     for image, caption, key in read(expand(urls, flag), flag):
@@ -81,7 +81,7 @@ def read_all(urls: str, size: int, flag: str = "--held-out-data") -> tuple[Pairs
         seen.add(caption, image)
     if not images:
         raise UserError(f"{flag}: {urls} holds no pairs")
-    return Pairs(torch.stack(images), captions), seen
+    return ImageTextPairs(torch.stack(images), captions), seen
 
 
 class ShardBatches(IterableDataset[Batch]):

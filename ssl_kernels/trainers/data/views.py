@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from ssl_kernels.trainers.data import digits, openmoji
 from ssl_kernels.trainers.data.pairs import Batch, centre_crop, loader, open_image, resize
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
 
 
 @dataclass
@@ -43,11 +44,9 @@ class ImageConfig:
 
     def check_data(self) -> None:
         """Refuse values that cannot work."""
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"--held-out: expected a number in [0, 1), got {self.held_out}")
-        for name, low in (("image_size", 8), ("split_seed", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
+        require(self, SHARE_BELOW_ONE, "held_out")
+        require(self, at_least(8), "image_size")
+        require(self, at_least(0), "split_seed")
 
 
 @dataclass
