@@ -41,7 +41,7 @@ import ssl_kernels.functional as K
 from ssl_kernels import CollapseMonitor, DINOHead, DINOLoss
 from ssl_kernels.schedules import linear_warmup
 from ssl_kernels.trainers import command, loop, self_supervised
-from ssl_kernels.trainers.data.pairs import Batch
+from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageData
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation.probes import spread

@@ -38,7 +38,7 @@ import ssl_kernels.functional as K
 from ssl_kernels import KeyQueue, MoCoV3Loss
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import command, self_supervised
-from ssl_kernels.trainers.data.pairs import Batch
+from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageData
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation.probes import spread

@@ -20,7 +20,7 @@ from ssl_kernels.ema import ModelEma
 from ssl_kernels.schedules import cosine_momentum
 from ssl_kernels.trainers import loop
 from ssl_kernels.trainers.data import openmoji
-from ssl_kernels.trainers.data.pairs import Batch
+from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import probes, report

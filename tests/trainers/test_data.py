@@ -15,7 +15,8 @@ from conftest import drawing, png, rows, write_shard
 from PIL import Image
 
 from ssl_kernels.trainers.data import DataConfig, files, load, shards
-from ssl_kernels.trainers.data.pairs import Batch, Batches, Fingerprints, ImageTextPairs, jitter, link, make_batch
+from ssl_kernels.trainers.data.batches import Batch
+from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs, jitter, link, make_batch
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.models import NGramTokenizer
 
@@ -187,7 +188,7 @@ def test_augmentation_changes_the_images_and_nothing_else(some: ImageTextPairs) 
     plain, augmented = (next(batches(some, augment=flag).batches(0)) for flag in (False, True))
     assert not torch.equal(plain["images"], augmented["images"])
     assert torch.equal(plain["text"]["tokens"], augmented["text"]["tokens"])
-    order = batches(some).indices(0, 0).tolist()
+    order = batches(some).indices(0, 0)
     assert torch.equal(plain["images"], some.load(order, 16))
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ssl_kernels.trainers.data import openmoji
+from ssl_kernels.trainers.data.images import resize
 from ssl_kernels.trainers.data.openmoji import COMBINATIONS, NOVEL, parts
-from ssl_kernels.trainers.data.pairs import ImageTextPairs, resize
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
 
 SIZE = 32
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ssl_kernels.trainers.data import files, openmoji, shards
-from ssl_kernels.trainers.data.pairs import Batch, Batches, Fingerprints, ImageTextPairs, Tokenize
+from ssl_kernels.trainers.data.batches import Batch
+from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs, Tokenize
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.ranges import SHARE, at_least, require
 

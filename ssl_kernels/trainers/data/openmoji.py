@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ssl_kernels.trainers.data.pairs import ImageTextPairs, resize
+from ssl_kernels.trainers.data.images import resize
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
 
 CREDIT = "Emoji by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")

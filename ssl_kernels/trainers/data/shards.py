@@ -13,16 +13,9 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ssl_kernels.trainers.data.pairs import (
-    Batch,
-    Fingerprints,
-    ImageTextPairs,
-    Tokenize,
-    centre_crop,
-    loader,
-    make_batch,
-    random_crop,
-)
+from ssl_kernels.trainers.data.batches import Batch, loader
+from ssl_kernels.trainers.data.images import centre_crop, random_crop
+from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, make_batch
 from ssl_kernels.trainers.errors import UserError
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")

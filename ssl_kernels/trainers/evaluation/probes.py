@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers.data.pairs import resize
+from ssl_kernels.trainers.data.images import resize
 from ssl_kernels.trainers.data.views import Images, View
 from ssl_kernels.trainers.evaluation import report
 from ssl_kernels.trainers.loop import Result
