@@ -223,9 +223,6 @@ def _first(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# -- Text ------------------------------------------------------------------------------------------------------------
-
-
 class NGramTokenizer:
     """Hash a caption's words, pairs of words, words with their place and character 3- and 4-grams into buckets."""
 
@@ -273,9 +270,6 @@ class BpeTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
         return {"text": self.tokenizer(list(captions))}
-
-
-# -- Configuration ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
