@@ -67,8 +67,8 @@ def compare(folders: Sequence[str]) -> int:
     if not folders:
         return _fail("compare: expected the folders of runs, got none")
     try:
-        from ssl_kernels.trainers import compare as comparison
         from ssl_kernels.trainers.errors import UserError
+        from ssl_kernels.trainers.evaluation import compare as comparison
     except ImportError as error:
         if "ssl_kernels[train]" not in str(error):
             raise

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import ssl_kernels.functional as K
 from ssl_kernels import ClipLoss
 from ssl_kernels.trainers import command, two_towers
-from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.models import ImageTower
+from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
 from ssl_kernels.trainers.two_towers import TwoTowerConfig, TwoTowerModel
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -45,10 +45,8 @@ class ClipConfig(TwoTowerConfig):
 
     def check(self) -> None:
         super().check()
-        if self.batch_size < 2:
-            raise UserError(f"--batch-size: expected at least 2 pairs to tell apart, got {self.batch_size}")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"--label-smoothing: expected a number in [0, 1), got {self.label_smoothing}")
+        require(self, at_least(2, "pairs to tell apart"), "batch_size")
+        require(self, SHARE_BELOW_ONE, "label_smoothing")
 
 
 class Clip(TwoTowerModel):

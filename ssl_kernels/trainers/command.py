@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from ssl_kernels.trainers import loop
+from ssl_kernels.trainers import checkpoints, loop
 from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, UserError, one_line
 
 Config = TypeVar("Config", bound=loop.LoopConfig)
@@ -43,8 +43,8 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     resume = _resume_of(argv)
     if resume is None:
         return tyro.cli(kind, args=argv, prog=prog)
-    path = loop.checkpoint_path(resume)
-    saved = _restore(kind, loop.load_checkpoint(path)["config"], path)
+    path = checkpoints.checkpoint_path(resume)
+    saved = _restore(kind, checkpoints.load_checkpoint(path)["config"], path)
     config = tyro.cli(kind, args=argv, prog=prog, default=saved)
     before, now = loop.plain(saved), loop.plain(config)
     for name in sorted(before.keys() - loop.RESUMABLE):

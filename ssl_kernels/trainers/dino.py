@@ -24,6 +24,7 @@ is evaluated is the teacher.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,19 +34,20 @@ from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
+from timm.layers import HybridEmbed, PatchEmbed
 from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels import CollapseMonitor
+from ssl_kernels import CollapseMonitor, DINOHead, DINOLoss
 from ssl_kernels.schedules import linear_warmup
 from ssl_kernels.trainers import command, loop, self_supervised
-from ssl_kernels.trainers.data.pairs import Batch
+from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageData
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.masking import block_masks, mask_weights
-from ssl_kernels.trainers.probes import spread
+from ssl_kernels.trainers.evaluation.probes import spread
+from ssl_kernels.trainers.masking import PatchMask, block_masks, mask_weights
+from ssl_kernels.trainers.ranges import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, require
 from ssl_kernels.trainers.self_supervised import Encoder, MomentumMethod, SelfSupervisedConfig
-from ssl_kernels.trainers.students import MaskedStudent, Student
 
 
 @dataclass
@@ -105,38 +107,76 @@ class DINOConfig(SelfSupervisedConfig):
 
     def check(self) -> None:
         super().check()
-        for name, low in (("prototypes", 2), ("local_crops", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
-        if self.local_crops and not 8 <= self.local_size <= self.image_size:
-            raise UserError(f"--local-size: expected 8 to --image-size {self.image_size}, got {self.local_size}")
-        for name in ("momentum", "center_momentum", "mask_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')}: expected a number in [0, 1], got {getattr(self, name)}")
-        for name in ("teacher_temp", "warmup_teacher_temp"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')}: expected a finite number > 0, got {getattr(self, name)}")
-        for name in ("warmup_teacher_epochs", "freeze_last_layer", "final_weight_decay", "ibot_weight", "koleo_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(self, name)}")
+        require(self, at_least(2), "prototypes")
+        require(self, at_least(0), "local_crops")
+        if self.local_crops:
+            most = self.image_size
+            require(self, Range(f"8 to --image-size {most}", lambda size: 8 <= size <= most), "local_size")
+        require(self, SHARE, "momentum", "center_momentum", "mask_probability")
+        require(self, POSITIVE, "teacher_temp", "warmup_teacher_temp")
+        require(self, NOT_NEGATIVE, "warmup_teacher_epochs", "freeze_last_layer", "final_weight_decay")
+        require(self, NOT_NEGATIVE, "ibot_weight", "koleo_weight")
         if self.version == 2 and self.centering == "mean":
             raise UserError("--centering: version 2 has Sinkhorn-Knopp, not mean")
-        low_share, high_share = self.mask_share
-        if not 0 < low_share <= high_share < 1:
-            raise UserError(f"--mask-share: expected two shares in (0, 1), the smaller first, got {self.mask_share}")
+        shares = Range("two shares in (0, 1), the smaller first", lambda pair: 0 < pair[0] <= pair[1] < 1)
+        require(self, shares, "mask_share")
+
+
+class Student(Encoder):
+    """Views of images to their features and logits of prototypes."""
+
+    def __init__(self, config: DINOConfig) -> None:
+        def make_head(width: int) -> DINOHead:
+            return DINOHead(
+                width, config.prototypes, hidden_dim=config.hidden, bottleneck_dim=config.dim, batch_norm=config.norm
+            )
+
+        super().__init__(config, make_head=make_head, any_size=True)
+        if config.local_crops:
+            self.probe(config.local_size, "--local-size")
+
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Views, of which the first two are large, to features [V B, W] and logits [V, B, K]."""
+        features = torch.cat([self.features(torch.cat(tuple(same))) for same in (views[:2], views[2:]) if same])
+        return features, self.head(features).unflatten(0, (len(views), -1))
+
+
+class MaskedStudent(Student):
+    """A student that also tells of patches, some of which can be hidden from it."""
+
+    def __init__(self, config: DINOConfig) -> None:
+        super().__init__(config)
+        patch_embed = getattr(self.trunk, "patch_embed", None)
+        if not hasattr(self.trunk, "num_prefix_tokens") or not isinstance(patch_embed, PatchEmbed | HybridEmbed):
+            raise UserError(
+                f"--version 2 hides patches of a vision transformer, which {config.image_model} is not; name one in"
+                " --image-model, for example tiny-vit or vit_small_patch16_224"
+            )
+        self.patch_head = copy.deepcopy(self.head) if config.separate_heads else self.head
+        self.mask = PatchMask(self.trunk)
+
+    def forward(  # type: ignore[override]
+        self, views: Sequence[Tensor], masks: Tensor, hide: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Student`, and the logits [n, K] of the large views' patches in `masks` [2 B, h, w]."""
+        trunk = cast(Any, self.trunk)
+        with self.mask.over(masks if hide else None):
+            tokens = trunk.forward_features(self.normalised(torch.cat(tuple(views[:2]))))  # [2 B, prefix + N, W]
+        patches = tokens[:, trunk.num_prefix_tokens :][masks.flatten(1)]
+        features = trunk.forward_head(tokens, pre_logits=True)
+        if views[2:]:
+            features = torch.cat([features, self.features(torch.cat(tuple(views[2:])))])
+        return features, self.head(features).unflatten(0, (len(views), -1)), self.patch_head(patches)
 
 
 class DINO(MomentumMethod):
     """DINO: cross-entropy between views, with a centred and sharpened teacher."""
 
-    center: Tensor
-
     def __init__(self, encoder: Student, config: DINOConfig, steps: int) -> None:
         super().__init__(encoder, config.momentum, steps)
         self.config, self.epoch_steps = config, steps // config.epochs
-        self.register_buffer("center", torch.zeros(config.prototypes))
+        self.loss = DINOLoss(config.prototypes, student_temp=config.temperature, center_momentum=config.center_momentum)
         self.monitor = CollapseMonitor(config.prototypes, max_rows=256)
-        self.teacher_sums: list[Tensor] = []  # of this step's batches
         self.logged: dict[str, float] = {}
 
     @property
@@ -163,18 +203,21 @@ class DINO(MomentumMethod):
         views = batch["views"]
         with torch.no_grad():
             _, t = self.teacher(views[:2])
-            center = self.center_of(t)
         features, s = self.encoder(views)
-        loss, total = K.dino_loss(
-            s, t, student_temp=self.config.temperature, teacher_temp=self.teacher_temp, center=center,
-            want_teacher_sum=True,
-        )  # fmt: skip
-        self.teacher_sums.append(total / (t.shape[0] * t.shape[1]))
+        loss, center = self.distill(s, t)
         return loss, self.metrics(features, t, loss, center)
 
-    def center_of(self, t: Tensor) -> Tensor:
-        """The moving centre, or that with which a softmax is the Sinkhorn-Knopp assignment of the batch."""
-        return self.center if self.config.centering == "mean" else K.sinkhorn_center(t, self.teacher_temp)
+    def distill(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of logits, and what it took from the teacher's: the moving centre, or that with which a softmax is
+        the Sinkhorn-Knopp assignment of the batch."""
+        if self.config.centering == "mean":
+            return self.loss(t, s, self.teacher_temp, accumulate=True), self.loss.center.flatten()
+        center = K.sinkhorn_center(t, self.teacher_temp)
+        return K.dino_loss(s, t, center=center, **self.temps), center
+
+    @property
+    def temps(self) -> dict[str, Any]:
+        return {"student_temp": self.config.temperature, "teacher_temp": self.teacher_temp}
 
     def metrics(self, features: Tensor, t: Tensor, loss: Tensor, center: Tensor) -> dict[str, Any]:
         center = center - center.mean()  # what all prototypes share teaches nothing
@@ -185,9 +228,7 @@ class DINO(MomentumMethod):
 
     def after_step(self, number: int) -> None:
         super().after_step(number)
-        if self.teacher_sums:
-            self.center.lerp_(torch.stack(self.teacher_sums).mean(0).to(self.center), 1 - self.config.center_momentum)
-            self.teacher_sums.clear()
+        self.loss.update_center(self.loss.center[:0])  # by no more logits than those that wait for the end of the step
 
 
 class DINOv2(DINO):
@@ -196,21 +237,20 @@ class DINOv2(DINO):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         views, config = batch["views"], self.config
         grid = cast(Any, self.encoder.trunk).patch_embed.grid_size
-        masks = block_masks(2 * len(views[0]), grid, config.mask_share, config.mask_probability).to(self.center.device)
+        masks = block_masks(2 * len(views[0]), grid, config.mask_share, config.mask_probability).to(views[0].device)
         with torch.no_grad():
             _, t, t_patches = self.teacher(views[:2], masks, hide=False)
-            center, patch_center = (K.sinkhorn_center(logits, self.teacher_temp) for logits in (t, t_patches))
+            patch_center = K.sinkhorn_center(t_patches, self.teacher_temp)
         features, s, s_patches = self.encoder(views, masks, hide=True)
-        temps: dict[str, Any] = {"student_temp": config.temperature, "teacher_temp": self.teacher_temp}
-        weights = mask_weights(masks)
+        loss, center = self.distill(s, t)
         terms = {
-            "dino": K.dino_loss(s, t, center=center, **temps),
-            "ibot": K.ibot_patch_loss(s_patches, t_patches, weights, center=patch_center, **temps),
+            "dino": loss,
+            "ibot": K.ibot_patch_loss(s_patches, t_patches, mask_weights(masks), center=patch_center, **self.temps),
             "koleo": torch.stack([K.koleo_loss(view) for view in features[: len(masks)].chunk(2)]).sum(),
         }
-        loss = terms["dino"] + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]
-        metrics = self.metrics(features, t, terms["dino"], center)
-        return loss, {**{name: term.detach() for name, term in terms.items()}, **metrics}
+        total = loss + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]
+        metrics = self.metrics(features, t, loss, center)
+        return total, {**{name: term.detach() for name, term in terms.items()}, **metrics}
 
 
 def make_method(config: DINOConfig, data: ImageData, steps: int) -> DINO:

@@ -30,15 +30,13 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
+from ssl_kernels.trainers import checkpoints
+from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
 from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, UserError
-
-CHECKPOINT = "last.pt"
-METRICS = "metrics.jsonl"
-TIMED = ("images_per_s", "peak_mb", "elapsed_s")  # the metrics that two runs of one seed need not share
+from ssl_kernels.trainers.log import METRICS, json_line, open_log, read_records
+from ssl_kernels.trainers.ranges import NOT_NEGATIVE, SHARE, Range, at_least, require
 
 Step = Callable[[Any], tuple[Tensor, dict[str, Any]]]
 
@@ -98,19 +96,12 @@ class LoopConfig:
 
     def check(self) -> None:
         """Refuse values that cannot work."""
-        for name, low in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1),
-                          ("checkpoint_every", 1), ("workers", 0), ("seed", 0)):  # fmt: skip
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"--warmup: expected a share of the steps in [0, 1], got {self.warmup}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"--betas: expected two numbers in [0, 1), got {self.betas}")
-        if self.seed >= 2**64:  # torch's generators take no more
-            raise UserError(f"--seed: expected less than 2**64, got {self.seed}")
+        require(self, at_least(1), "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every")
+        require(self, at_least(0), "workers", "seed")
+        require(self, NOT_NEGATIVE, "lr", "weight_decay", "clip")
+        require(self, Range("a share of the steps in [0, 1]", SHARE.holds), "warmup")
+        require(self, Range("two numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas)), "betas")
+        require(self, Range("less than 2**64", lambda seed: seed < 2**64), "seed")  # torch's generators take no more
 
 
 # Settings that a resumed run may change: they do not touch the arithmetic. (Where the data depends on the workers, its
@@ -189,86 +180,10 @@ def peak_memory_mb(device: torch.device) -> float:
     return float(peak) / (2**20 if os.uname().sysname == "Darwin" else 2**10)
 
 
-# -- Checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, flush it to the disk, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def checkpoint_path(resume: Path) -> Path:
-    """The checkpoint that `--resume` means: the file itself, or the one in the folder."""
-    path = resume / CHECKPOINT if resume.is_dir() else resume
-    if not path.is_file():
-        raise UserError(f"--resume: no checkpoint at {path}; expected a run's folder or its {CHECKPOINT}")
-    return path
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "step", "total", "data", "rng", "config", "elapsed_s"} - state.keys()
-    except Exception as error:  # torch, zipfile and pickle each have their own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--resume: {path} is not a readable checkpoint ({reason[:120]})") from None
-    if missing:
-        raise UserError(f"--resume: {path} is not a checkpoint of this trainer (it lacks {', '.join(sorted(missing))})")
-    return dict(state)
-
-
 def plain(config: LoopConfig) -> dict[str, Any]:
     """The configuration in types that JSON and `torch.load(weights_only=True)` know."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return values
-
-
-def _rng_state() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
-    return {
-        "python": (version, list(internal), gauss),
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-# -- Logs and signals ------------------------------------------------------------------------------------------------
-
-
-def read_records(path: Path, up_to: int | None = None) -> list[dict[str, float]]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if up_to is None or record["step"] <= up_to:
-                records.append(record)
-    return records
-
-
-def _json_line(record: dict[str, Any]) -> str:
-    """JSON knows no infinity, which the norm of a step that a scaler skips may be: null stands for it."""
-    values = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-    return json.dumps(values) + "\n"
 
 
 class _Signals:
@@ -298,7 +213,145 @@ def _own_name(parameter: str) -> str:
     return parameter.removeprefix("_forward_module.")
 
 
-# -- The loop --------------------------------------------------------------------------------------------------------
+@dataclass
+class _Training:
+    """What `fit` was given, and how far it has come."""
+
+    fabric: Fabric
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: EpochBatches
+    config: LoopConfig
+    step: Step
+    before_step: Callable[[int], None] | None
+    after_step: Callable[[int], None] | None
+    done: int = 0  # steps
+    elapsed_s: float = 0.0
+    records: list[dict[str, float]] = field(default_factory=list)
+    has_saved: bool = False
+
+    def __post_init__(self) -> None:
+        self.epoch_steps = steps_per_epoch(self.data, self.config)
+        self.total = self.epoch_steps * self.config.epochs
+        self.warmup = round(self.config.warmup * self.total)
+        self.checkpoint = self.config.output_dir / CHECKPOINT
+        self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)  # of 16-mixed
+
+    def begin(self) -> None:
+        """Come to where the resumed run stood, or see that the folder is free, and write what is known of the run."""
+        config, folder = self.config, self.config.output_dir
+        if config.resume is not None:
+            self._restore(checkpoints.checkpoint_path(config.resume))
+        elif config.overwrite and folder.is_dir():
+            for name in (CHECKPOINT, "summary.json", "curves.png", "retrieval.png", "features.png"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        elif self.checkpoint.exists():
+            raise UserError(
+                f"--output-dir: {folder} already holds a run; --resume {folder} continues it, --overwrite starts over"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output-dir: cannot create {folder}: {error.strerror}") from None
+        lines = "".join(map(json_line, self.records))
+        write_atomically(folder / METRICS, lambda path: path.write_text(lines))
+        write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(plain(config), indent=2)))
+
+    def _restore(self, path: Path) -> None:
+        state = checkpoints.load_checkpoint(path)
+        if self.checkpoint.exists() and self.checkpoint.resolve() != path.resolve():
+            raise UserError(
+                f"--output-dir: {self.config.output_dir} already holds another run than the one in {self.config.resume}"
+            )
+        if (state["total"], state["data"]) != (self.total, self.data.fingerprint):
+            raise UserError("--resume: the data is not what the run was trained on (other pairs, files or workers)")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--resume: the checkpoint does not fit this model ({reason})") from None
+        checkpoints.set_rng_state(state["rng"])
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.done, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.records = read_records(path.with_name(METRICS), up_to=self.done)
+
+    def optimizer_step(self, batches: Iterator[Any]) -> dict[str, float]:
+        """Take the next step, over `accumulate` of the batches; its metrics."""
+        rate = cosine(self.done, self.total, self.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * rate
+        if self.before_step is not None:
+            self.before_step(self.done + 1)
+        metrics: dict[str, float] = {}
+        for _ in range(self.config.accumulate):
+            loss, extra = self.step(self.fabric.to_device(next(batches)))
+            self._check_finite(loss.detach(), extra)
+            self.fabric.backward(loss / self.config.accumulate)
+            for name, value in {"loss": loss.detach(), **extra}.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value) / self.config.accumulate
+        norm = self._clip_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        if self.after_step is not None:
+            self.after_step(self.done)
+        return {**metrics, "lr": self.config.lr * rate, "grad_norm": norm}
+
+    def _check_finite(self, loss: Tensor, extra: dict[str, Any]) -> None:
+        if not bool(torch.isfinite(loss)):
+            others = [name for name, value in extra.items() if not math.isfinite(value)]
+            terms = f"the loss (with {', '.join(others)})" if others else "the loss"
+            raise NonFiniteError(self.done + 1, terms, self._last_good())
+
+    def _clip_gradients(self) -> float:
+        """The norm of the gradients before they are clipped."""
+        limit = self.config.clip or math.inf
+        try:  # a scaler meets infinite gradients on purpose and skips those steps
+            norm = self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=limit, error_if_nonfinite=self.scaler is None
+            )
+        except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be named
+            gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+            bad = (name for name, gradient in gradients if not gradient.isfinite().all())
+            term = f"the gradient of {_own_name(next(bad, 'all parameters together'))}"
+            raise NonFiniteError(self.done + 1, term, self._last_good()) from None
+        assert norm is not None
+        return float(norm)
+
+    def record(self, epoch: int, metrics: dict[str, float], step_s: float) -> dict[str, float]:
+        """Keep and return what is logged of the step that is done, which took `step_s` seconds."""
+        images = self.config.accumulate * self.config.batch_size
+        record = {
+            "step": self.done, "epoch": epoch, **metrics, "images_per_s": images / step_s,
+            "peak_mb": peak_memory_mb(self.fabric.device), "elapsed_s": self.elapsed_s,
+        }  # fmt: skip
+        self.records.append(record)
+        return record
+
+    def save(self) -> None:
+        """Write a checkpoint: one on disk is a good one."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise NonFiniteError(self.done, f"the updated parameter {_own_name(name)}", self._last_good())
+        for name, buffer in self.model.named_buffers():
+            if bool(buffer.isnan().any()):  # an infinity may be meant, as in a mask
+                raise NonFiniteError(self.done, f"the buffer {_own_name(name)}", self._last_good())
+        state = {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.done,
+            "elapsed_s": self.elapsed_s, "total": self.total, "data": self.data.fingerprint,
+            "rng": checkpoints.rng_state(), "scaler": {} if self.scaler is None else self.scaler.state_dict(),
+            "config": plain(self.config),
+        }  # fmt: skip
+        write_atomically(self.checkpoint, lambda path: self.fabric.save(path, state))
+        self.has_saved = True
+
+    def _last_good(self) -> str | None:
+        """The checkpoint that is left when something goes wrong; what lies there before the first may be another's."""
+        is_own = self.has_saved or (self.config.resume is not None and self.checkpoint.exists())
+        return str(self.checkpoint) if is_own else None
 
 
 def fit(
@@ -311,142 +364,27 @@ def fit(
     `step` defaults to calling the model. Raises `NonFiniteError` where the loss or a gradient is not finite and
     `InterruptedRunError` after SIGINT or SIGTERM, both with the path of the checkpoint to continue from.
     """
-    step = step or model
-    console = console or Console()
-    per_epoch = steps_per_epoch(data, config)
-    total = per_epoch * config.epochs
-    warmup = round(config.warmup * total)
-    folder = config.output_dir
-    checkpoint = folder / CHECKPOINT
-    done, elapsed, result = 0, 0.0, Result()
-    scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-mixed
-
-    if config.resume is not None:
-        state = load_checkpoint(checkpoint_path(config.resume))
-        if checkpoint.exists() and checkpoint.resolve() != checkpoint_path(config.resume).resolve():
-            raise UserError(f"--output-dir: {folder} already holds another run than the one in {config.resume}")
-        if (state["total"], state["data"]) != (total, data.fingerprint):
-            raise UserError("--resume: the data is not what the run was trained on (other pairs, files or workers)")
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--resume: the checkpoint does not fit this model ({reason})") from None
-        _set_rng_state(state["rng"])
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        done, elapsed = state["step"], state["elapsed_s"]
-        result.records = read_records(checkpoint_path(config.resume).with_name(METRICS), up_to=done)
-    elif config.overwrite and folder.is_dir():
-        for name in (CHECKPOINT, "summary.json", "curves.png", "retrieval.png", "features.png"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    elif checkpoint.exists():
-        raise UserError(
-            f"--output-dir: {folder} already holds a run; --resume {folder} continues it, --overwrite starts over"
-        )
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir: cannot create {folder}: {error.strerror}") from None
-    lines = "".join(map(_json_line, result.records))
-    write_atomically(folder / METRICS, lambda path: path.write_text(lines))
-    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(plain(config), indent=2)))
-
-    def last_good() -> str | None:
-        return str(checkpoint) if saved or (config.resume and checkpoint.exists()) else None
-
-    def save() -> None:
-        for name, parameter in model.named_parameters():
-            if not bool(parameter.isfinite().all()):  # a checkpoint on disk is a good one
-                raise NonFiniteError(done, f"the updated parameter {_own_name(name)}", last_good())
-        for name, buffer in model.named_buffers():
-            if bool(buffer.isnan().any()):  # an infinity may be meant, as in a mask
-                raise NonFiniteError(done, f"the buffer {_own_name(name)}", last_good())
-        state = {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "elapsed_s": elapsed,
-            "total": total, "data": data.fingerprint,
-            "rng": _rng_state(), "scaler": scaler.state_dict() if scaler is not None else {}, "config": plain(config),
-        }  # fmt: skip
-        write_atomically(checkpoint, lambda path: fabric.save(path, state))
-        saved.append(checkpoint)
-
-    def check_finite(loss: Tensor, extra: dict[str, Any]) -> None:
-        if not bool(torch.isfinite(loss)):
-            others = [name for name, value in extra.items() if not math.isfinite(value)]
-            terms = f"the loss (with {', '.join(others)})" if others else "the loss"
-            raise NonFiniteError(done + 1, terms, last_good())
-
-    saved: list[Path] = []
-    shown = ""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, disable=not console.is_terminal)
-    started = time.perf_counter() - elapsed
+    run = _Training(fabric, model, optimizer, data, config, step or model, before_step, after_step)
+    run.begin()
+    started = time.perf_counter() - run.elapsed_s
     model.train()
-    with _Signals() as signals, progress, SummaryWriter(folder / "tensorboard", purge_step=done + 1) as board, \
-            open(folder / METRICS, "a") as log:  # fmt: skip
-        bar = progress.add_task("", total=total, completed=done)
-        for epoch in range(done // per_epoch, config.epochs):
-            batches = data.batches(epoch, start=(done % per_epoch) * config.accumulate)
-            while done < (epoch + 1) * per_epoch:
+    with _Signals() as signals, open_log(
+        config.output_dir, console or Console(), done=run.done, total=run.total, epochs=config.epochs
+    ) as log:  # fmt: skip
+        for epoch in range(run.done // run.epoch_steps, config.epochs):
+            batches = data.batches(epoch, start=(run.done % run.epoch_steps) * config.accumulate)
+            while run.done < (epoch + 1) * run.epoch_steps:
                 begun = time.perf_counter()
-                factor = cosine(done, total, warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-                if before_step is not None:
-                    before_step(done + 1)
-
-                metrics: dict[str, float] = {}
-                for _ in range(config.accumulate):
-                    batch = fabric.to_device(next(batches))
-                    loss, extra = step(batch)
-                    check_finite(loss.detach(), extra)
-                    fabric.backward(loss / config.accumulate)
-                    for name, value in {"loss": loss.detach(), **extra}.items():
-                        metrics[name] = metrics.get(name, 0.0) + float(value) / config.accumulate
-                limit = config.clip or math.inf
-                try:  # a scaler meets infinite gradients on purpose and skips those steps
-                    norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=scaler is None)
-                except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be named
-                    bad = (n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-                    term = f"the gradient of {_own_name(next(bad, 'all parameters together'))}"
-                    raise NonFiniteError(done + 1, term, last_good()) from None
-                assert norm is not None
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                done += 1
-                if after_step is not None:
-                    after_step(done)
-
+                metrics = run.optimizer_step(batches)
                 now = time.perf_counter()
-                elapsed = now - started
-                if done % config.log_every == 0 or done in (1, total):
-                    record = {
-                        "step": done, "epoch": epoch, **metrics, "lr": config.lr * factor,
-                        "grad_norm": float(norm),
-                        "images_per_s": config.accumulate * config.batch_size / (now - begun),
-                        "peak_mb": peak_memory_mb(fabric.device), "elapsed_s": elapsed,
-                    }  # fmt: skip
-                    result.records.append(record)
-                    log.write(_json_line(record))
-                    log.flush()
-                    for name, value in record.items():
-                        if name not in ("step", "epoch"):
-                            board.add_scalar(name, value, done)
-                    shown = (
-                        f"epoch {epoch + 1}/{config.epochs}  loss {record['loss']:.4f}"
-                        f"  {record['images_per_s']:.0f} images/s  {record['peak_mb']:.0f} MB"
-                    )
-                progress.update(bar, description=shown, completed=done)
-                if not console.is_terminal and done % per_epoch == 0:
-                    left = elapsed / done * (total - done)
-                    console.print(f"step {done}/{total}  {shown}  {left:.0f} s left", highlight=False)
+                run.elapsed_s = now - started
+                is_last = run.done == run.total
+                if run.done % config.log_every == 0 or run.done == 1 or is_last:
+                    log.write(run.record(epoch, metrics, now - begun))
+                log.show(run.done, run.elapsed_s)
                 stop = signals.received  # read once: a signal between here and the raise waits for the next step
-                if done % config.checkpoint_every == 0 or done == total or stop:
-                    save()
-                if stop and done < total:
-                    raise InterruptedRunError(stop.name, 128 + stop, str(checkpoint))
-    result.steps, result.elapsed_s, result.peak_mb = done, elapsed, peak_memory_mb(fabric.device)
-    return result
+                if run.done % config.checkpoint_every == 0 or is_last or stop:
+                    run.save()
+                if stop and not is_last:
+                    raise InterruptedRunError(stop.name, 128 + stop, str(run.checkpoint))
+    return Result(run.records, run.done, run.elapsed_s, peak_memory_mb(fabric.device))

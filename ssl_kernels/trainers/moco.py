@@ -38,10 +38,11 @@ import ssl_kernels.functional as K
 from ssl_kernels import KeyQueue, MoCoV3Loss
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import command, self_supervised
-from ssl_kernels.trainers.data.pairs import Batch
+from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageData
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.probes import spread
+from ssl_kernels.trainers.evaluation.probes import spread
+from ssl_kernels.trainers.ranges import SHARE, Range, at_least, require
 from ssl_kernels.trainers.self_supervised import Encoder, Method, MomentumMethod, SelfSupervisedConfig, mlp
 
 
@@ -66,15 +67,13 @@ class MoCoConfig(SelfSupervisedConfig):
 
     def check(self) -> None:
         super().check()
-        if not 0 <= self.momentum <= 1:
-            raise UserError(f"--momentum: expected a number in [0, 1], got {self.momentum}")
-        for name in ("groups", "queue_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
-        if self.version == 2 and self.batch_size % self.groups:
-            raise UserError(f"--groups: expected a divisor of --batch-size {self.batch_size}, got {self.groups}")
-        if self.version == 2 and self.batch_size // self.groups < 2:
-            raise UserError(f"--groups: {self.groups} leaves one image of {self.batch_size} to a group")
+        require(self, SHARE, "momentum")
+        require(self, at_least(1), "groups", "queue_size")
+        if self.version == 2:
+            size = self.batch_size
+            require(self, Range(f"a divisor of --batch-size {size}", lambda groups: size % groups == 0), "groups")
+            if size // self.groups < 2:
+                raise UserError(f"--groups: {self.groups} leaves one image of {size} to a group")
 
 
 class MoCo(MomentumMethod):
@@ -145,12 +144,9 @@ def make_method(config: MoCoConfig, data: ImageData, steps: int) -> Method:
             Encoder(config, norm=True), predictor,
             temperature=config.temperature, momentum=config.momentum, steps=steps,
         )  # fmt: skip
-    images = len(data.batches) * config.batch_size
-    if not config.batch_size * config.accumulate <= config.queue_size <= images:
-        raise UserError(
-            f"--queue-size: expected at least the {config.batch_size * config.accumulate} keys of a step and at most"
-            f" the {images} images of an epoch, got {config.queue_size}"
-        )
+    step, epoch = config.batch_size * config.accumulate, config.batch_size * len(data.batches)
+    wanted = f"at least the {step} keys of a step and at most the {epoch} images of an epoch"
+    require(config, Range(wanted, lambda size: step <= size <= epoch), "queue_size")
     return MoCo(
         Encoder(config), KeyQueue(config.queue_size, config.dim),
         temperature=config.temperature, groups=config.groups, momentum=config.momentum, steps=steps,

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, init_weight
 from torch import Tensor, nn
 
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.ranges import SHARE, Range, at_least, require
 
 TINY = "tiny-resnet"
 TINY_VIT = "tiny-vit"
@@ -222,9 +223,6 @@ def _first(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# -- Text ------------------------------------------------------------------------------------------------------------
-
-
 class NGramTokenizer:
     """Hash a caption's words, pairs of words, words with their place and character 3- and 4-grams into buckets."""
 
@@ -274,9 +272,6 @@ class BpeTokenizer:
         return {"text": self.tokenizer(list(captions))}
 
 
-# -- Configuration ---------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class TowerConfig:
     """Which image tower meets which text tower."""
@@ -309,13 +304,10 @@ class TowerConfig:
 
     def check_towers(self) -> None:
         """Refuse values that cannot work."""
-        for name, low in (("dim", 1), ("text_layers", 1), ("context_length", 2)):
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
-        if self.text_width < 64 or self.text_width % 64:
-            raise UserError(f"--text-width: expected a multiple of 64, got {self.text_width}")
-        if not 0 <= self.image_lr_factor <= 1:
-            raise UserError(f"--image-lr-factor: expected a number in [0, 1], got {self.image_lr_factor}")
+        require(self, at_least(1), "dim", "text_layers")
+        require(self, at_least(2), "context_length")
+        require(self, Range("a multiple of 64", lambda width: width >= 64 and width % 64 == 0), "text_width")
+        require(self, SHARE, "image_lr_factor")
 
 
 def image_tower(config: TowerConfig, size: int, *, inverted: bool = False) -> ImageTower:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,14 @@ from torch import Tensor, nn
 
 from ssl_kernels.ema import ModelEma
 from ssl_kernels.schedules import cosine_momentum
-from ssl_kernels.trainers import loop, probes, report
+from ssl_kernels.trainers import loop
 from ssl_kernels.trainers.data import openmoji
-from ssl_kernels.trainers.data.pairs import Batch
+from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.evaluation import probes, report
 from ssl_kernels.trainers.models import TINY, ImageTower
+from ssl_kernels.trainers.ranges import POSITIVE, at_least, require
 
 
 @dataclass
@@ -49,13 +50,9 @@ class SelfSupervisedConfig(ImageConfig, loop.LoopConfig):
     def check(self) -> None:
         super().check()
         self.check_data()
-        if self.batch_size < 2:
-            raise UserError(f"--batch-size: expected at least 2 images to tell apart, got {self.batch_size}")
-        for name in ("hidden", "dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"--temperature: expected a finite number > 0, got {self.temperature}")
+        require(self, at_least(2, "images to tell apart"), "batch_size")
+        require(self, at_least(1), "hidden", "dim")
+        require(self, POSITIVE, "temperature")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("WORLD_SIZE: this trainer runs in one process; features are not exchanged between several")
 
@@ -159,15 +156,15 @@ def train(
         console.print("not evaluated: no image is held out; --held-out is a share of each class, rounded")
     if config.data == "openmoji":
         console.print(openmoji.CREDIT)
-    files = [loop.CHECKPOINT, loop.METRICS, "config.json", "tensorboard", "curves.png", "summary.json"]
+    pictures = []
     if draw and draw_features(folder / "features.png", fabric, method.evaluated, initial, data, config):
-        files.append("features.png")
-    console.print("written:", *(str(folder / file) for file in files), highlight=False, soft_wrap=True)
+        pictures.append("features.png")
+    report.print_written(console, folder, *pictures)
 
 
 def evaluate(
     fabric: Fabric, trained: Encoder, initial: Encoder, data: ImageData, config: SelfSupervisedConfig
-) -> list[probes.Figure]:
+) -> list[probes.FeatureFigure]:
     def features(encoder: Encoder) -> probes.Encode:
         encoder.to(trained.mean).eval()
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ssl_kernels import NTXentLoss
 from ssl_kernels.trainers import command, self_supervised
-from ssl_kernels.trainers.data.pairs import Batch
-from ssl_kernels.trainers.probes import spread
+from ssl_kernels.trainers.data.batches import Batch
+from ssl_kernels.trainers.evaluation.probes import spread
 from ssl_kernels.trainers.self_supervised import Encoder, Method, SelfSupervisedConfig
 
 

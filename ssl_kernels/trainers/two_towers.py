@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ssl_kernels import use_backend
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers import evaluate, loop, report
+from ssl_kernels.trainers import loop
 from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.evaluation import image_text, report
 from ssl_kernels.trainers.models import ImageTower, TowerConfig, image_tower, text_tower, tokenizer
 
 
@@ -141,19 +142,19 @@ def train(
     )
 
     folder = config.output_dir
-    figures: list[evaluate.Figure] = []
+    figures: list[image_text.PairFigure] = []
+    pictures: list[str] = []
     credit = openmoji.CREDIT if config.data == "openmoji" else ""
-    files = [loop.CHECKPOINT, loop.METRICS, "config.json", "tensorboard", "curves.png", "summary.json"]
     report.plot_curves(folder / "curves.png", result.records)
     if data.held_out is not None:
-        encoder = evaluate.Encoder(fabric, model, tokenize, config.image_size)
+        embedder = image_text.Embedder(fabric, model, tokenize, config.image_size)
         supervised = config.label_captions > 0
-        figures, similarity = evaluate.report_card(encoder, data.train, data.held_out, supervised)
+        figures, similarity = image_text.report_card(embedder, data.train, data.held_out, supervised)
         report.plot_retrieval(folder / "retrieval.png", data.held_out, similarity, config.image_size, credit)
-        files.append("retrieval.png")
+        pictures.append("retrieval.png")
     total_s = time.perf_counter() - begun
     report.write_summary(folder / "summary.json", result, figures, total_s)
-    report.closing_table(console, f"{name} on {config.data}, {config.evaluate_on} pairs", result, figures, total_s)
+    image_text.print_table(console, f"{name} on {config.data}, {config.evaluate_on} pairs", result, figures, total_s)
     if credit:
         console.print(credit)
-    console.print("written:", *(str(folder / name) for name in files), highlight=False, soft_wrap=True)
+    report.print_written(console, folder, *pictures)

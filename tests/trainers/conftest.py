@@ -178,7 +178,7 @@ def signal_held(process: subprocess.Popen[str], gate: Path, number: signal.Signa
 
 def logged(folder: Path) -> list[dict[str, float]]:
     """The log of a run without what depends on the clock."""
-    from ssl_kernels.trainers.loop import TIMED
+    from ssl_kernels.trainers.log import TIMED
 
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]

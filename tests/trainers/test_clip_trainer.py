@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ssl_kernels import ClipLoss
-from ssl_kernels.trainers import clip, loop, siglip
+from ssl_kernels.trainers import clip, siglip
+from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.clip import Clip, ClipConfig
 from ssl_kernels.trainers.data.pairs import make_batch
 from ssl_kernels.trainers.errors import UserError
@@ -42,7 +43,7 @@ def train(settings: ClipConfig | SigLipConfig, trainer: ModuleType = clip) -> st
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = loop.load_checkpoint(folder / "last.pt")["model"]
+    state: dict[str, Tensor] = load_checkpoint(folder / "last.pt")["model"]
     return state
 
 
@@ -205,11 +206,11 @@ def test_an_interrupted_run_resumes_bit_exactly(
         patch.setattr(Clip, "after_step", interrupted)
         assert clip.main([*small, "--output-dir", str(stopped)], prog="ssl-kernels train clip") == 128 + signal.SIGINT
     assert f"continue with: ssl-kernels train clip --resume {stopped}" in capsys.readouterr().err
-    assert loop.load_checkpoint(stopped / "last.pt")["step"] == 7
+    assert load_checkpoint(stopped / "last.pt")["step"] == 7
     assert clip.main(["--resume", str(stopped)]) == 0
 
     assert logged(stopped) == logged(alone)
-    a, b = (loop.load_checkpoint(folder / "last.pt") for folder in (stopped, alone))
+    a, b = (load_checkpoint(folder / "last.pt") for folder in (stopped, alone))
     for part in ("step", "model", "optimizer", "rng", "config"):
         assert same_state(a[part], b[part]), part
 

@@ -15,7 +15,8 @@ from conftest import drawing, png, rows, write_shard
 from PIL import Image
 
 from ssl_kernels.trainers.data import DataConfig, files, load, shards
-from ssl_kernels.trainers.data.pairs import Batch, Batches, Fingerprints, Pairs, jitter, link, make_batch
+from ssl_kernels.trainers.data.batches import Batch
+from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs, jitter, link, make_batch
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.models import NGramTokenizer
 
@@ -28,7 +29,7 @@ def same(a: Batch, b: Batch) -> bool:
     return ids and texts and torch.equal(a["images"], b["images"])
 
 
-def read(path: Path) -> Pairs:
+def read(path: Path) -> ImageTextPairs:
     return files.read_table(path, "image", "caption")
 
 
@@ -59,7 +60,7 @@ def test_images_are_decoded_resized_and_cropped_around_the_centre(tmp_path: Path
     wide = Image.new("RGB", (60, 20), "black")
     wide.paste((200, 100, 50), (20, 0, 40, 20))
     wide.convert("P").save(tmp_path / "wide.png")  # any mode of PNG
-    image = Pairs([tmp_path / "wide.png"], ["x"]).load([0], 10)
+    image = ImageTextPairs([tmp_path / "wide.png"], ["x"]).load([0], 10)
     assert image.shape == (1, 3, 10, 10)
     assert image.dtype == torch.uint8
     assert torch.allclose(image[0, :, 5, 5].float(), torch.tensor([200.0, 100, 50]), atol=8)
@@ -100,11 +101,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str, content: b
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(png(drawing("red", "dot", 0))[:60])
     with pytest.raises(UserError, match=r"cannot read the image .*broken\.png"):
-        Pairs([tmp_path / "broken.png"], ["x"]).load([0], 8)
+        ImageTextPairs([tmp_path / "broken.png"], ["x"]).load([0], 8)
 
 
 @pytest.fixture
-def tangled(tmp_path: Path) -> Pairs:
+def tangled(tmp_path: Path) -> ImageTextPairs:
     """120 rows over 40 distinct images: copies under other names, several captions an image, shared captions."""
     generator = np.random.default_rng(0)
     images, captions = [], []
@@ -114,16 +115,16 @@ def tangled(tmp_path: Path) -> Pairs:
         drawing(colour, shape, shade).save(path)
         images.append(path if i % 3 else tmp_path / "." / f"{i}.png")
         captions.append(f"{colour} {shape} {shade} {'again' if generator.random() < 0.5 else 'once'}")
-    return Pairs(images, captions)
+    return ImageTextPairs(images, captions)
 
 
-def contents(pairs: Pairs) -> set[bytes]:
+def contents(pairs: ImageTextPairs) -> set[bytes]:
     assert isinstance(pairs.images, list)
     return {path.read_bytes() for path in pairs.images}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_held_out_image_or_caption_of_a_table_is_trained_on(tangled: Pairs, seed: int) -> None:
+def test_no_held_out_image_or_caption_of_a_table_is_trained_on(tangled: ImageTextPairs, seed: int) -> None:
     train, held_out = files.split(tangled, 0.2, seed)
     assert 4 <= len(held_out) <= 8
     assert not set(train.captions) & set(held_out.captions)
@@ -133,7 +134,7 @@ def test_no_held_out_image_or_caption_of_a_table_is_trained_on(tangled: Pairs, s
     assert not set(files.split(backwards, 0.2, seed)[0].captions) & set(files.split(backwards, 0.2, seed)[1].captions)
 
 
-def test_training_pairs_that_match_given_held_out_pairs_are_dropped(tangled: Pairs) -> None:
+def test_training_pairs_that_match_given_held_out_pairs_are_dropped(tangled: ImageTextPairs) -> None:
     held_out = tangled.select(range(12))
     train = files.without(tangled, files.fingerprints(held_out))
     assert 0 < len(train) < 108
@@ -147,17 +148,21 @@ def test_training_pairs_that_match_given_held_out_pairs_are_dropped(tangled: Pai
 # -- Batches ---------------------------------------------------------------------------------------------------------
 
 
-def batches(pairs: Pairs, **options: object) -> Batches:
+def batches(pairs: ImageTextPairs, **options: object) -> Batches:
     return Batches(pairs, TOKENIZE, **{"size": 16, "batch_size": 10, "seed": 0, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=["files", "memory"])
-def some(request: pytest.FixtureRequest, table: Path) -> Pairs:
+def some(request: pytest.FixtureRequest, table: Path) -> ImageTextPairs:
     pairs = read(table)
-    return pairs if request.param == "files" else Pairs(pairs.load(range(96), 24), pairs.captions, pairs.categories)
+    return (
+        pairs
+        if request.param == "files"
+        else ImageTextPairs(pairs.load(range(96), 24), pairs.captions, pairs.categories)
+    )
 
 
-def test_an_epoch_visits_every_pair_at_most_once_in_a_new_order(some: Pairs) -> None:
+def test_an_epoch_visits_every_pair_at_most_once_in_a_new_order(some: ImageTextPairs) -> None:
     data = batches(some)
     epochs = [np.concatenate([data.indices(epoch, number) for number in range(len(data))]) for epoch in (0, 1)]
     assert len(data) == 9
@@ -166,7 +171,7 @@ def test_an_epoch_visits_every_pair_at_most_once_in_a_new_order(some: Pairs) -> 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_is_a_function_of_seed_epoch_and_number(some: Pairs, workers: int) -> None:
+def test_a_batch_is_a_function_of_seed_epoch_and_number(some: ImageTextPairs, workers: int) -> None:
     whole = list(batches(some, label_captions=0.3).batches(1))
     torch.rand(7), np.random.default_rng().random()
     state = torch.get_rng_state()
@@ -179,11 +184,11 @@ def test_a_batch_is_a_function_of_seed_epoch_and_number(some: Pairs, workers: in
     assert not same(whole[0], next(batches(some, label_captions=0.3, seed=1).batches(1)))
 
 
-def test_augmentation_changes_the_images_and_nothing_else(some: Pairs) -> None:
+def test_augmentation_changes_the_images_and_nothing_else(some: ImageTextPairs) -> None:
     plain, augmented = (next(batches(some, augment=flag).batches(0)) for flag in (False, True))
     assert not torch.equal(plain["images"], augmented["images"])
     assert torch.equal(plain["text"]["tokens"], augmented["text"]["tokens"])
-    order = batches(some).indices(0, 0).tolist()
+    order = batches(some).indices(0, 0)
     assert torch.equal(plain["images"], some.load(order, 16))
 
 
@@ -200,7 +205,7 @@ def test_jitter_keeps_the_ground_white_and_the_drawing_near() -> None:
     assert len({picture.numpy().tobytes() for picture in moved}) == 64
 
 
-def test_category_words_join_captions_as_often_as_asked(some: Pairs) -> None:
+def test_category_words_join_captions_as_often_as_asked(some: ImageTextPairs) -> None:
     words: list[str] = []
 
     def spy(captions: list[str]) -> dict[str, torch.Tensor]:
@@ -293,7 +298,7 @@ def test_held_out_samples_of_shards_are_not_trained_on(tmp_path: Path, shards: s
     assert sorted(seen) == sorted(f"{c} {s} number {n}" for c, s, n in pairs[10:])
 
 
-def files_or_shards(path: Path) -> tuple[Pairs, Fingerprints]:
+def files_or_shards(path: Path) -> tuple[ImageTextPairs, Fingerprints]:
     return shards.read_all(str(path), 16)
 
 

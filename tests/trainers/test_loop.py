@@ -15,7 +15,8 @@ import torch
 from conftest import logged, same_state
 from torch import Tensor, nn
 
-from ssl_kernels.trainers import loop
+from ssl_kernels.trainers import checkpoints, loop
+from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, UserError
 from ssl_kernels.trainers.loop import LoopConfig, Result, cosine, fit, make_fabric
 
@@ -193,7 +194,7 @@ def test_a_resumed_run_is_bit_exact(tmp_path: Path, stop_at: int) -> None:
         run(config(tmp_path / "parts"), fresh(), after_step=interrupt)
     assert stop.value.exit_code == 128 + signal.SIGTERM
     assert stop.value.checkpoint == str(tmp_path / "parts" / "last.pt")
-    assert loop.load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_at
+    assert load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_at
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler must be gone"
 
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as log:  # what a kill after the checkpoint leaves behind
@@ -202,7 +203,7 @@ def test_a_resumed_run_is_bit_exact(tmp_path: Path, stop_at: int) -> None:
     run(config(tmp_path / "parts", resume=tmp_path / "parts"), Linear(dropout=0.3), data)
     assert data.served[0] == divmod(stop_at, 6)
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
-    states = [loop.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts")]
+    states = [load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts")]
     assert same_state(states[0], states[1])
 
 
@@ -217,17 +218,17 @@ def test_all_random_generators_are_restored(tmp_path: Path) -> None:
 
     # The second of a pair of normal draws waits inside the generators.
     random.gauss(0, 1), np.random.randn(1)  # noqa: NPY002
-    state = loop._rng_state()
+    state = checkpoints.rng_state()
     torch.save(state, tmp_path / "rng.pt")
     first = draw()
     draw()
-    loop._set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    checkpoints.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert draw() == first
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    loop.write_atomically(path, lambda temporary: temporary.write_text("old"))
+    checkpoints.write_atomically(path, lambda temporary: temporary.write_text("old"))
 
     def fail(temporary: Path) -> None:
         temporary.write_text("half of the new")
@@ -235,7 +236,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        loop.write_atomically(path, fail)
+        checkpoints.write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -261,8 +262,8 @@ def test_a_nonfinite_term_stops_the_run(tmp_path: Path, term: str, after: int) -
     if after:
         assert error.value.checkpoint == str(tmp_path / "last.pt")
         assert error.value.checkpoint in str(error.value)
-        assert loop.load_checkpoint(tmp_path / "last.pt")["step"] == 8
-        assert all(value.isfinite().all() for value in loop.load_checkpoint(tmp_path / "last.pt")["model"].values())
+        assert load_checkpoint(tmp_path / "last.pt")["step"] == 8
+        assert all(value.isfinite().all() for value in load_checkpoint(tmp_path / "last.pt")["model"].values())
     else:
         assert error.value.checkpoint is None
         assert not (tmp_path / "last.pt").exists()
@@ -303,7 +304,7 @@ def test_statistics_that_went_bad_are_not_checkpointed(tmp_path: Path) -> None:
 
     with pytest.raises(NonFiniteError, match=r"the buffer center is not finite; the last good checkpoint is .*last.pt"):
         run(config(tmp_path, checkpoint_every=3), model, after_step=spoil)
-    assert loop.load_checkpoint(tmp_path / "last.pt")["step"] == 3
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
 
 
 def test_weights_that_overflow_are_not_checkpointed(tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_weights_that_overflow_are_not_checkpointed(tmp_path: Path) -> None:
         NonFiniteError, match=r"updated parameter layer.bias is not finite; the last good checkpoint is .*last.pt"
     ):
         run(config(tmp_path, checkpoint_every=3), model, after_step=spoil)
-    assert loop.load_checkpoint(tmp_path / "last.pt")["step"] == 3
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -335,7 +336,7 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
         run(config(tmp_path))
     assert (tmp_path / "last.pt").read_bytes() == before
     result = run(config(tmp_path, overwrite=True, epochs=1))
-    assert result.steps == loop.load_checkpoint(tmp_path / "last.pt")["step"] == len(logged(tmp_path)) == 6
+    assert result.steps == load_checkpoint(tmp_path / "last.pt")["step"] == len(logged(tmp_path)) == 6
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "half", {"model": {}}])
@@ -349,7 +350,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, content: object) -> Non
     else:
         torch.save(content, path)
     with pytest.raises(UserError, match=r"--resume: .*last\.pt is not a") as error:
-        loop.load_checkpoint(path)
+        load_checkpoint(path)
     assert "\n" not in str(error.value)
 
 

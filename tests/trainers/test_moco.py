@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ssl_kernels import KeyQueue
 from ssl_kernels.trainers import moco
-from ssl_kernels.trainers.loop import load_checkpoint
+from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.moco import MoCo, MoCoConfig, MoCoV3
 from ssl_kernels.trainers.self_supervised import Encoder, mlp
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from ssl_kernels.trainers.data import openmoji
+from ssl_kernels.trainers.data.images import resize
 from ssl_kernels.trainers.data.openmoji import COMBINATIONS, NOVEL, parts
-from ssl_kernels.trainers.data.pairs import Pairs, resize
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
 
 SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def pairs() -> Pairs:
+def pairs() -> ImageTextPairs:
     return openmoji.load(SIZE * 3 // 2, SIZE)
 
 
@@ -44,7 +45,7 @@ def test_parts_of_a_name(caption: str, expected: tuple[str, ...]) -> None:
     assert parts(caption) == expected
 
 
-def test_every_gendered_noun_is_a_name_of_the_data(pairs: Pairs) -> None:
+def test_every_gendered_noun_is_a_name_of_the_data(pairs: ImageTextPairs) -> None:
     """A synonym for a name that is not there would merge nothing and look as if it did."""
     names = {openmoji._TONE.sub("", caption).strip() for caption in pairs.captions}
     assert openmoji._GENDERED_NOUNS.keys() <= names
@@ -82,7 +83,7 @@ def test_sequences_are_drawn_as_one_glyph() -> None:
     assert brightness == sorted(brightness, reverse=True)
 
 
-def test_pixel_twins_and_repeated_captions_are_dropped(pairs: Pairs) -> None:
+def test_pixel_twins_and_repeated_captions_are_dropped(pairs: ImageTextPairs) -> None:
     assert isinstance(pairs.images, torch.Tensor)
     seen = [image.numpy().tobytes() for image in resize(pairs.images, SIZE)]
     assert len(set(seen)) == len(seen) == len(pairs)
@@ -90,7 +91,7 @@ def test_pixel_twins_and_repeated_captions_are_dropped(pairs: Pairs) -> None:
     assert len({"Norway", "Svalbard & Jan Mayen"} & set(pairs.captions)) == 1
 
 
-def test_categories_cover_the_nine_groups(pairs: Pairs) -> None:
+def test_categories_cover_the_nine_groups(pairs: ImageTextPairs) -> None:
     assert pairs.categories is not None
     count = Counter(pairs.categories)
     assert len(count.keys() - {""}) == 9
@@ -102,7 +103,7 @@ def test_categories_cover_the_nine_groups(pairs: Pairs) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_nothing_held_out_is_trained_on(pairs: Pairs, seed: int) -> None:
+def test_nothing_held_out_is_trained_on(pairs: ImageTextPairs, seed: int) -> None:
     train, held_out = openmoji.hold_out(pairs, seed)
     assert len(train) + len(held_out) == len(pairs)
     assert 0.09 * len(pairs) < len(held_out) < 0.11 * len(pairs)
@@ -125,7 +126,7 @@ def test_nothing_held_out_is_trained_on(pairs: Pairs, seed: int) -> None:
     assert max(Counter(every[0] for every in novel).values()) <= len(pairs) * 0.04 / 5
 
 
-def test_split_depends_on_names_and_seed_alone(pairs: Pairs) -> None:
+def test_split_depends_on_names_and_seed_alone(pairs: ImageTextPairs) -> None:
     subsets = dict(zip(pairs.captions, openmoji.split(pairs.captions, 0), strict=True))
     backwards = pairs.captions[::-1]
     assert dict(zip(backwards, openmoji.split(backwards, 0), strict=True)) == subsets
@@ -143,7 +144,7 @@ def test_split_is_the_recorded_one() -> None:
     assert hashlib.sha256("\n".join(held_out).encode()).hexdigest()[:16] == "170e6b0795bbd211"
 
 
-def test_validation_split_is_carved_out_of_the_training_pairs(pairs: Pairs) -> None:
+def test_validation_split_is_carved_out_of_the_training_pairs(pairs: ImageTextPairs) -> None:
     train, held_out = openmoji.hold_out(pairs, 0)
     inner, validation = openmoji.hold_out(train, 1)
     assert not set(validation.captions) & (set(held_out.captions) | set(inner.captions))

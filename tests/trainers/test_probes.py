@@ -14,8 +14,8 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ssl_kernels.trainers import probes
 from ssl_kernels.trainers.data.views import DrawingView, Images
+from ssl_kernels.trainers.evaluation import probes
 from ssl_kernels.trainers.loop import Result
 
 VIEW = DrawingView(degrees=10, scale=1.1, shift=0.05, shear=0.05)
@@ -129,7 +129,7 @@ def ignore(images: Tensor) -> Tensor:
 
 
 def test_labelled_images_are_classified() -> None:
-    def card(seed: int) -> list[probes.Figure]:
+    def card(seed: int) -> list[probes.FeatureFigure]:
         return probes.report_card(know, ignore, stripes(120, 0), stripes(60, 1), VIEW, 16, seed)
 
     figures = card(0)
@@ -148,7 +148,7 @@ def test_labelled_images_are_classified() -> None:
 def test_a_gallery_with_distorted_copies_helps_raw_pixels_with_distorted_queries() -> None:
     strong = DrawingView(degrees=40, scale=1.3, shift=0.15, shear=0.3)
 
-    def distorted(seed: int) -> probes.Figure:
+    def distorted(seed: int) -> probes.FeatureFigure:
         card = probes.report_card(know, ignore, stripes(120, 0), stripes(100, 1), strong, 16, seed)
         return next(figure for figure in card if figure.name.startswith("distorted"))
 
@@ -177,7 +177,7 @@ def test_the_table_has_every_figure_beside_its_baselines() -> None:
     console = Console(width=150, record=True, quiet=False)
     first = {"step": 1, "loss": 4.5, "embedding_std": 0.25, "embedding_rank": 3.0}
     last = {"step": 9, "loss": 1.25, "embedding_std": 0.875, "embedding_rank": 40.0}
-    figure = probes.Figure("clean query, 5-NN", 0.911, 0.822, 0.733, 0.744, 0.155, "a note")
+    figure = probes.FeatureFigure("clean query, 5-NN", 0.911, 0.822, 0.733, 0.744, 0.155, "a note")
     probes.print_table(console, "MoCo on mnist, seed 7", Result([first, last], 9, 3.0, 100.0), [figure], 5.0)
     text = console.export_text()
     for phrase in ("seed 7", "0.911", "0.822", "0.733", "0.744", "0.155", "a note", "1.250", "4.500", "0.875", "40",

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ssl_kernels.trainers import report
-from ssl_kernels.trainers.data.pairs import Pairs
-from ssl_kernels.trainers.evaluate import Figure
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
+from ssl_kernels.trainers.evaluation import image_text, report
+from ssl_kernels.trainers.evaluation.image_text import PairFigure
 from ssl_kernels.trainers.loop import Result
 
 RECORDS = [
@@ -23,15 +23,15 @@ RECORDS = [
 ]
 RESULT = Result(records=RECORDS, steps=2, elapsed_s=61.4, peak_mb=512.3)
 FIGURES = [
-    Figure("text->image R@1", 0.5934, 0.448, 0.0025, note="all 393 held-out pairs"),
-    Figure("zero-shot skin tone of five", 0.81, 0.25, 0.2, 0.235, "226 images"),
-    Figure("without a baseline", 0.75, None, 0.5),
+    PairFigure("text->image R@1", 0.5934, 0.448, 0.0025, note="all 393 held-out pairs"),
+    PairFigure("zero-shot skin tone of five", 0.81, 0.25, 0.2, 0.235, "226 images"),
+    PairFigure("without a baseline", 0.75, None, 0.5),
 ]
 
 
-def printed(result: Result, figures: list[Figure]) -> list[list[str]]:
+def printed(result: Result, figures: list[PairFigure]) -> list[list[str]]:
     out = io.StringIO()
-    report.closing_table(Console(file=out, width=130), "A title", result, figures, 75.6)
+    image_text.print_table(Console(file=out, width=130), "A title", result, figures, 75.6)
     lines = out.getvalue().splitlines()
     assert lines[0].strip() == "A title"
     return [
@@ -75,7 +75,7 @@ def pixels(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("right", [True, False])
 def test_the_right_image_is_framed_in_green(tmp_path: Path, right: bool) -> None:
     images = torch.full((8, 3, 16, 16), 200, dtype=torch.uint8)
-    pairs = Pairs(images, [f"caption {i}" for i in range(8)], subsets=["novel concepts"] * 8)
+    pairs = ImageTextPairs(images, [f"caption {i}" for i in range(8)], subsets=["novel concepts"] * 8)
     similarity = torch.eye(8) if right else -torch.eye(8)
     report.plot_retrieval(tmp_path / "retrieval.png", pairs, similarity, 16)
     picture = pixels(tmp_path / "retrieval.png")

@@ -10,7 +10,7 @@ import torch
 from conftest import logged, same_state, signal_held, start
 
 from ssl_kernels.trainers import siglip
-from ssl_kernels.trainers.loop import load_checkpoint
+from ssl_kernels.trainers.checkpoints import load_checkpoint
 
 STEPS = 30
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ssl_kernels import SigLipLoss
-from ssl_kernels.trainers import loop, siglip, two_towers
+from ssl_kernels.trainers import siglip, two_towers
+from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data.pairs import make_batch
 from ssl_kernels.trainers.models import ImageTower, NGramTokenizer, NGramTower
 from ssl_kernels.trainers.siglip import SigLip, SigLipConfig
@@ -38,7 +39,7 @@ def train(settings: SigLipConfig) -> str:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = loop.load_checkpoint(folder / "last.pt")["model"]
+    state: dict[str, Tensor] = load_checkpoint(folder / "last.pt")["model"]
     return state
 
 

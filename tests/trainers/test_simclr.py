@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import logged, patchworks, same_state
 
 from ssl_kernels.trainers import simclr
-from ssl_kernels.trainers.loop import load_checkpoint
+from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.self_supervised import Encoder
 from ssl_kernels.trainers.simclr import SimCLR, SimClrConfig
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from ssl_kernels.trainers.data import files, openmoji, shards
-from ssl_kernels.trainers.data.pairs import Batch, Batches, Fingerprints, Pairs, Tokenize
+from ssl_kernels.trainers.data.batches import Batch
+from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs, Tokenize
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.ranges import SHARE, at_least, require
 
-__all__ = ["Batch", "Batches", "Data", "DataConfig", "Pairs", "load"]
+__all__ = ["Batch", "Batches", "Data", "DataConfig", "ImageTextPairs", "load"]
 
 
 @dataclass
@@ -45,12 +47,9 @@ class DataConfig:
 
     def check_data(self) -> None:
         """Refuse values that cannot work."""
-        for name in ("label_captions", "held_out"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')}: expected a number in [0, 1], got {getattr(self, name)}")
-        for name, low in (("image_size", 8), ("split_seed", 0), ("epoch_pairs", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
+        require(self, SHARE, "label_captions", "held_out")
+        require(self, at_least(8), "image_size")
+        require(self, at_least(0), "split_seed", "epoch_pairs")
         if self.evaluate_on == "validation" and _is_shards(self.data):
             raise UserError("--evaluate-on validation: shards are not split; give --held-out-data")
 
@@ -60,8 +59,8 @@ class Data:
     """Batches to train on, the pairs they come from (None for shards) and the pairs held out (None without any)."""
 
     batches: Batches | shards.ShardBatches
-    train: Pairs | None
-    held_out: Pairs | None
+    train: ImageTextPairs | None
+    held_out: ImageTextPairs | None
 
 
 def load(config: DataConfig, tokenize: Tokenize, *, batch_size: int, seed: int, workers: int) -> Data:
@@ -112,7 +111,7 @@ def _table(name: str, flag: str) -> Path:
     return path
 
 
-def _read_held_out(config: DataConfig) -> tuple[Pairs | None, Fingerprints]:
+def _read_held_out(config: DataConfig) -> tuple[ImageTextPairs | None, Fingerprints]:
     if not config.held_out_data:
         return None, Fingerprints()
     if _is_shards(config.held_out_data):

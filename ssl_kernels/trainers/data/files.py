@@ -10,14 +10,14 @@ from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ssl_kernels.trainers.data.pairs import Fingerprints, Pairs, link
+from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, link
 from ssl_kernels.trainers.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 MOST_HELD_OUT = 5_000  # evaluation compares every held-out image with every held-out caption
 
 
-def read_table(path: Path, image_column: str, caption_column: str, flag: str = "--data") -> Pairs:
+def read_table(path: Path, image_column: str, caption_column: str, flag: str = "--data") -> ImageTextPairs:
     """The pairs of a table; image paths are relative to it. A column `category`, if there, labels them."""
     if not path.is_file():
         raise UserError(f"{flag}: no such file: {path}")
@@ -41,7 +41,7 @@ def read_table(path: Path, image_column: str, caption_column: str, flag: str = "
         categories.append(str(row.get("category") or "").strip())
     if not images:
         raise UserError(f"{flag}: {path} holds no pairs")
-    return Pairs(images, captions, categories if any(categories) else None)
+    return ImageTextPairs(images, captions, categories if any(categories) else None)
 
 
 def _rows(path: Path, flag: str) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -70,12 +70,12 @@ def _rows(path: Path, flag: str) -> Iterable[tuple[int, dict[str, Any]]]:
         raise UserError(f"{flag}: cannot read {path}: {error}") from None
 
 
-def groups(pairs: Pairs) -> list[int]:
+def groups(pairs: ImageTextPairs) -> list[int]:
     """A number for every pair, the same for two pairs that share a caption or an image (path or file content)."""
     return link(pairs.captions, _contents(pairs))
 
 
-def _contents(pairs: Pairs) -> list[Hashable]:
+def _contents(pairs: ImageTextPairs) -> list[Hashable]:
     """Something equal for equal image files. Only files of one size can be equal, so few are read."""
     paths = [path.resolve() for path in _paths(pairs)]
     by_size: dict[int, set[Path]] = defaultdict(set)
@@ -87,7 +87,7 @@ def _contents(pairs: Pairs) -> list[Hashable]:
     return [digests.get(path, path) for path in paths]
 
 
-def split(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
+def split(pairs: ImageTextPairs, share: float, seed: int) -> tuple[ImageTextPairs, ImageTextPairs]:
     """Hold out a share of the pairs' groups, so that no held-out image or caption occurs in training.
 
     Groups are drawn by a hash of their first caption and the seed. One pair of each held-out group is kept: a gallery
@@ -105,7 +105,7 @@ def split(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
     return pairs.select(sorted(train)), pairs.select(sorted(members[group][0] for group in chosen))
 
 
-def one_per_group(pairs: Pairs) -> Pairs:
+def one_per_group(pairs: ImageTextPairs) -> ImageTextPairs:
     """The first pair of each group, for a gallery in which an answer is right or wrong."""
     first: dict[int, int] = {}
     for index, group in enumerate(groups(pairs)):
@@ -113,7 +113,7 @@ def one_per_group(pairs: Pairs) -> Pairs:
     return pairs.select(sorted(first.values()))
 
 
-def fingerprints(pairs: Pairs) -> Fingerprints:
+def fingerprints(pairs: ImageTextPairs) -> Fingerprints:
     """What marks the pairs of a held-out table."""
     marks = Fingerprints()
     for caption, image in zip(pairs.captions, _paths(pairs), strict=True):
@@ -121,12 +121,12 @@ def fingerprints(pairs: Pairs) -> Fingerprints:
     return marks
 
 
-def without(pairs: Pairs, held_out: Fingerprints) -> Pairs:
+def without(pairs: ImageTextPairs, held_out: Fingerprints) -> ImageTextPairs:
     """The pairs that share neither a caption nor an image with the held-out ones."""
     paths = _paths(pairs)
     return pairs.select([i for i, path in enumerate(paths) if not held_out.match(pairs.captions[i], path)])
 
 
-def _paths(pairs: Pairs) -> list[Path]:
+def _paths(pairs: ImageTextPairs) -> list[Path]:
     assert isinstance(pairs.images, list)
     return pairs.images

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ssl_kernels.trainers.data.pairs import Pairs, resize
+from ssl_kernels.trainers.data.images import resize
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
 
 CREDIT = "Emoji by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -135,7 +136,7 @@ def _one_glyph_font(path: Path) -> tuple[io.BytesIO, dict[str, str]]:
     }
 
 
-def load(size: int, seen_size: int) -> Pairs:
+def load(size: int, seen_size: int) -> ImageTextPairs:
     """Every captioned emoji as a pair at `size` pixels, with its Unicode category ("" if unknown).
 
     Of emoji that look the same at `seen_size`, the size the model sees (Norway and Svalbard), only the first is kept:
@@ -160,10 +161,10 @@ def load(size: int, seen_size: int) -> Pairs:
             kept.append(index)
         for key in keys:
             seen.setdefault(key, index)
-    return Pairs(images, captions, categories).select(kept)
+    return ImageTextPairs(images, captions, categories).select(kept)
 
 
-def hold_out(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
+def hold_out(pairs: ImageTextPairs, seed: int) -> tuple[ImageTextPairs, ImageTextPairs]:
     """The pairs to train on, and the held-out ones with the names of their subsets."""
     subsets = split(pairs.captions, seed)
     train = pairs.select([i for i, subset in enumerate(subsets) if subset == "train"])

@@ -1,16 +1,9 @@
-"""Image-text pairs in memory or on disk, and the batches made of them.
-
-A batch is a pure function of (seed, epoch, number of the batch): order, augmentation and caption choice are drawn
-from a generator seeded with these three alone. That is what lets a run continue bit-exactly in mid-epoch, with any
-number of loader workers.
-"""
+"""Image-text pairs in memory or on disk, and the batches made of them."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
-from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
+from ssl_kernels.trainers.data.images import load_images, open_image, random_crop
 
-Batch = dict[str, Any]  # images [B, 3, H, W] uint8, text (the tokenizer's tensors), ids [B] or None
 Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
 
 # Prompts of zero-shot classification.
@@ -36,7 +26,7 @@ _ROTATION_DEGREES, _SCALE, _SHIFT = 8.0, 0.12, 0.12
 
 
 @dataclass
-class Pairs:
+class ImageTextPairs:
     """Images with one caption each; `categories` ("" where unknown) and the held-out `subsets` are optional."""
 
     images: Tensor | list[Path]  # uint8 [N, 3, H, W], or files
@@ -47,39 +37,16 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def select(self, indices: Sequence[int]) -> Pairs:
+    def select(self, indices: Sequence[int]) -> ImageTextPairs:
         def pick(values: list[Any] | None) -> Any:
             return None if values is None else [values[i] for i in indices]
 
         images = self.images[list(indices)] if isinstance(self.images, Tensor) else pick(self.images)
-        return Pairs(images, pick(self.captions), pick(self.categories), pick(self.subsets))
+        return ImageTextPairs(images, pick(self.captions), pick(self.categories), pick(self.subsets))
 
     def load(self, indices: Sequence[int], size: int) -> Tensor:
         """The images as evaluation sees them: uint8 [n, 3, size, size], resized and cropped around the centre."""
-        if isinstance(self.images, Tensor):
-            return resize(self.images[list(indices)], size)
-        return torch.stack([centre_crop(open_image(self.images[i]), size) for i in indices])
-
-
-def open_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--data: cannot read the image {path}: {error}") from None
-
-
-def centre_crop(image: Image.Image, size: int) -> Tensor:
-    """uint8 [3, size, size]: the shorter side resized, the middle kept."""
-    cropped: Tensor = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])(image)
-    return cropped
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 images [N, 3, H, W] at another size."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images.float(), size=(size, size), mode="area").round().to(torch.uint8)
+        return load_images(self.images, indices, size)
 
 
 def jitter(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
@@ -95,8 +62,8 @@ def jitter(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
     return (255.0 - F.grid_sample(inverted, grid, align_corners=False)).round().to(torch.uint8)
 
 
-class Batches(Dataset[Batch]):
-    """Batches of pairs; an item is the batch `number` of the epoch `epoch`.
+class Batches(ShuffledBatches):
+    """Batches of pairs: images [B, 3, H, W] uint8, text (the tokenizer's tensors), ids [B] or None.
 
     With probability `label_captions` the words of a pair's category are added to its caption: that is label
     supervision, and reports must say so. In the first such pair of each category in a batch they replace it, in one of
@@ -104,15 +71,12 @@ class Batches(Dataset[Batch]):
     """
 
     def __init__(
-        self, pairs: Pairs, tokenize: Tokenize, *, size: int, batch_size: int, seed: int,
+        self, pairs: ImageTextPairs, tokenize: Tokenize, *, size: int, batch_size: int, seed: int,
         augment: bool = True, label_captions: float = 0.0, workers: int = 0,
     ) -> None:  # fmt: skip
-        self.pairs, self.tokenize, self.size, self.batch_size, self.seed = pairs, tokenize, size, batch_size, seed
-        self.augment, self.label_captions, self.workers = augment, label_captions, workers
-        self._order: tuple[int, np.ndarray] | None = None  # of the epoch that is being read
-
-    def __len__(self) -> int:
-        return len(self.pairs) // self.batch_size
+        super().__init__(len(pairs), batch_size=batch_size, seed=seed, workers=workers)
+        self.pairs, self.tokenize, self.size = pairs, tokenize, size
+        self.augment, self.label_captions = augment, label_captions
 
     @property
     def fingerprint(self) -> str:
@@ -120,15 +84,7 @@ class Batches(Dataset[Batch]):
         names = [str(path) for path in self.pairs.images] if isinstance(self.pairs.images, list) else []
         return hashlib.sha256("\0".join([*self.pairs.captions, *names]).encode()).hexdigest()
 
-    def indices(self, epoch: int, number: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.pairs)))
-        return self._order[1][number * self.batch_size : (number + 1) * self.batch_size]
-
-    def __getitem__(self, item: tuple[int, int]) -> Batch:
-        epoch, number = item
-        rng = np.random.default_rng((self.seed, epoch, number + 1))
-        indices = [int(i) for i in self.indices(epoch, number)]
+    def make(self, indices: list[int], rng: np.random.Generator) -> Batch:
         captions = self._captions(indices, rng)
         sources: Sequence[Hashable] = indices
         if isinstance(self.pairs.images, list):
@@ -153,35 +109,6 @@ class Batches(Dataset[Batch]):
             return jitter(self.pairs.images[indices], self.size, rng)
         paths = self.pairs.images
         return torch.stack([random_crop(open_image(paths[i]), self.size, rng) for i in indices])
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on; `workers` processes prepare them ahead."""
-        items = [(epoch, number) for number in range(start, len(self))]
-        return iter(loader(self, self.workers, sampler=items))
-
-
-def loader(dataset: Dataset[Batch], workers: int, **options: Any) -> DataLoader[Batch]:
-    """A loader of whole batches. Its own generator keeps it from drawing from torch's global one at every start."""
-    return DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_the_main_process,
-        generator=torch.Generator().manual_seed(0), **options,
-    )  # fmt: skip
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C, a scheduler and `timeout` signal a whole process group: a worker has one of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
-def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Tensor:
-    """A random resized crop; torchvision draws from torch's global generator, which is left as it was."""
-    crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.6, 1.0)), v2.PILToTensor()])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(rng.integers(2**62)))
-        cropped: Tensor = crop(image)
-    return cropped
 
 
 def link(*keys: Sequence[Hashable]) -> list[int]:

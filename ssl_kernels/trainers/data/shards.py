@@ -13,16 +13,9 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ssl_kernels.trainers.data.pairs import (
-    Batch,
-    Fingerprints,
-    Pairs,
-    Tokenize,
-    centre_crop,
-    loader,
-    make_batch,
-    random_crop,
-)
+from ssl_kernels.trainers.data.batches import Batch, loader
+from ssl_kernels.trainers.data.images import centre_crop, random_crop
+from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, make_batch
 from ssl_kernels.trainers.errors import UserError
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
@@ -71,7 +64,7 @@ def decode(image: bytes, key: str, flag: str = "--data") -> Image.Image:
         raise UserError(f"{flag}: cannot decode the image of the sample {key}") from None
 
 
-def read_all(urls: str, size: int, flag: str = "--held-out-data") -> tuple[Pairs, Fingerprints]:
+def read_all(urls: str, size: int, flag: str = "--held-out-data") -> tuple[ImageTextPairs, Fingerprints]:
     """The pairs of held-out shards in memory, one for each caption and image, and what marks them."""
     images, captions, seen = [], [], Fingerprints()
     for image, caption, key in read(expand(urls, flag), flag):
@@ -81,7 +74,7 @@ def read_all(urls: str, size: int, flag: str = "--held-out-data") -> tuple[Pairs
         seen.add(caption, image)
     if not images:
         raise UserError(f"{flag}: {urls} holds no pairs")
-    return Pairs(torch.stack(images), captions), seen
+    return ImageTextPairs(torch.stack(images), captions), seen
 
 
 class ShardBatches(IterableDataset[Batch]):

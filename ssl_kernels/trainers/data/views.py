@@ -1,13 +1,10 @@
-"""Images without captions, and the random views of each that self-supervised learning compares.
-
-A batch is a pure function of (seed, epoch, number of the batch), as in `pairs`.
-"""
+"""Images without captions, and the random views of each that self-supervised learning compares."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,13 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from ssl_kernels.trainers.data import digits, openmoji
-from ssl_kernels.trainers.data.pairs import Batch, centre_crop, loader, open_image, resize
+from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
+from ssl_kernels.trainers.data.images import load_images, open_image, torch_draws_from
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
 
 
 @dataclass
@@ -43,11 +41,9 @@ class ImageConfig:
 
     def check_data(self) -> None:
         """Refuse values that cannot work."""
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"--held-out: expected a number in [0, 1), got {self.held_out}")
-        for name, low in (("image_size", 8), ("split_seed", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(self, name)}")
+        require(self, SHARE_BELOW_ONE, "held_out")
+        require(self, at_least(8), "image_size")
+        require(self, at_least(0), "split_seed")
 
 
 @dataclass
@@ -69,9 +65,7 @@ class Images:
 
     def load(self, indices: Sequence[int], size: int) -> Tensor:
         """The images as evaluation sees them: uint8 [n, 3, size, size], resized and cropped around the centre."""
-        if isinstance(self.images, Tensor):
-            return resize(self.images[list(indices)], size)
-        return torch.stack([centre_crop(open_image(self.images[i]), size) for i in indices])
+        return load_images(self.images, indices, size)
 
 
 class View(Protocol):
@@ -137,25 +131,19 @@ class PhotoView:
         ])  # fmt: skip
         assert isinstance(images.images, list)
         pictures = [open_image(images.images[i]) for i in indices]
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            torch.default_generator.manual_seed(int(rng.integers(2**62)))
+        with torch_draws_from(rng):
             return torch.stack([transform(picture) for picture in pictures])
 
 
-class ViewBatches(Dataset[Batch]):
-    """Batches of two views of each image, then `crops[0]` local ones of `crops[1]` pixels a side; an item is the batch
-    `number` of the epoch `epoch`."""
+class ViewBatches(ShuffledBatches):
+    """Batches of two views of each image, then `crops[0]` local ones of `crops[1]` pixels a side."""
 
     def __init__(
         self, images: Images, view: View, *, size: int, batch_size: int, seed: int, workers: int = 0,
         crops: tuple[int, int] = (0, 0),
     ) -> None:  # fmt: skip
+        super().__init__(len(images), batch_size=batch_size, seed=seed, workers=workers)
         self.images, self.view, self.size, self.crops = images, view, size, crops
-        self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self._order: tuple[int, np.ndarray] | None = None  # of the epoch that is being read
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size
 
     @property
     def fingerprint(self) -> str:
@@ -164,19 +152,9 @@ class ViewBatches(Dataset[Batch]):
         content = images.numpy().tobytes() if isinstance(images, Tensor) else "\0".join(map(str, images)).encode()
         return hashlib.sha256(content).hexdigest()
 
-    def __getitem__(self, item: tuple[int, int]) -> Batch:
-        epoch, number = item
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.images)))
-        indices = self._order[1][number * self.batch_size : (number + 1) * self.batch_size].tolist()
-        rng = np.random.default_rng((self.seed, epoch, number + 1))
+    def make(self, indices: list[int], rng: np.random.Generator) -> Batch:
         views = [(self.view, self.size)] * 2 + [(self.view.local(), self.crops[1])] * self.crops[0]
         return {"views": tuple(view(self.images, indices, size, rng) for view, size in views)}
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on; `workers` processes prepare them ahead."""
-        items = [(epoch, number) for number in range(start, len(self))]
-        return iter(loader(self, self.workers, sampler=items))
 
 
 @dataclass

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers.data.pairs import resize
+from ssl_kernels.trainers.data.images import resize
 from ssl_kernels.trainers.data.views import Images, View
+from ssl_kernels.trainers.evaluation import report
 from ssl_kernels.trainers.loop import Result
 
 Encode = Callable[[Tensor], Tensor]  # uint8 images [n, 3, S, S] to features [n, D]
@@ -29,6 +29,14 @@ _RAW_SIZE, _MOST_TRAIN, _MOST_HELD_OUT = 32, 5000, 1000  # pixels a side, and im
 _CAPTION = (
     "initial: the same net before training; raw: centred pixels; raw + aug: with distorted copies in the gallery too;"
     " chance: always the largest class, or any image"
+)
+_WATCHED = (
+    ("embedding_std", "1: spread evenly, 0: collapsed"),
+    ("embedding_rank", "directions in use"),
+    ("teacher_entropy_share", "of ln K, of an image; 1: teaches nothing, 0: one-hot"),
+    ("marginal_entropy_share", "of ln K, of the batch's mean; 0: all images alike"),
+    ("center_norm", "of the teacher's centre"),
+    ("kl", "from the teacher to the student"),
 )
 
 
@@ -99,7 +107,7 @@ def spread(z: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass
-class Figure:
+class FeatureFigure:
     """One line of the closing table; the baselines are those of the module's docstring."""
 
     name: str
@@ -123,7 +131,7 @@ class _Space:
 
 def report_card(
     model: Encode, initial: Encode, train: Images, held_out: Images, view: View, size: int, seed: int
-) -> list[Figure]:
+) -> list[FeatureFigure]:
     """Classification of held-out images by training images, where there are labels; else instance retrieval.
 
     What is random, the distortion of queries and gallery and the choice of the labelled, is drawn from `seed`. At most
@@ -158,7 +166,9 @@ def report_card(
     return _classification(spaces, gallery.labels, held_out.labels, np.random.default_rng((seed, 2)))
 
 
-def _classification(spaces: list[_Space], labels: Tensor, truth: Tensor, rng: np.random.Generator) -> list[Figure]:
+def _classification(
+    spaces: list[_Space], labels: Tensor, truth: Tensor, rng: np.random.Generator
+) -> list[FeatureFigure]:
     draws = []
     for _ in range(DRAWS):  # one choice of the labelled images is worth several points more than another
         shuffled = torch.from_numpy(rng.permutation(len(labels)))
@@ -192,9 +202,9 @@ def _classification(spaces: list[_Space], labels: Tensor, truth: Tensor, rng: np
     return [_figure(name, map(score, spaces), majority, note) for name, score, note in rows]
 
 
-def _figure(name: str, scores: Iterable[float], chance: float, note: str) -> Figure:
+def _figure(name: str, scores: Iterable[float], chance: float, note: str) -> FeatureFigure:
     model, initial, raw, raw_augmented = scores
-    return Figure(name, model, initial, raw, raw_augmented, chance, note)
+    return FeatureFigure(name, model, initial, raw, raw_augmented, chance, note)
 
 
 def _encode(n: int, load: Callable[[range], Tensor], *encoders: Encode, batch_size: int = 256) -> list[Tensor]:
@@ -214,36 +224,19 @@ def _pixels(size: int, *, grey: bool) -> Encode:
     return lambda images: resize(images[:, :1] if grey else images, size).flatten(1).float() / 255
 
 
-def print_table(console: Console, title: str, result: Result, figures: Sequence[Figure], total_s: float) -> None:
+def print_table(console: Console, title: str, result: Result, figures: Sequence[FeatureFigure], total_s: float) -> None:
     """What the run reached, each figure beside its baselines."""
-    table = Table(title=title, title_justify="left", title_style="bold", caption=_CAPTION, caption_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in ("model", "initial", "raw", "raw + aug", "chance"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("remarks")
-    for figure in figures:
-        scores = (figure.model, figure.initial, figure.raw, figure.raw_augmented, figure.chance)
-        table.add_row(figure.name, *(f"{score:.3f}" for score in scores), figure.note)
-    if figures:
-        table.add_section()
-    nothing = [""] * 4
+    columns = ("model", "initial", "raw", "raw + aug", "chance")
+    rows = [
+        (figure.name, [f"{score:.3f}" for score in
+                       (figure.model, figure.initial, figure.raw, figure.raw_augmented, figure.chance)], figure.note)
+        for figure in figures
+    ]  # fmt: skip
+    training: list[report.Row] = []
     if result.records:
         first, last = result.records[0], result.records[-1]
-        table.add_row("training loss", f"{last['loss']:.3f}", f"{first['loss']:.3f}", *nothing[1:], "last, first step")
-        for name, note in (
-            ("embedding_std", "1: spread evenly, 0: collapsed"),
-            ("embedding_rank", "directions in use"),
-            ("teacher_entropy_share", "of ln K, of an image; 1: teaches nothing, 0: one-hot"),
-            ("marginal_entropy_share", "of ln K, of the batch's mean; 0: all images alike"),
-            ("center_norm", "of the teacher's centre"),
-            ("kl", "from the teacher to the student"),
-        ):
-            if name not in last:
-                continue
-            row = (f"{last[name]:.3g}", f"{first[name]:.3g}")
-            table.add_row(name.replace("_", " "), *row, *nothing[1:], note)
-    table.add_row(
-        "seconds", f"{result.elapsed_s:.0f} / {total_s:.0f}", *nothing, f"training ({result.steps} steps) / all"
-    )
-    table.add_row("peak memory, MB", f"{result.peak_mb:.0f}", *nothing, "CPU: whole process with its libraries")
-    console.print(table)
+        training.append(("training loss", [f"{last['loss']:.3f}", f"{first['loss']:.3f}"], "last, first step"))
+        for name, note in _WATCHED:
+            if name in last:
+                training.append((name.replace("_", " "), [f"{last[name]:.3g}", f"{first[name]:.3g}"], note))
+    report.closing_table(console, title, _CAPTION, columns, rows, training, result, total_s)

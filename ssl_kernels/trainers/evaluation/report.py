@@ -1,4 +1,4 @@
-"""The closing table and the pictures of a run."""
+"""The closing table, the summary and the pictures of a run."""
 
 from __future__ import annotations
 
@@ -15,40 +15,43 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ssl_kernels.trainers.data.pairs import Pairs
-from ssl_kernels.trainers.evaluate import Figure
-from ssl_kernels.trainers.loop import Result, write_atomically
+from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
+from ssl_kernels.trainers.log import METRICS
+from ssl_kernels.trainers.loop import Result
 
 matplotlib.use("Agg")  # runs have no display
 import matplotlib.pyplot as plt
 
-_BASELINE = "baseline, where no other is remarked: captions matched by TF-IDF to training images, and those to pixels"
+Row = tuple[str, Sequence[str], str]  # a name, the cells of the first columns, and a remark
 
 
-def closing_table(console: Console, title: str, result: Result, figures: Sequence[Figure], total_s: float) -> None:
-    """Print what the run reached, each figure beside what needs no learning to reach."""
-    table = Table(title=title, title_justify="left", title_style="bold", caption=_BASELINE, caption_justify="left")
+def closing_table(
+    console: Console, title: str, caption: str, columns: Sequence[str], figures: Sequence[Row], training: Sequence[Row],
+    result: Result, total_s: float,
+) -> None:  # fmt: skip
+    """Print what the run reached, a line to each figure, and below how it got there: by what training, time, memory."""
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     table.add_column("", no_wrap=True)
-    for column in ("model", "baseline", "chance", "majority"):
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("remarks")
-    for figure in figures:
-        numbers = (figure.model, figure.baseline, figure.chance, figure.majority)
-        table.add_row(figure.name, *("" if n is None else f"{n:.3f}" for n in numbers), figure.note)
-    if figures:
+    seconds = f"{result.elapsed_s:.0f} / {total_s:.0f}"
+    costs: list[Row] = [
+        ("seconds", [seconds], f"training ({result.steps} steps) / all"),
+        ("peak memory, MB", [f"{result.peak_mb:.0f}"], "CPU: whole process with its libraries"),
+    ]
+    for rows in (figures, [*training, *costs]):
+        for name, cells, remark in rows:
+            table.add_row(name, *cells, *[""] * (len(columns) - len(cells)), remark)
         table.add_section()
-    if result.records:
-        first, last = result.records[0]["loss"], result.records[-1]["loss"]
-        table.add_row("training loss", f"{first:.2f} -> {last:.2f}", "", "", "", "first -> last step")
-        worst = loss_difference(result)
-        if worst is not None:
-            steps = sum("loss_reference" in record for record in result.records)
-            remark = f"relative difference, worst of {steps} steps"
-            table.add_row("same loss by the reference", f"{worst:.1e}", "", "", "", remark)
-    remark = f"training ({result.steps} steps) / all"
-    table.add_row("seconds", f"{result.elapsed_s:.0f} / {total_s:.0f}", "", "", "", remark)
-    table.add_row("peak memory, MB", f"{result.peak_mb:.0f}", "", "", "", "CPU: whole process with its libraries")
     console.print(table)
+
+
+def print_written(console: Console, folder: Path, *pictures: str) -> None:
+    """Name the files of a finished run, `pictures` among them."""
+    files = (CHECKPOINT, METRICS, "config.json", "tensorboard", "curves.png", "summary.json", *pictures)
+    console.print("written:", *(str(folder / file) for file in files), highlight=False, soft_wrap=True)
 
 
 def loss_difference(result: Result) -> float | None:
@@ -88,7 +91,7 @@ def plot_curves(path: Path, records: Sequence[dict[str, float]]) -> None:
 
 
 def plot_retrieval(
-    path: Path, pairs: Pairs, similarity: Tensor, size: int, credit: str = "", rows: int = 16, top: int = 6
+    path: Path, pairs: ImageTextPairs, similarity: Tensor, size: int, credit: str = "", rows: int = 16, top: int = 6
 ) -> None:
     """Text queries with the images that lie nearest, the right one framed in green; `similarity` is text by image.
 

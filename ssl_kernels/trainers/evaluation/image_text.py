@@ -15,14 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from rich.console import Console
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from torch import Tensor
 
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers.data import openmoji
-from ssl_kernels.trainers.data.pairs import TEMPLATES, Pairs, Tokenize
+from ssl_kernels.trainers.data.pairs import TEMPLATES, ImageTextPairs, Tokenize
+from ssl_kernels.trainers.evaluation import report
+from ssl_kernels.trainers.loop import Result
 
+_COLUMNS = ("model", "baseline", "chance", "majority")
+_CAPTION = "baseline, where no other is remarked: captions matched by TF-IDF to training images, and those to pixels"
 _SUPERVISED = ", supervised by category words"
 
 EncodeTexts = Callable[[Sequence[str]], Tensor]
@@ -38,7 +43,7 @@ class TwoTowers(Protocol):
     def eval(self) -> Any: ...
 
 
-class Encoder:
+class Embedder:
     """A model's normalised embeddings [N, D] of images and texts, in fp32 on the CPU, in evaluation mode."""
 
     def __init__(self, fabric: Fabric, model: TwoTowers, tokenize: Tokenize, size: int, batch_size: int = 256) -> None:
@@ -46,7 +51,7 @@ class Encoder:
         model.eval()
         self.size, self.batch_size = size, batch_size
 
-    def images(self, pairs: Pairs) -> Tensor:
+    def images(self, pairs: ImageTextPairs) -> Tensor:
         return self._encode(len(pairs), lambda part: self.model.encode_image(self._put(pairs.load(part, self.size))))
 
     def texts(self, captions: Sequence[str]) -> Tensor:
@@ -64,7 +69,7 @@ class Encoder:
 
 
 @dataclass
-class Figure:
+class PairFigure:
     """One line of the closing table: what the model reaches, and what is to be had without it."""
 
     name: str
@@ -104,7 +109,7 @@ def colour_histograms(images: Tensor) -> Tensor:
 class TfidfPixels:
     """The trivial baseline between the training pairs and the held-out pairs."""
 
-    def __init__(self, train: Pairs, held_out: Pairs, size: int) -> None:
+    def __init__(self, train: ImageTextPairs, held_out: ImageTextPairs, size: int) -> None:
         self.train, self.held_out, self.size = train, held_out, size
         vectorizer = TfidfVectorizer()  # bigrams and character n-grams are weaker
         train_texts = vectorizer.fit_transform(train.captions)
@@ -131,7 +136,9 @@ class TfidfPixels:
         return torch.tensor([tone for _, tone in named])[nearest]
 
 
-def retrieval(images: Tensor, texts: Tensor, held_out: Pairs, baseline: TfidfPixels | None) -> list[Figure]:
+def retrieval(
+    images: Tensor, texts: Tensor, held_out: ImageTextPairs, baseline: TfidfPixels | None
+) -> list[PairFigure]:
     """R@1, 5, 10 both ways over all held-out pairs, then R@1 of every named subset among all of them."""
     n = len(held_out)
     ways = {
@@ -143,19 +150,20 @@ def retrieval(images: Tensor, texts: Tensor, held_out: Pairs, baseline: TfidfPix
         for way, (ours, theirs) in ways.items():
             trivial = recall(theirs, k) if theirs is not None else None
             note = f"all {n} held-out pairs"
-            figures.append(Figure(f"{way} R@{k}", recall(ours, k), trivial, min(1.0, k / n), note=note))
+            figures.append(PairFigure(f"{way} R@{k}", recall(ours, k), trivial, min(1.0, k / n), note=note))
     for subset in dict.fromkeys(held_out.subsets or []):
         chosen = torch.tensor([label == subset for label in held_out.subsets or []])
         for way, (ours, theirs) in ways.items():
             trivial = recall(theirs, 1, chosen) if theirs is not None else None
             name, note = f"{subset}: {way} R@1", f"{int(chosen.sum())} queries among all pairs"
-            figures.append(Figure(name, recall(ours, 1, chosen), trivial, 1 / n, note=note))
+            figures.append(PairFigure(name, recall(ours, 1, chosen), trivial, 1 / n, note=note))
     return figures
 
 
 def categories(
-    images: Tensor, encode_texts: EncodeTexts, held_out: Pairs, baseline: TfidfPixels | None, *, supervised: bool
-) -> list[Figure]:
+    images: Tensor, encode_texts: EncodeTexts, held_out: ImageTextPairs, baseline: TfidfPixels | None, *,
+    supervised: bool,
+) -> list[PairFigure]:  # fmt: skip
     """Zero-shot classification into the data's categories as balanced accuracy: the majority class gains nothing."""
     labels = held_out.categories or []
     known = [i for i, label in enumerate(labels) if label]
@@ -174,12 +182,12 @@ def categories(
         )
     name = f"zero-shot {len(classes)} categories, balanced"
     score, chance = float(balanced_accuracy_score(truth, guess)), 1 / len(classes)
-    return [Figure(name, score, trivial, chance, chance, note)]
+    return [PairFigure(name, score, trivial, chance, chance, note)]
 
 
 def flags(
-    images: Tensor, encode_texts: EncodeTexts, held_out: Pairs, baseline: TfidfPixels, supervised: bool
-) -> Figure:
+    images: Tensor, encode_texts: EncodeTexts, held_out: ImageTextPairs, baseline: TfidfPixels, supervised: bool
+) -> PairFigure:
     """How well the prompt "Flags" ranks flags before everything else, as the area under the ROC curve."""
     truth = np.array([label == "Flags" for label in held_out.categories or []])
     score = zero_shot(images, encode_texts, ["Flags"])[:, 0]
@@ -187,10 +195,10 @@ def flags(
     trivial = baseline.pixels[:, is_flag].amax(1) - baseline.pixels[:, ~is_flag].amax(1)
     note = f"{int(truth.sum())} flags{_SUPERVISED if supervised else ''}"
     ours, theirs = float(roc_auc_score(truth, score)), float(roc_auc_score(truth, trivial))
-    return Figure("flag or not, AUC", ours, theirs, 0.5, 0.5, note)
+    return PairFigure("flag or not, AUC", ours, theirs, 0.5, 0.5, note)
 
 
-def skin_tone(images: Tensor, encode_texts: EncodeTexts, held_out: Pairs, baseline: TfidfPixels) -> Figure:
+def skin_tone(images: Tensor, encode_texts: EncodeTexts, held_out: ImageTextPairs, baseline: TfidfPixels) -> PairFigure:
     """Zero-shot tone of five: which of an emoji's own caption and its four with another tone lies nearest."""
     tones = [openmoji.tone_of(caption) for caption in held_out.captions]
     known = [(i, tone) for i, tone in enumerate(tones) if tone is not None]
@@ -202,20 +210,38 @@ def skin_tone(images: Tensor, encode_texts: EncodeTexts, held_out: Pairs, baseli
     theirs = float((baseline.tones_by_colour([i for i, _ in known]) == truth).float().mean())
     majority = Counter(truth.tolist()).most_common(1)[0][1] / len(known)
     note = f"{len(known)} images, tone word swapped; baseline: colours"
-    return Figure("zero-shot skin tone of five", ours, theirs, 1 / len(openmoji.TONES), majority, note)
+    return PairFigure("zero-shot skin tone of five", ours, theirs, 1 / len(openmoji.TONES), majority, note)
 
 
 def report_card(
-    encoder: Encoder, train: Pairs | None, held_out: Pairs, supervised: bool
-) -> tuple[list[Figure], Tensor]:
+    embedder: Embedder, train: ImageTextPairs | None, held_out: ImageTextPairs, supervised: bool
+) -> tuple[list[PairFigure], Tensor]:
     """Every figure that the data allows, and the similarity [N, N] of the held-out captions to the held-out images."""
-    images, texts = encoder.images(held_out), encoder.texts(held_out.captions)
+    images, texts = embedder.images(held_out), embedder.texts(held_out.captions)
     drawn = train is not None and isinstance(train.images, Tensor)
-    baseline = TfidfPixels(train, held_out, encoder.size) if drawn and train else None
+    baseline = TfidfPixels(train, held_out, embedder.size) if drawn and train else None
     figures = retrieval(images, texts, held_out, baseline)
     if baseline is not None:
-        figures.append(skin_tone(images, encoder.texts, held_out, baseline))
-    figures += categories(images, encoder.texts, held_out, baseline, supervised=supervised)
+        figures.append(skin_tone(images, embedder.texts, held_out, baseline))
+    figures += categories(images, embedder.texts, held_out, baseline, supervised=supervised)
     if baseline is not None:
-        figures.append(flags(images, encoder.texts, held_out, baseline, supervised))
+        figures.append(flags(images, embedder.texts, held_out, baseline, supervised))
     return figures, texts @ images.T
+
+
+def print_table(console: Console, title: str, result: Result, figures: Sequence[PairFigure], total_s: float) -> None:
+    """What the run reached, each figure beside what needs no learning to reach."""
+    rows = []
+    for figure in figures:
+        numbers = (figure.model, figure.baseline, figure.chance, figure.majority)
+        rows.append((figure.name, ["" if n is None else f"{n:.3f}" for n in numbers], figure.note))
+    training: list[report.Row] = []
+    if result.records:
+        first, last = result.records[0]["loss"], result.records[-1]["loss"]
+        training.append(("training loss", [f"{first:.2f} -> {last:.2f}"], "first -> last step"))
+        worst = report.loss_difference(result)
+        if worst is not None:
+            steps = sum("loss_reference" in record for record in result.records)
+            remark = f"relative difference, worst of {steps} steps"
+            training.append(("same loss by the reference", [f"{worst:.1e}"], remark))
+    report.closing_table(console, title, _CAPTION, _COLUMNS, rows, training, result, total_s)
