@@ -1,4 +1,4 @@
-"""The update of a momentum teacher: ours, Meta's loops, lightly's, timm's, torch's; in one run.
+"""The update of a momentum teacher: beside Meta's loops, lightly's, timm's, torch's.
 
 The floor is to read both models and to write the teacher: 12 bytes per parameter in float32, 10 from a bfloat16
 student. A loop over parameters goes through them two or three times.
@@ -6,102 +6,136 @@ student. A loop over parameters goes through them two or three times.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
-from machine import copy_gbytes_per_s
-from memory import peak_mb
+from problem import Floor, Loss, Op, Problem, bench, normal
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 
 MOMENTUM = 0.996
-Step = Callable[[], Any]
+Update = Callable[[], Any]
 
 
 class Parameters(nn.Module):
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
         self.all = nn.ParameterList(nn.Parameter(tensor.clone(), requires_grad=False) for tensor in tensors)
 
 
-def vit_small_with_dino_head() -> list[tuple[int, ...]]:
-    """22 million parameters of a ViT-S/16, and as many of a head with 65,536 prototypes."""
-    attention = [(1152, 384), (1152,), (384, 384), (384,)]
-    mlp = [(1536, 384), (1536,), (384, 1536), (384,)]
-    norm = [(384,), (384,)]
+def vit(depth: int, width: int) -> list[tuple[int, ...]]:
+    """Parameters of a vision transformer."""
+    attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    mlp = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    norm = [(width,), (width,)]
     block: list[tuple[int, ...]] = [*norm, *attention, *norm, *mlp]
-    backbone = [(1, 1, 384), (1, 197, 384), (384, 3, 16, 16), (384,), *block * 12, *norm]
-    head = [(2048, 384), (2048,), (2048, 2048), (2048,), (256, 2048), (256,), (65536, 256)]
-    return [*backbone, *head]
+    return [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,), *block * depth, *norm]
 
 
-def provider(name: str, teacher: nn.Module, student: nn.Module) -> Step:
-    targets, sources = list(teacher.parameters()), list(student.parameters())
-    if name == "ours":
-        return lambda: K.ema_update_(targets, sources, MOMENTUM)
-    if name == "lightly":
-        update = pytest.importorskip("lightly.models.utils").update_momentum
-        return lambda: update(student, teacher, MOMENTUM)
-    if name == "timm":
-        average = pytest.importorskip("timm.utils").ModelEmaV3(teacher, decay=MOMENTUM)
-        average.module = teacher
-        return lambda: average.update(student)
-    if name == "foreach_lerp":
-        if targets[0].dtype == sources[0].dtype:
-            return lambda: torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
-        return lambda: torch._foreach_lerp_(targets, [s.to(targets[0].dtype) for s in sources], 1 - MOMENTUM)
-
-    def dino() -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.data.mul_(MOMENTUM).add_((1 - MOMENTUM) * source.detach().data)
-
-    def loop() -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.mul_(MOMENTUM).add_(source, alpha=1 - MOMENTUM)
-
-    return {"dino": dino, "loop": loop}[name]
+DINO_HEAD = [(2048, 384), (2048,), (2048, 2048), (2048,), (256, 2048), (256,), (65536, 256)]
+MODELS = {
+    "ViT-S + DINO head": [*vit(12, 384), *DINO_HEAD],  # 22 million parameters, and as many
+    "5,000 of 64": [(64,)] * 5000,
+    "ViT 24 x 1024": vit(24, 1024),
+    "3 parameters": [(16, 3), (16,), (7,)],
+}
 
 
-def verify(name: str, start: list[Tensor], student: nn.Module) -> None:
-    """Against float64, after two steps."""
-    teacher = Parameters(start)
-    step = provider(name, teacher, student)
-    with torch.no_grad():
-        step()
-        step()
-    for target, old, source in zip(teacher.parameters(), start, student.parameters(), strict=True):
+def dino(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.data.mul_(MOMENTUM).add_((1 - MOMENTUM) * source.detach().data)
+
+
+def loop(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.mul_(MOMENTUM).add_(source, alpha=1 - MOMENTUM)
+
+
+def foreach_lerp(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets[0].dtype != sources[0].dtype:
+        sources = [source.to(targets[0].dtype) for source in sources]
+    torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
+
+
+def of_lists(update: Callable[[list[Tensor], list[Tensor]], Any]) -> Callable[[nn.Module, nn.Module], Update]:
+    def make(teacher: nn.Module, student: nn.Module) -> Update:
+        targets, sources = list(teacher.parameters()), list(student.parameters())
+        return lambda: update(targets, sources)
+
+    return make
+
+
+def lightly(teacher: nn.Module, student: nn.Module) -> Update:
+    update = pkgutil.resolve_name("lightly.models.utils:update_momentum")
+    return lambda: update(student, teacher, MOMENTUM)
+
+
+def timm(teacher: nn.Module, student: nn.Module) -> Update:
+    average = pkgutil.resolve_name("timm.utils:ModelEmaV3")(teacher, decay=MOMENTUM)
+    average.module = teacher
+    return lambda: average.update(student)
+
+
+UPDATES = {
+    "ours": of_lists(lambda targets, sources: K.ema_update_(targets, sources, MOMENTUM)),
+    "dino": of_lists(dino),
+    "loop": of_lists(loop),
+    "lightly": lightly,
+    "timm": timm,
+    "foreach_lerp": of_lists(foreach_lerp),
+}
+
+
+def problem(model: str, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Teachers in float32, students in ``dtype``."""
+    start, other = (
+        [normal(*shape, dtype=torch.float32, device=device, seed=2 * k + seed) for k, shape in enumerate(MODELS[model])]
+        for seed in range(2)
+    )
+    student = Parameters([tensor.to(dtype) for tensor in other])
+
+    def provider(make: Callable[[nn.Module, nn.Module], Update]) -> Loss:
+        teacher = Parameters(start)
+        targets, update = list(teacher.parameters()), make(teacher, student)
+
+        def step() -> list[Tensor]:
+            update()
+            return targets
+
+        return step
+
+    def formula() -> list[Tensor]:
         kept = MOMENTUM**2
-        expected = kept * old.double() + (1 - kept) * source.double()
-        # Some round (1 - m) times a student below 7.8 to bfloat16, twice, by at most 2^-14.
-        tolerance = 1e-6 if source.dtype == torch.float32 else 1.3e-4
-        assert (target - expected).abs().max() <= tolerance
+        return [kept * t.double() + (1 - kept) * s.double() for t, s in zip(start, student.parameters(), strict=True)]
+
+    moved = sum(tensor.numel() for tensor in start) * (8 + dtype.itemsize) / 1e9
+    providers = {name: functools.partial(provider, make) for name, make in UPDATES.items()}
+    return Problem([], formula, providers, lambda provider, backward: Floor(gbytes=moved))
 
 
-SHAPES = {"ViT-S + DINO head": vit_small_with_dino_head(), "5,000 of 64": [(64,)] * 5000}
-QUICK = {"3 parameters": [(16, 3), (16,), (7,)]}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    shapes = QUICK if metafunc.config.getoption("--quick") else SHAPES
-    metafunc.parametrize(("model", "shapes"), list(shapes.items()), ids=list(shapes))
-
-
-@pytest.mark.parametrize("name", ["ours", "dino", "loop", "lightly", "timm", "foreach_lerp"])
-@pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def bench_ema(benchmark: Any, name: str, student_dtype: torch.dtype, model: str, shapes: list[tuple[int, ...]]) -> None:
-    start = [torch.randn(shape) for shape in shapes]
-    student = Parameters([torch.randn(shape).to(student_dtype) for shape in shapes])
-    verify(name, start, student)
-    teacher = Parameters(start)
-    step = provider(name, teacher, student)
-    numbers = sum(tensor.numel() for tensor in start)
-    benchmark.extra_info.update(
-        op="ema", provider=name, mode="update", shape=f"{model}, {str(student_dtype).removeprefix('torch.')} student",
-        gbytes=numbers * (8 + student_dtype.itemsize) / 1e9, copy_gbytes_per_s=copy_gbytes_per_s(),
-    )  # fmt: skip
-    with torch.no_grad():
-        benchmark.pedantic(step, rounds=10, warmup_rounds=2)
-        benchmark.extra_info["peak_mb"] = peak_mb(step)
+EMA = Op(
+    "ema",
+    problem,
+    tuple(UPDATES),
+    [("ViT-S + DINO head",), ("5,000 of 64",)],
+    quick=[("3 parameters",)],
+    gpu_shapes=[("ViT 24 x 1024",)],
+    describe="{}".format,
+    suffix=", float32 student",
+    label="fp32",
+    modes=("update",),
+    tolerance=1e-6,
+)
+EMA_16_BITS = replace(
+    EMA,
+    suffix=", bfloat16 student",
+    label="bf16",
+    dtype=torch.bfloat16,
+    tolerance=3e-5,  # some round (1 - m) times a student to bfloat16, twice
+)
+bench_ema = bench(EMA, EMA_16_BITS)

@@ -1,4 +1,4 @@
-"""iBOT: ours, DINOv2's formulas, those compiled, and lightly; fp32, in one run.
+"""iBOT, beside DINOv2's formulas and lightly.
 
 Once with Sinkhorn-Knopp, whose assignment ours does not write, and once with a centre, which is all that lightly has.
 The floor is one exponential to an element of student and teacher, to read both, and to write the gradient; three more
@@ -8,94 +8,76 @@ of the teacher, and three more reads, for Sinkhorn-Knopp.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import pkgutil
+from dataclasses import replace
 
-import bench_sinkhorn
-import pytest
 import torch
-from harness import MODES, Loss, measure_sweep, verify
+from bench_sinkhorn import ITERATIONS
+from bench_sinkhorn import TEMP as TEACHER_TEMP
+from bench_sinkhorn import eager as eager_sinkhorn
+from problem import Floor, Loss, Op, Problem, bench, normal
 from torch import Tensor
 
 import ssl_kernels.functional as K
 from ssl_kernels import IBOTPatchLoss
 
-STUDENT_TEMP, TEACHER_TEMP = 0.1, bench_sinkhorn.TEMP
-IMAGES = 16
+STUDENT_TEMP, IMAGES = 0.1, 16
 
 
-@functools.cache
-def mask_and_weights(patches: int) -> tuple[Tensor, Tensor]:
-    """As many masked patches in each of the images."""
-    each = patches // IMAGES
-    mask = (torch.arange(2 * each) < each).expand(IMAGES, -1)[:, None]
-    return mask, torch.full((patches,), 1 / patches)
+def cross_entropy(student: Tensor, p: Tensor) -> Tensor:
+    return -torch.sum(p * torch.log_softmax(student / STUDENT_TEMP, -1), -1).mean()
 
 
-def cross_entropy(student: Tensor, p: Tensor, weights: Tensor) -> Tensor:
-    return -(torch.sum(p * torch.log_softmax(student / STUDENT_TEMP, -1), -1) * weights).sum()
+def eager_with_sinkhorn(student: Tensor, teacher: Tensor) -> Tensor:
+    return cross_entropy(student, eager_sinkhorn(teacher))
 
 
-def eager_with_sinkhorn(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    return cross_entropy(student, bench_sinkhorn.eager(teacher), weights)
+def eager_with_center(student: Tensor, teacher: Tensor) -> Tensor:
+    return cross_entropy(student, torch.softmax(teacher / TEACHER_TEMP, -1))
 
 
-def eager_with_center(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    return cross_entropy(student, torch.softmax(teacher / TEACHER_TEMP, -1), weights)
+def problem(sinkhorn: bool, patches: int, width: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    student, teacher = (normal(patches, width, dtype=dtype, device=device, seed=k, scale=0.1) for k in range(2))
+    each = patches // IMAGES  # masked patches of an image
+    mask = (torch.arange(2 * each, device=device) < each).expand(IMAGES, -1)[:, None]
+    weights = torch.full((patches,), 1 / patches, device=device)
+
+    def ours_with_sinkhorn(student: Tensor, teacher: Tensor) -> Tensor:
+        center = K.sinkhorn_center(teacher, TEACHER_TEMP, n_iterations=ITERATIONS)
+        temps = {"student_temp": STUDENT_TEMP, "teacher_temp": TEACHER_TEMP}
+        return K.ibot_patch_loss(student, teacher, weights, center=center, **temps)
+
+    def with_center(module: type) -> Loss:
+        loss = module(width, TEACHER_TEMP, STUDENT_TEMP, center_momentum=1.0).to(device)
+        return lambda student, teacher: loss(teacher, student, mask)
+
+    def floor(provider: str, backward: bool) -> Floor:
+        reads = 2 + (ITERATIONS if sinkhorn else 0)
+        return Floor(gbytes=(reads + backward) * student.nbytes / 1e9, gexp=reads * student.numel() / 1e9)
+
+    providers = {
+        "ours": lambda: ours_with_sinkhorn if sinkhorn else with_center(IBOTPatchLoss),
+        "lightly": lambda: with_center(pkgutil.resolve_name("lightly.loss:IBOTPatchLoss")),
+    }
+    formula = eager_with_sinkhorn if sinkhorn else eager_with_center
+    return Problem([student.requires_grad_(), teacher], formula, providers, floor)
 
 
-def ours_with_sinkhorn(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    center = K.sinkhorn_center(teacher, TEACHER_TEMP, n_iterations=bench_sinkhorn.ITERATIONS)
-    temps = {"student_temp": STUDENT_TEMP, "teacher_temp": TEACHER_TEMP}
-    loss = K.ibot_patch_loss(student, teacher, weights, center=center, **temps)
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-@functools.cache
-def criterion(name: str, width: int) -> Any:
-    kind = IBOTPatchLoss if name == "ours" else pytest.importorskip("lightly.loss").IBOTPatchLoss
-    return kind(width, TEACHER_TEMP, STUDENT_TEMP, center_momentum=1.0)
-
-
-compiled = torch.compile(eager_with_sinkhorn)
-
-
-def provider(name: str, target: str, patches: int, width: int) -> Loss:
-    mask, weights = mask_and_weights(patches)
-    if target == "sinkhorn":
-        loss = {"ours": ours_with_sinkhorn, "eager": eager_with_sinkhorn, "compile": compiled}[name]
-    elif name in ("ours", "lightly"):
-        module = criterion(name, width)
-        return lambda student, teacher: module(teacher, student, mask)
-    else:
-        loss = eager_with_center
-    return lambda student, teacher: loss(student, teacher, weights)
-
-
-@functools.cache
-def inputs(patches: int, width: int) -> list[Tensor]:
-    student = bench_sinkhorn.logits(patches, width).flip(0).contiguous()
-    return [student.requires_grad_(), bench_sinkhorn.logits(patches, width)]
-
-
-CASES = [("sinkhorn", name) for name in ("ours", "eager", "compile")]
-CASES += [("center", name) for name in ("ours", "lightly", "eager")]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    quick = metafunc.config.getoption("--quick")
-    metafunc.parametrize(("patches", "width"), [(32, 64)] if quick else [(1024, 65_536)])
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("target", "name"), CASES)
-def bench_ibot(benchmark: Any, target: str, name: str, patches: int, width: int, mode: str) -> None:
-    loss, leaves = provider(name, target, patches, width), inputs(patches, width)
-    if name != "eager":
-        verify(loss, provider("eager", target, patches, width), leaves, mode)
-    reads = 2 + (bench_sinkhorn.ITERATIONS if target == "sinkhorn" else 0)
-    size = patches * width
-    measure_sweep(
-        benchmark, loss, leaves, op="ibot", provider=name, mode=mode, shape=f"N={patches} K={width} {target}",
-        gbytes=(reads + (mode != "forward")) * size * 4 / 1e9, gexp=reads * size / 1e9, rounds=2,
-    )  # fmt: skip
+WITH_SINKHORN = Op(
+    "ibot",
+    functools.partial(problem, True),
+    ("ours", "eager", "compile"),
+    [(1024, 65_536)],
+    quick=[(32, 64)],
+    describe="N={} K={}".format,
+    suffix=" sinkhorn",
+    label="sinkhorn",
+)
+WITH_CENTER = replace(
+    WITH_SINKHORN,
+    problem=functools.partial(problem, False),
+    providers=("ours", "lightly", "eager"),
+    suffix=" center",
+    label="center",
+)
+bench_ibot = bench(WITH_SINKHORN, WITH_CENTER)

@@ -1,12 +1,16 @@
-"""Options of the benchmarks, and what the results say of the machine."""
+"""Options of the benchmarks, their cases, and what the results say of the machine."""
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
+import harness
 import pytest
 import torch
+from problem import Case
 
 from ssl_kernels import _C
 
@@ -18,6 +22,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = metafunc.config.getoption("--quick")
+    cases = [
+        Case(op, shape, provider, mode)
+        for op in getattr(metafunc.function, "ops", ())
+        for shape in (op.quick if quick else op.shapes)
+        for provider in op.providers
+        for mode in op.modes
+    ]
+    if cases:
+        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@pytest.fixture
+def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case], None]:
+    return functools.partial(harness.measure, benchmark, request.config.getoption("--quick"))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 600.0
@@ -145,7 +146,12 @@ class Check:
 
     def benchmarks(self, step: Step) -> None:
         """One process for all groups, and another after whatever takes it down, or the context of its device."""
-        waiting, deadline = group_names(), time.monotonic() + step.limit_s
+        deadline = time.monotonic() + step.limit_s
+        try:
+            waiting = group_names()
+        except Exception as error:  # an extension that does not load, for one
+            step.status, step.detail = "failed", f"cannot be imported\n{type(error).__name__}: {error}"
+            return
         total, rows = len(waiting), self.report.benchmarks
         while waiting and (seconds := deadline - time.monotonic()) > 0:
             job = {"device": self.report.device, "tiny": self.report.tiny, "seconds": seconds, "groups": waiting}
@@ -295,93 +301,18 @@ def group_names() -> list[str]:
 def work(job: Row) -> None:
     """In a process of its own: measure the groups, and print a line of JSON to each finding."""
     import gpu_bench
+    import gpu_meter
 
     def say(**entry: Any) -> None:
         print(json.dumps(entry), flush=True)
 
     device, deadline = torch.device(job["device"]), time.monotonic() + job["seconds"]
-    say(machine=gpu_bench.machine(device), providers={p: gpu_bench.installed(p) for p in gpu_bench.PACKAGES})
+    say(machine=gpu_meter.machine(device), providers={p: gpu_bench.installed(p) for p in gpu_bench.PACKAGES})
     groups = {group.name: group for group in gpu_bench.GROUPS}
     for name in job["groups"]:
         for row in gpu_bench.measure(groups[name], device, tiny=job["tiny"], deadline=deadline):
             say(**row)
         say(done=name)
-
-
-# ---- the report
-
-
-def markdown(report: Report) -> str:
-    head = ", ".join(f"{name} {value}" for name, value in report.machine.items() if value is not None)
-    lines = ["# gpu-check", "", head or "The benchmarks did not start, and said nothing of the machine.", ""]
-    if report.tiny:
-        lines += ["Tiny sizes: this shows that the check runs, not how fast anything is.", ""]
-    lines += [
-        f"{report.elapsed_s:.0f} s of {report.budget_s:.0f} s.",
-        "",
-        "| step | outcome | s | at most | |",
-        "|---|---|---:|---:|---|",
-    ]
-    for step in report.steps:
-        first = step.detail.splitlines()[0] if step.detail else ""
-        lines.append(f"| {step.name} | {step.status} | {step.seconds:.0f} | {step.limit_s:.0f} | {first} |")
-    for step in report.steps:
-        if step.status == "failed" and "\n" in step.detail:
-            lines += ["", f"{step.name}:", "", "```", step.detail[-3000:], "```"]
-    lines += ["", "## Tests", ""]
-    tests = report.tests
-    if not tests:
-        lines.append("They did not run.")
-    for failure in tests.get("failed", []):
-        lines += [f"- failed: `{failure['test']}`", "", "```", failure["detail"][-1000:], "```", ""]
-    reasons: dict[str, int] = {}
-    for skipped in tests.get("skipped", []):
-        reasons[skipped["detail"]] = reasons.get(skipped["detail"], 0) + 1
-    lines += [f"- skipped {count}: {reason}" for reason, count in reasons.items()]
-    if tests.get("not_reached"):
-        lines.append("- A second run gets further: kernels that were compiled are kept in Triton's cache.")
-        lines.append(f"- not reached, for time: {', '.join(f'`{t}`' for t in tests['not_reached'])}")
-    lines += ["", "## CUDA graphs", ""]
-    failed = [g["op"] for g in report.graphs if g["outcome"] == "failed"]
-    counts = {o: sum(g["outcome"] == o for g in report.graphs) for o in ("passed", "failed", "skipped")}
-    lines.append(
-        ", ".join(f"{n} {o}" for o, n in counts.items()) + (f"; failed: {', '.join(failed)}" if failed else "")
-    )
-    for op in dict.fromkeys(row["op"] for row in report.benchmarks):
-        lines += ["", f"## {op}", "", *table([row for row in report.benchmarks if row["op"] == op])]
-    lines += ["", "## Peers", ""]
-    lines += [f"- {name}: {found}" for name, found in report.providers.items()]
-    return "\n".join(lines) + "\n"
-
-
-def table(rows: list[Row]) -> list[str]:
-    """A line to each provider, shape and mode: times as times longer than ours in the same process."""
-    ours = {
-        (r["group"], r["shape"], r["mode"]): r for r in rows if r["provider"] == "ours" and r["status"] == "measured"
-    }
-    titles = ("ms", "time in ours", "of matrix rate", "of bandwidth", "launch, ms", "peak MB", "relative error")
-    lines = [f"| mode | shape | | {' | '.join(titles)} |", "|---|---|---|" + "---:|" * len(titles)]
-    seen: set[tuple[Any, ...]] = set()
-    for row in (r for r in rows if r["status"] == "measured"):
-        key = (row["provider"], row["shape"], row["mode"])
-        if key in seen:  # ours again, beside another peer
-            continue
-        seen.add(key)
-        beside = ours.get((row["group"], row["shape"], row["mode"]))
-        cells = [row["mode"], row["shape"], row["provider"], f"{row['ms']:.3g}"]
-        cells.append(f"{row['ms'] / beside['ms']:.2f}x" if beside else "")
-        cells += [f"{row[name]:.2f}" if name in row else "" for name in ("of_matrix_rate", "of_bandwidth")]
-        cells.append(f"{row['launch_ms']:.3g}" if row["launch_ms"] else "")
-        cells.append("" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}")
-        lines.append("| " + " | ".join([*cells, f"{row['error']:.1g}"]) + " |")
-    others = {
-        f"- {r['provider']} {r.get('shape', '')}: {explained(r)}": None for r in rows if r["status"] != "measured"
-    }
-    return [*lines, "", *others] if others else lines
-
-
-def explained(row: Row) -> str:
-    return row["status"] + (f": {row['detail']}" if row["detail"] else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,93 +1,65 @@
-"""What the benchmarks of losses share: one step, the comparison before it is timed, and what is recorded of it."""
+"""How the CPU benchmarks measure a case: outputs compared first, then timed, and held against the machine's limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
-from machine import copy_gbytes_per_s, exp_gexp_per_s, gemm_gflops
+from machine import limits
 from memory import peak_mb
+from problem import Case, Loss, NotComparableError, error, step
 from torch import Tensor
 
 from ssl_kernels import use_tile_budget
 
-Loss = Callable[..., Tensor]
-MODES = ("forward", "forward+backward")
-
-
-def step(loss: Loss, leaves: Sequence[Tensor], mode: str) -> Tensor:
-    if mode == "forward":
-        with torch.no_grad():
-            return loss(*leaves)
-    for leaf in leaves:
-        leaf.grad = None
-    value = loss(*leaves)
-    value.backward()
-    return value.detach()
+MOST_COMPARED = 8192  # of the rows of a formula that keeps several matrices of them
+MOST_ROUNDS, LEAST_ROUNDS, ROUNDS_S = 50, 3, 2.0
+LONG_S = 10.0  # a step that takes this long is timed once
 
 
 def verify(loss: Loss, expected: Loss, leaves: Sequence[Tensor], mode: str, tolerance: float = 1e-4) -> None:
     """The same value and, with backward, the same gradients for every leaf that requires one."""
-
-    def results(loss: Loss) -> list[Tensor | None]:
-        value = step(loss, leaves, mode)
-        return [value, *(leaf.grad for leaf in leaves if leaf.requires_grad and mode != "forward")]
-
-    for a, b in zip(results(loss), results(expected), strict=True):
-        assert a is not None
-        assert b is not None
-        assert (a - b).norm() <= tolerance * b.norm() + 1e-6
+    assert error(loss, expected, leaves, mode) <= tolerance
 
 
-def measure(
-    benchmark: Any,
-    loss: Loss,
-    leaves: Sequence[Tensor],
-    *,
-    op: str,
-    provider: str,
-    mode: str,
-    shape: str,
-    width: int,
-    gflop: float,
-    rounds: int,
-) -> None:
-    """Time steps and record them with their peak memory and the machine's own rate of products ``width`` deep.
-
-    ``gflop`` is of the matrix products that this provider cannot do without.
-    """
+def measure(benchmark: Any, quick: bool, case: Case) -> None:
+    """Time steps and record them with their peak memory, their floor, and the machine's own rates."""
+    op, shape, provider, mode = case
+    device = torch.device("cpu")
+    comparable = op.comparable(shape, MOST_COMPARED)
+    problem = op.problem(*comparable, op.dtype, device)
+    try:
+        loss = problem.loss(provider)
+    except (ModuleNotFoundError, NotComparableError) as reason:
+        pytest.skip(str(reason))
+    if loss is not problem.formula:
+        assert problem.error(provider, loss, mode) <= op.tolerances.get(provider, op.tolerance)
+    if comparable != shape:
+        problem = op.problem(*shape, op.dtype, device)
+        loss = problem.loss(provider)
+    floor = problem.floor(provider, mode == "forward+backward")
     info = benchmark.extra_info
-    info.update(op=op, provider=provider, mode=mode, shape=shape, width=width, gflop=gflop, **gemm_gflops(width))
-    benchmark.pedantic(step, args=(loss, leaves, mode), rounds=rounds, warmup_rounds=1)
-    for leaf in leaves:
+    info.update(op=op.name, provider=provider, mode=mode, shape=op.describe(*shape) + op.suffix, **limits(floor, quick))
+
+    def once() -> None:
+        step(loss, problem.leaves, mode)
+
+    start = time.perf_counter()
+    once()
+    seconds = time.perf_counter() - start
+    least = 1 if quick or seconds > LONG_S else LEAST_ROUNDS
+    rounds = least if quick else max(least, min(MOST_ROUNDS, int(ROUNDS_S / seconds)))
+    benchmark.pedantic(once, rounds=rounds)
+    for leaf in problem.leaves:
         leaf.grad = None
-    info["peak_mb"] = peak_mb(lambda: step(loss, leaves, mode))
-
-
-def measure_sweep(
-    benchmark: Any,
-    loss: Loss,
-    leaves: Sequence[Tensor],
-    *,
-    op: str,
-    provider: str,
-    mode: str,
-    shape: str,
-    gbytes: float,
-    gexp: float,
-    rounds: int,
-) -> None:
-    """Time steps that sweep over memory and record them with their peak memory and the machine's own limits.
-
-    ``gbytes`` and ``gexp``, in 10^9, are what nobody can do without to read, to write, and to exponentiate.
-    """
-    info = benchmark.extra_info
-    info.update(op=op, provider=provider, mode=mode, shape=shape, gbytes=gbytes, gexp=gexp)
-    info.update(copy_gbytes_per_s=copy_gbytes_per_s(), exp_gexp_per_s=exp_gexp_per_s())
-    benchmark.pedantic(step, args=(loss, leaves, mode), rounds=rounds, warmup_rounds=1)
+    if floor.gflop:
+        info["peak_mb"] = peak_mb(once)
+        return
     with use_tile_budget(0):  # what is held for the next step counts for this one
-        step(loss, leaves, mode)
-        for leaf in leaves:
+        once()
+        for leaf in problem.leaves:
             leaf.grad = None
-        info["peak_mb"] = peak_mb(lambda: step(loss, leaves, mode))
+        info["peak_mb"] = peak_mb(once)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from problem import Floor
 
 from ssl_kernels.ops.matmul import matmul
 
@@ -27,7 +28,19 @@ def _operands(side: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return torch.randn(side, width), torch.randn(side, width), torch.empty(side, side)
 
 
-def gemm_gflops(width: int, side: int = 2048) -> dict[str, float]:
+def limits(floor: Floor, quick: bool) -> dict[str, float]:
+    """A floor, and the rates that the machine reaches at each of its parts."""
+    found: dict[str, float] = {}
+    if floor.gflop:
+        found |= {"gflop": floor.gflop, "width": floor.width} | gemm_gflops(floor.width, 64 if quick else 2048)
+    if floor.gbytes:
+        found |= {"gbytes": floor.gbytes, "copy_gbytes_per_s": copy_gbytes_per_s(1 if quick else 256)}
+    if floor.gexp:
+        found |= {"gexp": floor.gexp, "exp_gexp_per_s": exp_gexp_per_s()}
+    return found
+
+
+def gemm_gflops(width: int, side: int) -> dict[str, float]:
     """fp32 GFLOP/s of [side, width] x [width, side]: through torch.mm, and by the fastest product in this torch."""
     a, b, out = _operands(side, width)
     gflop = 2 * side * side * width / 1e9
@@ -37,7 +50,7 @@ def gemm_gflops(width: int, side: int = 2048) -> dict[str, float]:
 
 
 @functools.cache
-def copy_gbytes_per_s(megabytes: int = 256) -> float:
+def copy_gbytes_per_s(megabytes: int) -> float:
     """Bytes read plus written per second by copying memory that no cache holds."""
     source, target = torch.zeros(megabytes, 2**18), torch.zeros(megabytes, 2**18)
     return 2 * megabytes * 2**20 / 1e9 / best_seconds(lambda: target.copy_(source))

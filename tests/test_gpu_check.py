@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the checkout, whose benchmarks these are", allow_module_level=True)
 
+import bench_sigmoid  # noqa: E402
 import gpu_bench  # noqa: E402
 import gpu_check  # noqa: E402
 from gpu_check import Check, Report, Step  # noqa: E402
@@ -86,7 +87,7 @@ def test_every_op_is_measured_beside_the_others(run: tuple[int, dict[str, Any], 
             assert row["error"] < 1e-4
             limit = "of_matrix_rate" if "gflop" in row else "of_bandwidth"
             assert 0 < row[limit] < 100
-            if group.name == group.op:  # the first of its op
+            if group.name == group.op.name:  # the first of its op
                 assert f"| {row['mode']} | {row['shape']} | ours | {row['ms']:.3g} | 1.00x |" in text
     assert measured(report, op="clip", provider="eager", status="measured")
     for op in ("sigmoid", "clip", "dino", "ema", "queue", "info_nce", "nt_xent"):
@@ -253,16 +254,18 @@ def test_only_a_toolkit_of_torch_s_cuda_must_build(major: str, tmp_path: Path, m
         assert environment == {"SSL_KERNELS_CUDA": "1"}
 
 
-def test_wrong_numbers_of_ours_fail_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def larger(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return 1.01 * bench_sigmoid.eager(x, *others)
+
+
+def with_a_gradient_of_nan(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return bench_sigmoid.eager(x, *others) + (x - x.detach()).abs().sum().sqrt()
+
+
+@pytest.mark.parametrize("wrong", [larger, with_a_gradient_of_nan])
+def test_wrong_numbers_of_ours_fail_the_step(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     group = dataclasses.replace(gpu_bench.GROUPS[0], providers=("ours",))
-
-    class Wrong:
-        def __call__(self, *args: Any) -> torch.Tensor:
-            return 1.01 * gpu_bench._eager_sigmoid(*args)
-
-    import ssl_kernels
-
-    monkeypatch.setattr(ssl_kernels, "SigLipLoss", Wrong)
+    monkeypatch.setattr(bench_sigmoid, "SigLipLoss", lambda: wrong)
     rows = list(gpu_bench.measure(group, torch.device("cpu"), tiny=True, deadline=time.monotonic() + 60))
     (ours,) = [row for row in rows if row["status"] != gpu_bench.STARTED]
     assert ours["status"] == "outputs differ"
@@ -277,4 +280,12 @@ def test_wrong_numbers_of_ours_fail_the_step(monkeypatch: pytest.MonkeyPatch) ->
     step = Step("benchmarks", limit_s=60)
     Check("cpu", tiny=True, budget_s=60).benchmarks(step)
     assert step.status == "failed"
-    assert step.detail.endswith("wrong: sigmoid B=32 D=128")
+    assert step.detail.endswith("wrong: sigmoid B=64 D=16")
+
+
+def test_benchmarks_that_cannot_be_imported_are_said_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "gpu_bench", None)
+    output = tmp_path / "report.json"
+    arguments = ["--device", "cpu", "--tiny", "--skip", "build", "tests", "sanitizer", "--output", str(output)]
+    assert gpu_check.main(arguments) == 1
+    assert "import of gpu_bench halted" in output.with_suffix(".md").read_text()
