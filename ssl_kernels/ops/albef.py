@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.info_nce import check_same_rows, reduce_rows
-from ssl_kernels.ops.key_softmax import check_keys, fused_key_softmax, widen
+from ssl_kernels.ops.key_softmax import KERNELS, check_keys, fused_key_softmax, widen
 from ssl_kernels.settings import choose_backend
 
 
@@ -85,7 +85,7 @@ def albef_contrastive_loss(
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     _checks.check_fraction("alpha", alpha)
     scale = _checks.as_scalar("scale", scale, image)
-    backend = choose_backend(image.device.type, image.dtype)
+    backend = choose_backend(image.device, image.dtype, KERNELS)
     rows = reference if backend == "reference" else functools.partial(_one_direction, backend=backend)
     image_to_text = rows(image, image_momentum, text_momentum, text_queue, scale, alpha)
     text_to_image = rows(text, text_momentum, image_momentum, image_queue, scale, alpha)

@@ -33,6 +33,8 @@ from ssl_kernels.ops.reuse import empty
 from ssl_kernels.ops.spans import spans
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
+KERNELS = ("cpu", "triton")
+
 Crops = Tensor | Sequence[Tensor]
 
 
@@ -220,7 +222,7 @@ def distill(
     center = as_center(center, student.shape[2], wider)
     student_temp = _checks.as_temperature("student_temp", student_temp, wider).to(dtype)
     teacher_temp = _checks.as_temperature("teacher_temp", teacher_temp, wider).to(dtype)
-    backend = choose_backend(student.device.type, dtype)
+    backend = choose_backend(student.device, dtype, KERNELS)
     pairs = Pairs(students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs)
     if backend == "reference":
         rows = reference(pairs)

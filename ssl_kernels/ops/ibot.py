@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops.dino import KERNELS as KERNELS
 from ssl_kernels.ops.dino import as_blocks, check_constant, distill
 
 

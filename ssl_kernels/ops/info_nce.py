@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_kernels.ops import _checks, key_softmax
 from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.dino import unit_stride
-from ssl_kernels.ops.key_softmax import check_keys, widen
+from ssl_kernels.ops.key_softmax import KERNELS, check_keys, widen
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
@@ -64,7 +64,7 @@ def info_nce_loss(
     check_keys(query, negatives=negatives)
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     scale = _checks.as_scalar("scale", scale, query)
-    backend = choose_backend(query.device.type, query.dtype)
+    backend = choose_backend(query.device, query.dtype, KERNELS)
     if backend == "reference":
         return reference(query, positive, negatives, scale, reduction)
     _checks.check_transforms(query, positive, scale)

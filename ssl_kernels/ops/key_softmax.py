@@ -27,6 +27,8 @@ from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
+KERNELS = ("cpu", "triton")
+
 
 def key_softmax(query: Tensor, keys: Tensor, scale: Tensor | float, *, want_mean: bool = True) -> tuple[Tensor, Tensor]:
     r"""Log-sum-exp and softmax-weighted mean of keys that receive no gradient, in one pass that keeps no similarities.
@@ -68,7 +70,7 @@ def key_softmax(query: Tensor, keys: Tensor, scale: Tensor | float, *, want_mean
     _checks.check_features(query=query)
     check_keys(query, keys=keys)
     scale = _checks.as_scalar("scale", scale, query)
-    backend = choose_backend(query.device.type, query.dtype)
+    backend = choose_backend(query.device, query.dtype, KERNELS)
     if backend == "reference":
         return reference(query, keys, scale, want_mean)
     return fused_key_softmax(widen(query), keys, scale, query.dtype, backend, want_mean=want_mean)

@@ -32,6 +32,8 @@ from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
+KERNELS = ("cpu", "triton")
+
 
 def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
     r"""KoLeo: spreads the features of a batch by the distance of each to its nearest neighbour; in linear memory.
@@ -76,7 +78,7 @@ def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tens
         raise ValueError(f"x: expected at least 2 rows, a row and its neighbour, got {x.shape[0]}")
     _checks.check_eps(eps)
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    backend = choose_backend(x.device.type, x.dtype)
+    backend = choose_backend(x.device, x.dtype, KERNELS)
     if backend == "reference":
         return reference(x, eps, reduction)
     _checks.check_transforms(x)

@@ -26,6 +26,8 @@ from ssl_kernels.ops.dino import as_center, check_constant, softmax_of, unit_str
 from ssl_kernels.ops.spans import spans
 from ssl_kernels.settings import choose_backend
 
+KERNELS = ("cpu", "triton")
+
 
 def sinkhorn_knopp(
     teacher: Tensor,
@@ -93,7 +95,7 @@ def sinkhorn_center(
         raise ValueError(f"n_iterations: expected an int, at least 1, got {n_iterations!r}")
     if group is not None and dist.get_rank(group) < 0:  # torch would warn, and exchange nothing
         raise ValueError("group: expected a group that this process is in, got one of other processes")
-    backend = choose_backend(rows.device.type, rows.dtype)
+    backend = choose_backend(rows.device, rows.dtype, KERNELS)
     if backend == "reference":
         return reference(rows, temp, n_iterations, group)
     maximum, total = _column_lse(rows, temp, backend)
@@ -124,7 +126,7 @@ def centered_softmax(teacher: Tensor, teacher_temp: Tensor | float, center: Tens
     rows, temp = _checked(teacher, teacher_temp)
     check_constant("center", center)
     center = as_center(center, rows.shape[1], rows)
-    backend = choose_backend(rows.device.type, rows.dtype)
+    backend = choose_backend(rows.device, rows.dtype, KERNELS)
     return _centered_softmax(rows, center, temp, backend).reshape(teacher.shape)
 
 

@@ -69,7 +69,9 @@ def test_the_route_of_each_op(case: Case) -> None:
 HOST_READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
-@pytest.mark.skipif(choose_backend(DEVICE, torch.float32, ("cpu", "triton")) != "triton", reason="the CPU's kernels read scalars")
+@pytest.mark.skipif(
+    choose_backend(DEVICE, torch.float32, ("cpu", "triton")) != "triton", reason="the CPU's kernels read scalars"
+)
 @every
 def test_no_op_reads_a_tensor(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen by the calls, where there is no device to wait for; numbers may be read that are on the CPU by contract."""
