@@ -17,6 +17,7 @@ from ssl_kernels import _C
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="tiny sizes: shows that the benchmarks run, not how fast")
+    parser.addoption("--compile-backend", default="inductor", help="torch.compile's")
     parser.addoption("--threads", type=int, default=2, help="threads of every provider")
 
 
@@ -39,7 +40,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case], None]:
-    return functools.partial(harness.measure, benchmark, request.config.getoption("--quick"))
+    quick, backend = (request.config.getoption(name) for name in ("--quick", "--compile-backend"))
+    return functools.partial(harness.measure, benchmark, quick, backend)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -13,14 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# Compiling the eager formulas takes most of the time. One of them shows that they are put side by side with ours.
-@pytest.mark.parametrize("chosen", ["not compile or koleo", pytest.param("", marks=pytest.mark.slow)])
-def test_benchmarks_and_their_report(tmp_path: Path, chosen: str) -> None:
+# Inductor's compiling of the formulas would take most of the time; without it they are traced all the same.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_benchmarks_and_their_report(tmp_path: Path, backend: str) -> None:
     for peer in ("open_clip", "lightly", "pytorch_metric_learning", "transformers"):
         pytest.importorskip(peer, reason=f"{peer} is not installed")
     results = tmp_path / "benchmarks.json"
     arguments = ["-m", "pytest", "benchmarks", "--quick", "--benchmark-only", f"--benchmark-json={results}", "-q"]
-    arguments += ["-k", chosen]
+    arguments += ["--compile-backend", backend]
     for command in (arguments, ["benchmarks/report.py", str(results)]):
         # pytest-benchmark measures nothing where it believes that it shares the machine with other workers.
         alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], 
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 9.9\n")
     tool = folder / "compute-sanitizer"
-    tool.write_text('#!/bin/sh\nshift 6\nexec "$@"\n')
+    tool.write_text('#!/bin/sh\n[ "$2" = racecheck ] && exit\nshift 6\nexec "$@"\n')  # the tests once are enough
     tool.chmod(0o755)
     output = folder / "results" / "gpu_check.json"
     with pytest.MonkeyPatch.context() as patch:

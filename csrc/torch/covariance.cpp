@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -15,8 +16,14 @@ using torch::stable::Tensor;
 
 namespace {
 
-// A few us of work, so that small batches stay on one thread.
+// Rows, or columns, of so many elements that are a few us of work, so that small batches stay on one thread.
 int64_t grain(int64_t length) { return 16384 / (length > 0 ? length : 1) + 1; }
+
+template <typename Columns>
+void over_columns(const sslk::Views& views, Columns columns) {
+  const int64_t few = 64;  // of which most are in whole vectors
+  torch::stable::parallel_for(0, views.width, std::max(few, grain(views.rows)), columns);
+}
 
 float* matrix_data(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
   sslk::check_tensor(t, name, ScalarType::Float, 2);
@@ -50,8 +57,7 @@ void center_views_cpu(Tensor za, Tensor zb, std::optional<double> eps, Tensor a,
   views.standardise = eps.has_value();
   views.eps = eps.value_or(0);
   const sslk::Isa isa = sslk::active_isa();
-  torch::stable::parallel_for(0, views.width, grain(views.rows),
-                              [&](int64_t begin, int64_t end) { sslk::center_views(views, begin, end, isa); });
+  over_columns(views, [&](int64_t begin, int64_t end) { sslk::center_views(views, begin, end, isa); });
 }
 
 double inner_product_cpu(Tensor a, Tensor b) {
@@ -107,7 +113,7 @@ void vicreg_finish_cpu(Tensor za, Tensor zb, Tensor a, Tensor b, Tensor columns,
 
 void barlow_twins_finish_cpu(Tensor a, Tensor b, Tensor columns, double squares, double lambda_param, Tensor loss,
                              std::optional<Tensor> da, std::optional<Tensor> db) {
-  const sslk::Views views = views_of(a, b, a, b, columns);
+  const sslk::Views views = views_of(a, b, a, b, columns);  // as they came they are not needed again
   const double rows = double(views.rows), others = lambda_param / (rows * rows);
   const float* products = views.columns + 2 * views.width;
   double total = others * squares;
@@ -125,7 +131,7 @@ void barlow_twins_finish_cpu(Tensor a, Tensor b, Tensor columns, double squares,
     job.factor = static_cast<float>(2 * others);
     job.weights = weights.data();
     const sslk::Isa isa = sslk::active_isa();
-    torch::stable::parallel_for(0, views.width, grain(views.rows), [&](int64_t begin, int64_t end) {
+    over_columns(views, [&](int64_t begin, int64_t end) {
       sslk::barlow_twins_gradient(views, view, job, begin, end, isa);
     });
   }
