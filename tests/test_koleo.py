@@ -231,6 +231,22 @@ def test_a_row_that_is_not_finite_is_nan_and_nobody_s_neighbor(backend: str, bad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_is_not_finite_is_at_a_right_angle_to_the_others(backend: str) -> None:
+    """Nearer than a row that points the other way."""
+    with ssl_kernels.use_backend(backend):
+        assert K.koleo_loss(torch.tensor([[math.nan, 0.0], [1.0, 0.0], [-1.0, 0.0]]), reduction="none").isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_shorter_than_eps_is_divided_by_a_constant(backend: str) -> None:
+    x, weight = torch.tensor([[0.03, 0.01], [1.0, 0.5], [-1.0, 0.3]]), torch.tensor([1.0, -2.0, 0.5])
+    ours = run(backend, x, weight, eps=0.1, reduction="none")
+    expected = given_neighbors(x.double(), similarities(x, 0.1).argmax(1), weight, "none", 0.1)
+    torch.testing.assert_close(ours.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.gradient.double(), expected.gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_all_rows_nan(backend: str) -> None:
     ours = run(backend, torch.full((5, 3), math.nan))
     assert ours.loss.isnan()
