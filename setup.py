@@ -6,7 +6,8 @@ ssl_kernels._C_cuda  ops on CUDA tensors, against the same interfaces; in an obj
                      builds of torch only. Built where nvcc and such a torch are, whatever GPUs are. SSL_KERNELS_CUDA=0
                      leaves it out, SSL_KERNELS_CUDA=1 makes its absence an error; TORCH_CUDA_ARCH_LIST says for which
                      architectures.
-ssl_kernels._native  the same kernels on NumPy arrays (pybind11), for the Python that builds it.
+ssl_kernels._native  the same kernels on NumPy arrays (pybind11), for the Python that builds it. Of torch it has a few
+                     headers for dtypes and errors, and no library.
 """
 
 import os
@@ -131,7 +132,7 @@ setup(
             [*CPU_SOURCES, *sorted(glob("csrc/numpy/*.cpp"))],
             include_dirs=[pybind11.get_include()],
             depends=HEADERS,
-            extra_compile_args=CXX_FLAGS,
+            extra_compile_args=[*CXX_FLAGS, f"-isystem{Path(torch.__file__).parent}/include"],
             language="c++",
         ),
         *cuda_extensions(),

@@ -38,7 +38,7 @@ def vit(depth: int, width: int) -> list[tuple[int, ...]]:
 
 
 DINO_HEAD = [(2048, 384), (2048,), (2048, 2048), (2048,), (256, 2048), (256,), (65536, 256)]
-MODELS = {
+MODELS: dict[str, list[tuple[int, ...]]] = {
     "ViT-S + DINO head": [*vit(12, 384), *DINO_HEAD],  # 22 million parameters, and as many
     "5,000 of 64": [(64,)] * 5000,
     "ViT 24 x 1024": vit(24, 1024),
@@ -46,23 +46,23 @@ MODELS = {
 }
 
 
-def dino(targets: list[Tensor], sources: list[Tensor]) -> None:
+def dino(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.data.mul_(MOMENTUM).add_((1 - MOMENTUM) * source.detach().data)
 
 
-def loop(targets: list[Tensor], sources: list[Tensor]) -> None:
+def loop(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.mul_(MOMENTUM).add_(source, alpha=1 - MOMENTUM)
 
 
-def foreach_lerp(targets: list[Tensor], sources: list[Tensor]) -> None:
+def foreach_lerp(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets[0].dtype != sources[0].dtype:
         sources = [source.to(targets[0].dtype) for source in sources]
     torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
 
 
-def of_lists(update: Callable[[list[Tensor], list[Tensor]], Any]) -> Callable[[nn.Module, nn.Module], Update]:
+def of_lists(update: Callable[[Sequence[Tensor], Sequence[Tensor]], Any]) -> Callable[[nn.Module, nn.Module], Update]:
     def make(teacher: nn.Module, student: nn.Module) -> Update:
         targets, sources = list(teacher.parameters()), list(student.parameters())
         return lambda: update(targets, sources)
@@ -103,7 +103,7 @@ def problem(model: str, dtype: torch.dtype, device: torch.device) -> Problem:
         teacher = Parameters(start)
         targets, update = list(teacher.parameters()), make(teacher, student)
 
-        def step() -> list[Tensor]:
+        def step() -> Sequence[Tensor]:
             update()
             return targets
 
@@ -136,6 +136,6 @@ EMA_16_BITS = replace(
     suffix=", bfloat16 student",
     label="bf16",
     dtype=torch.bfloat16,
-    tolerance=3e-5,  # some round (1 - m) times a student to bfloat16, twice
+    tolerance=5e-5,  # some round (1 - m) times a student to bfloat16, twice
 )
 bench_ema = bench(EMA, EMA_16_BITS)

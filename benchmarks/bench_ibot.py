@@ -44,8 +44,9 @@ def problem(sinkhorn: bool, patches: int, width: int, dtype: torch.dtype, device
 
     def ours_with_sinkhorn(student: Tensor, teacher: Tensor) -> Tensor:
         center = K.sinkhorn_center(teacher, TEACHER_TEMP, n_iterations=ITERATIONS)
-        temps = {"student_temp": STUDENT_TEMP, "teacher_temp": TEACHER_TEMP}
-        return K.ibot_patch_loss(student, teacher, weights, center=center, **temps)
+        return K.ibot_patch_loss(
+            student, teacher, weights, center=center, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP
+        )
 
     def with_center(module: type) -> Loss:
         loss = module(width, TEACHER_TEMP, STUDENT_TEMP, center_momentum=1.0).to(device)

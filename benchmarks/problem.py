@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Problem:
-    """One shape of one op. The formula is the provider "eager", and "compile" what torch.compile makes of it.
+    """One shape of one op. The formula is the provider "eager"; "compile" is what torch.compile makes of it.
 
     The other providers are made by a call each, and get the leaves. An update of a state returns that state; its
     formula, the state after two updates.
@@ -45,10 +45,10 @@ class Problem:
 
     leaves: list[Tensor]
     formula: Loss
-    providers: dict[str, Callable[[], Loss]]
+    providers: Mapping[str, Callable[[], Loss]]
     floor: Callable[[str, bool], Floor]  # of a provider, without or with gradients
-    compared: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)  # what is made of other results first
-    not_by: dict[str, tuple[int, ...]] = field(default_factory=dict)  # leaves that a provider gives no gradient
+    compared: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)  # what is made of other results first
+    not_by: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # leaves that a provider gives no gradient
 
     def loss(self, provider: str, backend: str = "inductor") -> Loss:
         if provider == "compile":
@@ -64,6 +64,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Op:
+    """What is measured of one op: who at which shapes, in which modes, and how near the formula."""
+
     name: str
     problem: Callable[..., Problem] = field(repr=False)  # of a shape, a dtype and a device
     providers: tuple[str, ...]
@@ -76,7 +78,7 @@ class Op:
     modes: tuple[str, ...] = MODES
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-4
-    tolerances: dict[str, float] = field(default_factory=dict)  # of providers that need another
+    tolerances: Mapping[str, float] = field(default_factory=dict)  # of providers that need another
     quadratic: bool = False  # its formula keeps several B x B matrices
 
     def comparable(self, shape: tuple[Any, ...], most: int) -> tuple[Any, ...]:
@@ -164,7 +166,9 @@ def gflop(rows: int, columns: int, width: int) -> float:
 
 
 def step(loss: Loss, leaves: Sequence[Tensor], mode: str) -> Any:
-    if mode != "forward+backward":
+    if mode == "update":
+        return loss(*leaves)
+    if mode == "forward":
         with torch.no_grad():
             return loss(*leaves)
     for leaf in leaves:

@@ -1,4 +1,6 @@
 // Argument checks shared by every op's shell. A message names the argument, what came and what is expected.
+//
+// Tensor is that of torch's stable interface or, in the NumPy module, an array that looks like one.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,22 +9,29 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 
 #include "cpu/half.h"
 
 namespace sslk {
 
-inline void check_tensor(const torch::stable::Tensor& t, const char* name, torch::headeronly::ScalarType dtype,
-                         int64_t dim) {
+template <typename Tensor>
+void check_tensor(const Tensor& t, const char* name, torch::headeronly::ScalarType dtype, int64_t dim) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
   STD_TORCH_CHECK(t.dim() == dim, name, ": expected ", dim, " dimensions, got ", t.dim());
 }
 
-inline void check_size(const torch::stable::Tensor& t, const char* name, int64_t axis, int64_t size) {
+template <typename Tensor>
+void check_size(const Tensor& t, const char* name, int64_t axis, int64_t size) {
   STD_TORCH_CHECK(t.size(axis) == size, name, ": expected size ", size, " in dimension ", axis, ", got ",
                   t.size(axis));
+}
+
+template <typename Tensor>
+void check_contiguous(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
 inline void check_range(int64_t begin, int64_t end, int64_t size) {
@@ -31,14 +40,17 @@ inline void check_range(int64_t begin, int64_t end, int64_t size) {
 }
 
 // A matrix of floats whose rows are contiguous and do not overlap.
-inline void check_tile(const torch::stable::Tensor& t, const char* name) {
+template <typename Tensor>
+void check_tile(const Tensor& t, const char* name) {
   check_tensor(t, name, torch::headeronly::ScalarType::Float, 2);
+  if (t.numel() == 0) return;
   STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected unit stride along columns, got ", t.stride(1));
   STD_TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), name, ": expected rows that do not overlap, got stride ",
                   t.stride(0), " for ", t.size(1), " columns");
 }
 
-inline FeatureType feature_type(const torch::stable::Tensor& t, const char* name) {
+template <typename Tensor>
+FeatureType feature_type(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case torch::headeronly::ScalarType::Float:
       return FeatureType::kFloat32;
@@ -52,8 +64,11 @@ inline FeatureType feature_type(const torch::stable::Tensor& t, const char* name
   }
 }
 
+inline int64_t item_size(FeatureType type) { return type == FeatureType::kFloat32 ? 4 : 2; }
+
 // A tensor of floats, bfloat16 or half whose last dimension is contiguous.
-inline FeatureType check_features(const torch::stable::Tensor& t, const char* name, int64_t dim) {
+template <typename Tensor>
+FeatureType check_features(const Tensor& t, const char* name, int64_t dim) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.dim() == dim, name, ": expected ", dim, " dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.numel() == 0 || t.size(dim - 1) == 1 || t.stride(dim - 1) == 1, name,
@@ -62,32 +77,46 @@ inline FeatureType check_features(const torch::stable::Tensor& t, const char* na
 }
 
 // A contiguous vector of floats of that size.
-inline void check_vector(const torch::stable::Tensor& t, const char* name, int64_t size) {
+template <typename Tensor>
+void check_vector(const Tensor& t, const char* name, int64_t size) {
   check_tensor(t, name, torch::headeronly::ScalarType::Float, 1);
   check_size(t, name, 0, size);
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+  check_contiguous(t, name);
 }
 
 // Its data, or null when it is absent.
-inline const float* vector_data(const std::optional<torch::stable::Tensor>& t, const char* name, int64_t size) {
+template <typename Tensor>
+const float* vector_data(const std::optional<Tensor>& t, const char* name, int64_t size) {
   if (!t) return nullptr;
   check_vector(*t, name, size);
-  return t->const_data_ptr<float>();
+  return static_cast<const float*>(t->const_data_ptr());
 }
 
 // Its data, to be written.
-inline float* output_data(const torch::stable::Tensor& t, const char* name, int64_t size) {
+template <typename Tensor>
+float* output_data(const Tensor& t, const char* name, int64_t size) {
   check_vector(t, name, size);
-  return t.mutable_data_ptr<float>();
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+
+// The data of a contiguous matrix of doubles, to be written.
+template <typename Tensor>
+double* stats_data(const Tensor& stats, const char* name, int64_t rows, int64_t width) {
+  check_tensor(stats, name, torch::headeronly::ScalarType::Double, 2);
+  check_size(stats, name, 0, rows);
+  check_size(stats, name, 1, width);
+  check_contiguous(stats, name);
+  return static_cast<double*>(stats.mutable_data_ptr());
 }
 
 // Null when absent; otherwise the data of a contiguous int64 vector of `size` ids.
-inline const int64_t* check_ids(const std::optional<torch::stable::Tensor>& ids, const char* name, int64_t size) {
+template <typename Tensor>
+const int64_t* check_ids(const std::optional<Tensor>& ids, const char* name, int64_t size) {
   if (!ids) return nullptr;
   check_tensor(*ids, name, torch::headeronly::ScalarType::Long, 1);
   check_size(*ids, name, 0, size);
-  STD_TORCH_CHECK(ids->is_contiguous(), name, ": expected a contiguous tensor");
-  return ids->const_data_ptr<int64_t>();
+  check_contiguous(*ids, name);
+  return static_cast<const int64_t*>(ids->const_data_ptr());
 }
 
 }  // namespace sslk

@@ -36,12 +36,17 @@ inline void check_apart(std::vector<Range> ranges) {
   }
 }
 
+template <typename Tensor>
+bool has_shape_of(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t axis = 0; same && axis < a.dim(); ++axis) same = a.size(axis) == b.size(axis);
+  return same;
+}
+
 // The entries of the lists. is_here(t) tells whether a tensor is on the device, which `expected` describes.
-template <typename IsHere>
-std::vector<EmaTensor> ema_tensors(const std::vector<torch::stable::Tensor>& targets,
-                                   const std::vector<torch::stable::Tensor>& sources,
-                                   const std::vector<torch::stable::Tensor>& copies, IsHere is_here,
-                                   const char* expected) {
+template <typename Tensor, typename IsHere>
+std::vector<EmaTensor> ema_tensors(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
+                                   const std::vector<Tensor>& copies, IsHere is_here, const char* expected) {
   STD_TORCH_CHECK(sources.size() == targets.size(), "sources: expected ", targets.size(), " tensors, got ",
                   sources.size());
   STD_TORCH_CHECK(copies.size() <= targets.size(), "copies: expected at most ", targets.size(), " tensors, got ",
@@ -52,28 +57,28 @@ std::vector<EmaTensor> ema_tensors(const std::vector<torch::stable::Tensor>& tar
   for (size_t i = 0; i < targets.size(); ++i) {
     EmaTensor t{};
     t.size = targets[i].numel();
-    const auto check = [&](const torch::stable::Tensor& tensor, const char* list) {
+    const auto check = [&](const Tensor& tensor, const char* list) {
       STD_TORCH_CHECK(is_here(tensor), name_of(list, i), ": expected ", expected);
       STD_TORCH_CHECK(tensor.is_contiguous(), name_of(list, i), ": expected a contiguous tensor");
-      STD_TORCH_CHECK(tensor.sizes().equals(targets[i].sizes()), name_of(list, i), ": expected the shape of ",
+      STD_TORCH_CHECK(has_shape_of(tensor, targets[i]), name_of(list, i), ": expected the shape of ",
                       name_of("targets", i));
       return feature_type(tensor, list);
     };
-    const auto claim = [&](const torch::stable::Tensor& tensor, const void* data, const char* list, bool written) {
+    const auto claim = [&](FeatureType type, const void* data, const char* list, bool written) {
       const char* begin = static_cast<const char*>(data);
-      if (t.size > 0) ranges.push_back({begin, begin + t.size * tensor.element_size(), list, i, written});
+      if (t.size > 0) ranges.push_back({begin, begin + t.size * item_size(type), list, i, written});
     };
     t.target_type = check(targets[i], "targets");
     t.source_type = check(sources[i], "sources");
     t.target = targets[i].mutable_data_ptr();
     t.source = sources[i].const_data_ptr();
-    claim(targets[i], t.target, "targets", true);
+    claim(t.target_type, t.target, "targets", true);
     const bool is_target = t.source == t.target && t.source_type == t.target_type;  // stays what it is
-    if (!is_target) claim(sources[i], t.source, "sources", false);
+    if (!is_target) claim(t.source_type, t.source, "sources", false);
     if (i < copies.size()) {
       t.copy_type = check(copies[i], "copies");
       t.copy = copies[i].mutable_data_ptr();
-      claim(copies[i], t.copy, "copies", true);
+      claim(t.copy_type, t.copy, "copies", true);
     }
     tensors.push_back(t);
   }

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.ops.dino import _dino, _scale_gradient
+from ssl_kernels.ops import dino, hand_over
 
 # ---- values and gradients
 
@@ -482,12 +482,12 @@ def test_opcheck(backend: str, distinct: bool) -> None:
         students = [logits(n, 3, 9, dtype).requires_grad_(needs) for n in (1, 2)]
         center, weights = (torch.randn(9), torch.rand(3)) if given_all else (None, None)
         arguments = (students, [logits(2, 3, 9)], center, weights, *temps, distinct, False, needs, given_all, 0.1, True)
-        torch.library.opcheck(_dino, (*arguments, backend))
+        torch.library.opcheck(dino._op.in_graphs, (*arguments, backend))
 
 
 def test_opcheck_of_the_last_step() -> None:
     for dtype in (torch.float32, torch.float16):
-        torch.library.opcheck(_scale_gradient, (torch.randn(4, 3, 9).to(dtype), torch.randn(3)))
+        torch.library.opcheck(hand_over.scale.in_graphs, (torch.randn(4, 3, 9).to(dtype), torch.randn(3)))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

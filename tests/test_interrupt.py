@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels.ops import dino, sinkhorn
+from ssl_kernels.ops import dino, hand_over, sinkhorn
 from ssl_kernels.ops.spans import spans
 
 ROWS = torch.zeros(1, 1024).expand(2**21, 1024)  # seconds of work on a few kilobytes of memory
@@ -71,7 +71,7 @@ def test_a_backward_pass_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
                 signal.raise_signal(signal.SIGINT)
             yield row, row + 1
 
-    monkeypatch.setattr(dino, "spans", interrupted)
+    monkeypatch.setattr(hand_over, "spans", interrupted)
     with pytest.raises(KeyboardInterrupt):
         (3 * loss).backward()
     assert begun == [0, 1, 2, 3]
@@ -95,8 +95,8 @@ def test_ranges_of_rows_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch)
         def cut(rows: int, _: Any, step: int = step) -> Iterator[tuple[int, int]]:
             return ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
-        monkeypatch.setattr(dino, "spans", cut)
-        monkeypatch.setattr(sinkhorn, "spans", cut)
+        for module in (dino, hand_over, sinkhorn):
+            monkeypatch.setattr(module, "spans", cut)
         for ours, whole in zip(results(), expected, strict=True):
             torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-6)
 

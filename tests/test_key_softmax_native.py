@@ -105,15 +105,15 @@ def test_long_rows_do_not_drift(isa: str) -> None:
 def test_bad_arrays_are_named() -> None:
     tile, stats, mean = np.zeros((2, 3), np.float32), start(2), np.zeros((2, 4), np.float32)
     for arguments, message in (
-        ((tile[:, ::2], stats, mean), "tile: expected a matrix with unit stride"),
-        ((tile, stats[:1], mean), r"stats: expected a contiguous \[2, 2\] array"),
-        ((tile, stats[:, :1].copy(), mean), r"stats: expected a contiguous \[2, 2\]"),
-        ((tile, stats, mean[:1]), "mean: expected 2 rows"),
-        ((tile, stats, mean[:, ::2]), "mean: expected a matrix with unit stride"),
+        ((tile[:, ::2], stats, mean), "tile: expected unit stride along columns, got 2"),
+        ((tile, stats[:1], mean), "stats: expected size 2 in dimension 0, got 1"),
+        ((tile, stats[:, :1].copy(), mean), "stats: expected size 2 in dimension 1, got 1"),
+        ((tile, stats, mean[:1]), "mean: expected size 2 in dimension 0, got 1"),
+        ((tile, stats, mean[:, ::2]), "mean: expected unit stride along columns, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             native.key_softmax_panel(*arguments, 1.0)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="tile: expected dtype Float, got Double"):
         native.key_softmax_panel(tile.astype(np.float64), stats, mean, 1.0)
 
 

@@ -79,15 +79,15 @@ def test_nan_and_minus_infinity_are_never_taken(isa: str, cols: int) -> None:
 def test_bad_arrays_are_named() -> None:
     tile, (best, neighbor) = np.zeros((2, 3), np.float32), start(5)
     for arguments, message in (
-        ((tile[:, ::2], best, neighbor, 0, 2), "tile: expected a matrix with unit stride"),
-        ((tile, best, neighbor[:4], 0, 2), "neighbor: expected a contiguous vector of 5"),
-        ((tile, best[::2], neighbor[:3], 0, 2), "best: expected a contiguous vector of 3"),
+        ((tile[:, ::2], best, neighbor, 0, 2), "tile: expected unit stride along columns, got 2"),
+        ((tile, best, neighbor[:4], 0, 2), "neighbor: expected size 5 in dimension 0, got 4"),
+        ((tile, best[::2], neighbor[:3], 0, 2), "best: expected a contiguous tensor"),
         ((tile, best, neighbor, 4, 2), "first_row: expected 0 to 3, got 4"),
         ((tile, best, neighbor, 0, -1), "first_col: expected 0 to 2, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             native.koleo_panel(*arguments)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="tile: expected dtype Float, got Double"):
         native.koleo_panel(tile.astype(np.float64), best, neighbor, 0, 2)
 
 

@@ -1,12 +1,10 @@
 // CPU tensors in, the torch-free kernels underneath, torch's own thread pool across rows.
-#include "../cpu/key_softmax.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
-#include "../checks.h"
+#include "../jobs/key_softmax.h"
 #include "rows.h"
 
 using torch::headeronly::ScalarType;
@@ -14,32 +12,8 @@ using torch::stable::Tensor;
 
 namespace {
 
-void check_stats(const Tensor& stats, int64_t rows) {
-  sslk::check_tensor(stats, "stats", ScalarType::Double, 2);
-  sslk::check_size(stats, "stats", 0, rows);
-  sslk::check_size(stats, "stats", 1, 2);
-  STD_TORCH_CHECK(stats.is_contiguous(), "stats: expected a contiguous tensor");
-}
-
 void key_softmax_panel_cpu(Tensor tile, Tensor stats, std::optional<Tensor> mean, double scale) {
-  sslk::check_tile(tile, "tile");
-  check_stats(stats, tile.size(0));
-
-  sslk::KeySoftmaxPanel panel{};
-  panel.tile = tile.mutable_data_ptr<float>();
-  panel.rows = tile.size(0);
-  panel.cols = tile.size(1);
-  panel.row_stride = tile.stride(0);
-  panel.stats = stats.mutable_data_ptr<double>();
-  if (mean) {
-    sslk::check_tile(*mean, "mean");
-    sslk::check_size(*mean, "mean", 0, panel.rows);
-    panel.mean = mean->mutable_data_ptr<float>();
-    panel.width = mean->size(1);
-    panel.mean_stride = mean->stride(0);
-  }
-  panel.scale = static_cast<float>(scale);
-
+  const auto panel = sslk::key_softmax_job(tile, stats, mean, scale);
   const sslk::Isa isa = sslk::active_isa();
   const int64_t elements_per_task = 16384;  // about 10 us of work, so that small tiles stay on one thread
   const int64_t grain = elements_per_task / (panel.cols > 0 ? panel.cols : 1) + 1;
@@ -56,8 +30,7 @@ void run_rows(sslk::KeySoftmaxRows job, const Tensor& stats, double scale, const
               const Tensor& loss) {
   job.rows = stats.size(0);
   job.width = mean.size(1);
-  check_stats(stats, job.rows);
-  job.stats = stats.const_data_ptr<double>();
+  job.stats = sslk::stats_data(stats, "stats", job.rows, 2);
   job.scale = scale;
   job.mean = static_cast<float*>(wanted_data(mean, "mean", sslk::FeatureType::kFloat32, job.rows, job.width));
   job.unit = average && job.rows > 0 ? 1.0 / double(job.rows) : 1.0;

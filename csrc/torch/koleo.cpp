@@ -1,13 +1,11 @@
 // CPU tensors in, the torch-free kernels underneath, torch's own thread pool across rows and across columns.
-#include "../cpu/koleo.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <vector>
 
-#include "../checks.h"
+#include "../jobs/koleo.h"
 #include "rows.h"
 
 using torch::headeronly::ScalarType;
@@ -16,32 +14,14 @@ using torch::stable::Tensor;
 namespace {
 
 void koleo_panel_cpu(Tensor tile, Tensor best, Tensor neighbor, int64_t first_row, int64_t first_col) {
-  sslk::check_tile(tile, "tile");
-  sslk::check_tensor(best, "best", ScalarType::Float, 1);
-  sslk::check_tensor(neighbor, "neighbor", ScalarType::Long, 1);
-  const int64_t rows = tile.size(0), cols = tile.size(1), size = best.size(0);
-  sslk::check_size(neighbor, "neighbor", 0, size);
-  STD_TORCH_CHECK(best.is_contiguous(), "best: expected a contiguous tensor");
-  STD_TORCH_CHECK(neighbor.is_contiguous(), "neighbor: expected a contiguous tensor");
-  STD_TORCH_CHECK(rows <= INT32_MAX && cols <= INT32_MAX, "tile: expected at most 2**31 - 1 rows and columns, got ",
-                  rows, " and ", cols);
-  STD_TORCH_CHECK(0 <= first_row && first_row <= size - rows, "first_row: expected 0 to ", size - rows, ", got ",
-                  first_row);
-  STD_TORCH_CHECK(0 <= first_col && first_col <= size - cols, "first_col: expected 0 to ", size - cols, ", got ",
-                  first_col);
-
-  const auto side = [&](int64_t first) {
-    return sslk::KoleoSide{best.mutable_data_ptr<float>() + first, neighbor.mutable_data_ptr<int64_t>() + first, first};
-  };
-  const sslk::KoleoPanel panel{tile.mutable_data_ptr<float>(), rows, cols, tile.stride(0), side(first_row),
-                               side(first_col)};
+  const auto panel = sslk::koleo_job(tile, best, neighbor, first_row, first_col);
   const sslk::Isa isa = sslk::active_isa();
   const int64_t elements_per_task = 131072;  // about 10 us of work, so that small tiles stay on one thread
   const auto grain = [&](int64_t length) { return elements_per_task / (length > 0 ? length : 1) + 1; };
-  torch::stable::parallel_for(0, rows, grain(cols),
+  torch::stable::parallel_for(0, panel.rows, grain(panel.cols),
                               [&](int64_t begin, int64_t end) { sslk::koleo_rows(panel, begin, end, isa); });
   if (first_row == first_col) return;  // the columns are the rows
-  torch::stable::parallel_for(0, cols, grain(rows),
+  torch::stable::parallel_for(0, panel.cols, grain(panel.rows),
                               [&](int64_t begin, int64_t end) { sslk::koleo_columns(panel, begin, end, isa); });
 }
 
@@ -60,7 +40,7 @@ sslk::KoleoRows make_rows(const Tensor& x, double eps, const Tensor& norm) {
 sslk::KoleoRows make_rows(const Tensor& x, double eps, const Tensor& norm, const Tensor& neighbor,
                           const Tensor& distance) {
   sslk::KoleoRows rows = make_rows(x, eps, norm);
-  rows.neighbor = sslk::check_ids(neighbor, "neighbor", rows.rows);
+  rows.neighbor = sslk::check_ids(std::optional(neighbor), "neighbor", rows.rows);
   for (int64_t i = 0; i < rows.rows; ++i) {
     STD_TORCH_CHECK(0 <= rows.neighbor[i] && rows.neighbor[i] < rows.rows, "neighbor: expected 0 to ", rows.rows - 1,
                     ", got ", rows.neighbor[i]);

@@ -1,10 +1,8 @@
 // CPU tensors in, the torch-free kernel underneath, torch's own thread pool across keys.
-#include "../cpu/queue.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
+#include "../jobs/queue.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -12,28 +10,11 @@ using torch::stable::Tensor;
 namespace {
 
 void enqueue_rows_cpu(Tensor queue, Tensor pointer, Tensor keys, bool normalize) {
-  sslk::Enqueue job{};
-  job.queue_type = sslk::check_features(queue, "queue", 2);
-  job.keys_type = sslk::check_features(keys, "keys", 2);
-  sslk::check_size(keys, "keys", 1, queue.size(1));
-  STD_TORCH_CHECK(queue.size(0) > 0, "queue: expected at least 1 row, got 0");
-  STD_TORCH_CHECK(queue.size(0) == 1 || queue.stride(0) >= queue.size(1),
-                  "queue: expected rows that do not overlap, got stride ", queue.stride(0), " for ", queue.size(1),
-                  " columns");
   STD_TORCH_CHECK(pointer.is_cpu() && pointer.scalar_type() == ScalarType::Long && pointer.numel() == 1,
                   "pointer: expected one int64 element on the CPU");
-
-  const int64_t size = queue.size(0), batch = keys.size(0);
   int64_t& row = *pointer.mutable_data_ptr<int64_t>();
-  job.queue = queue.mutable_data_ptr();
-  job.size = size;
-  job.queue_stride = queue.stride(0);
-  job.keys = keys.const_data_ptr();
-  job.keys_stride = keys.stride(0);
-  job.width = queue.size(1);
-  job.start = (row % size + size) % size;
-  job.normalize = normalize;
-
+  const auto job = sslk::enqueue_job(queue, row, keys, normalize);
+  const int64_t size = job.size, batch = keys.size(0);
   const sslk::Isa isa = sslk::active_isa();
   const int64_t elements_per_task = 65536;  // about 10 us of work, so that small batches stay on one thread
   const int64_t grain = elements_per_task / (job.width > 0 ? job.width : 1) + 1;

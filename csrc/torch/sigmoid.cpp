@@ -1,37 +1,16 @@
 // CPU tensors in, the torch-free tile kernel underneath, torch's own thread pool across rows.
-#include "../cpu/sigmoid.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
-#include <vector>
 
-#include "../checks.h"
+#include "../jobs/sigmoid.h"
 #include "products.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
-
-sslk::SigmoidPanel make_panel(const Tensor& tile, double scale, double bias, const std::optional<Tensor>& row_ids,
-                              const std::optional<Tensor>& col_ids, bool ignore_same_id, int64_t diagonal) {
-  sslk::check_tile(tile, "tile");
-  STD_TORCH_CHECK(row_ids.has_value() == col_ids.has_value(), "row_ids, col_ids: expected both or neither");
-  sslk::SigmoidPanel panel{};
-  panel.tile = tile.mutable_data_ptr<float>();
-  panel.rows = tile.size(0);
-  panel.cols = tile.size(1);
-  panel.row_stride = tile.stride(0);
-  panel.scale = static_cast<float>(scale);
-  panel.bias = static_cast<float>(bias);
-  panel.row_ids = sslk::check_ids(row_ids, "row_ids", panel.rows);
-  panel.col_ids = sslk::check_ids(col_ids, "col_ids", panel.cols);
-  panel.ignore_same_id = ignore_same_id;
-  panel.diagonal = diagonal;
-  return panel;
-}
 
 void run(const sslk::SigmoidPanel& panel) {
   const sslk::Isa isa = sslk::active_isa();
@@ -43,16 +22,7 @@ void run(const sslk::SigmoidPanel& panel) {
 
 void sigmoid_panel_cpu(Tensor tile, Tensor stats, double scale, double bias, std::optional<Tensor> row_ids,
                        std::optional<Tensor> col_ids, bool ignore_same_id, int64_t diagonal, bool write_grad) {
-  sslk::SigmoidPanel panel = make_panel(tile, scale, bias, row_ids, col_ids, ignore_same_id, diagonal);
-  sslk::check_tensor(stats, "stats", ScalarType::Double, 2);
-  sslk::check_size(stats, "stats", 0, panel.rows);
-  STD_TORCH_CHECK(stats.is_contiguous(), "stats: expected a contiguous tensor");
-  STD_TORCH_CHECK(stats.size(1) == 3 || (stats.size(1) == 1 && !write_grad),
-                  "stats: expected 3 columns (1 when only the loss is wanted), got ", stats.size(1));
-  panel.stats = stats.mutable_data_ptr<double>();
-  panel.stats_width = stats.size(1);
-  panel.write_grad = write_grad;
-  run(panel);
+  run(sslk::sigmoid_job(tile, stats, scale, bias, row_ids, col_ids, ignore_same_id, diagonal, write_grad));
 }
 
 // All of a forward pass whose similarities are one tile. Returns the loss, the gradients of x and, transposed in memory,
@@ -62,14 +32,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_of_one_tile_cpu(
     bool ignore_same_id, int64_t positive, double divisor, bool want_dx, bool want_dy, bool want_scalars) {
   using torch::stable::new_empty;
   const Tensor tile = sslk::product(x, sslk::transposed(y));
-  sslk::SigmoidPanel panel = make_panel(tile, scale, bias, x_ids, y_ids, ignore_same_id, positive);
-  panel.write_grad = want_dx || want_dy;
-  panel.stats_width = panel.write_grad || want_scalars ? 3 : 1;
-  std::vector<double> stats(panel.rows * panel.stats_width);
-  panel.stats = stats.data();
-  run(panel);
+  const int64_t width = want_dx || want_dy || want_scalars ? 3 : 1;
+  const Tensor stats = torch::stable::new_zeros(x, {x.size(0), width}, ScalarType::Double);
+  run(sslk::sigmoid_job(tile, stats, scale, bias, x_ids, y_ids, ignore_same_id, positive, want_dx || want_dy));
+  const double* row = stats.const_data_ptr<double>();
   double sums[3] = {};
-  for (size_t i = 0; i < stats.size(); ++i) sums[i % panel.stats_width] += stats[i];
+  for (int64_t i = 0; i < stats.numel(); ++i) sums[i % width] += row[i];
 
   Tensor loss = new_empty(x, {}), scalars = new_empty(x, {3});
   *loss.mutable_data_ptr<float>() = static_cast<float>(sums[0] / divisor);

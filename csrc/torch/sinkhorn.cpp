@@ -1,6 +1,4 @@
 // CPU tensors in, the torch-free kernels underneath, torch's own thread pool across columns or rows.
-#include "../cpu/sinkhorn.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "../checks.h"
+#include "../jobs/sinkhorn.h"
 #include "huge_pages.h"
 
 using torch::headeronly::ScalarType;
@@ -17,30 +15,17 @@ using torch::stable::Tensor;
 
 namespace {
 
-sslk::Sinkhorn job_of(const Tensor& rows, const std::optional<Tensor>& center, double temp) {
-  sslk::Sinkhorn job{};
-  job.type = sslk::check_features(rows, "rows", 2);
-  job.logits = rows.const_data_ptr();
-  job.rows = rows.size(0);
-  job.width = rows.size(1);
-  job.stride = rows.stride(0);
-  job.center = sslk::vector_data(center, "center", job.width);
-  job.scale = float(1 / temp);
-  return job;
-}
-
 // Rows [begin, end) as a job of their own.
 sslk::Sinkhorn part_of(sslk::Sinkhorn job, int64_t begin, int64_t end) {
   sslk::check_range(begin, end, job.rows);
-  const int64_t item = job.type == sslk::FeatureType::kFloat32 ? 4 : 2;
-  job.logits = static_cast<const char*>(job.logits) + begin * job.stride * item;
+  job.logits = static_cast<const char*>(job.logits) + begin * job.stride * sslk::item_size(job.type);
   job.rows = end - begin;
   return job;
 }
 
 // Rows [begin, end); those before are in maxima and totals already.
 void column_lse_cpu(Tensor rows, double temp, Tensor maxima, Tensor totals, int64_t begin, int64_t end) {
-  const sslk::Sinkhorn job = part_of(job_of(rows, std::nullopt, temp), begin, end);
+  const sslk::Sinkhorn job = part_of(sslk::sinkhorn_job<Tensor>(rows, std::nullopt, temp), begin, end);
   STD_TORCH_CHECK(job.rows > 0, "rows: expected at least 1 row, got 0");
   float* maximum = sslk::output_data(maxima, "maxima", job.width);
   float* total = sslk::output_data(totals, "totals", job.width);
@@ -56,7 +41,7 @@ void column_lse_cpu(Tensor rows, double temp, Tensor maxima, Tensor totals, int6
 
 // Adds the sums of rows [begin, end).
 void column_sums_cpu(Tensor rows, Tensor center, double temp, Tensor sums, int64_t begin, int64_t end) {
-  const sslk::Sinkhorn job = part_of(job_of(rows, center, temp), begin, end);
+  const sslk::Sinkhorn job = part_of(sslk::sinkhorn_job<Tensor>(rows, center, temp), begin, end);
   float* out = sslk::output_data(sums, "sums", job.width);
   const sslk::Isa isa = sslk::active_isa();
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(job.rows, torch::stable::get_num_threads()));
@@ -76,12 +61,12 @@ void column_sums_cpu(Tensor rows, Tensor center, double temp, Tensor sums, int64
 
 // Rows [begin, end) of both.
 void centered_softmax_cpu(Tensor rows, std::optional<Tensor> center, double temp, Tensor out, int64_t begin, int64_t end) {
-  const sslk::Sinkhorn job = job_of(rows, center, temp);
+  const sslk::Sinkhorn job = sslk::sinkhorn_job(rows, center, temp);
   sslk::check_tensor(out, "out", ScalarType::Float, 2);
   sslk::check_size(out, "out", 0, job.rows);
   sslk::check_range(begin, end, job.rows);
   sslk::check_size(out, "out", 1, job.width);
-  STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
+  sslk::check_contiguous(out, "out");
   float* probabilities = out.mutable_data_ptr<float>();
   if (begin == 0) sslk::prefer_huge_pages(out);
   const sslk::Isa isa = sslk::active_isa();

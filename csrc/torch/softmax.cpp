@@ -1,6 +1,4 @@
 // CPU tensors in, the torch-free tile kernels underneath, torch's own thread pool across rows and columns.
-#include "../cpu/softmax.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,52 +6,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../jobs/softmax.h"
 #include "products.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
-
-sslk::SoftmaxTile make_tile(Tensor& tile, double scale, const std::optional<Tensor>& row_ids,
-                            const std::optional<Tensor>& col_ids, bool ignore_same_id, int64_t positive,
-                            int64_t excluded) {
-  sslk::check_tile(tile, "tile");
-  STD_TORCH_CHECK(scale >= 0 || scale != scale, "scale: expected a number >= 0, got ", scale);
-  STD_TORCH_CHECK(row_ids.has_value() == col_ids.has_value(), "row_ids, col_ids: expected both or neither");
-  sslk::SoftmaxTile result{};
-  result.raw = tile.mutable_data_ptr<float>();
-  result.rows = tile.size(0);
-  result.cols = tile.size(1);
-  result.row_stride = tile.stride(0);
-  result.scale = static_cast<float>(scale);
-  result.row_ids = sslk::check_ids(row_ids, "row_ids", result.rows);
-  result.col_ids = sslk::check_ids(col_ids, "col_ids", result.cols);
-  result.ignore_same_id = ignore_same_id;
-  result.positive = positive;
-  result.excluded = excluded;
-  return result;
-}
-
-double* stats_data(const Tensor& stats, const char* name, int64_t rows, int64_t width) {
-  sslk::check_tensor(stats, name, ScalarType::Double, 2);
-  sslk::check_size(stats, name, 0, rows);
-  sslk::check_size(stats, name, 1, width);
-  STD_TORCH_CHECK(stats.is_contiguous(), name, ": expected a contiguous tensor");
-  return stats.mutable_data_ptr<double>();
-}
-
-// The vectors of a side, [4, size] or with label smoothing [5, size].
-sslk::SoftmaxGrad::Side side_of(const Tensor& side, const char* name, int64_t size) {
-  sslk::check_tensor(side, name, ScalarType::Float, 2);
-  sslk::check_size(side, name, 1, size);
-  STD_TORCH_CHECK(side.size(0) == 4 || side.size(0) == 5, name, ": expected 4 or 5 vectors, got ", side.size(0));
-  STD_TORCH_CHECK(size <= 1 || side.stride(1) == 1, name, ": expected vectors that are contiguous in memory");
-  const float* data = side.const_data_ptr<float>();
-  const int64_t stride = side.stride(0);
-  return {data, data + stride, data + 2 * stride, data + 3 * stride, side.size(0) == 5 ? data + 4 * stride : nullptr};
-}
 
 constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work, so that small tiles stay on one thread
 
@@ -83,27 +42,16 @@ void make_gradient(const sslk::SoftmaxGrad& grad) {
 void softmax_stats_cpu(Tensor tile, Tensor row_stats, std::optional<Tensor> col_stats, double scale,
                        std::optional<Tensor> row_ids, std::optional<Tensor> col_ids, bool ignore_same_id,
                        int64_t positive, int64_t excluded) {
-  const auto pairs = make_tile(tile, scale, row_ids, col_ids, ignore_same_id, positive, excluded);
-  const bool uniform = row_stats.dim() == 2 && row_stats.size(1) == sslk::kUniformStats;
-  const int64_t width = uniform ? sslk::kUniformStats : sslk::kStats;
-  double* rows = stats_data(row_stats, "row_stats", pairs.rows, width);
-  double* cols = col_stats ? stats_data(*col_stats, "col_stats", pairs.cols, width) : nullptr;
-  sslk::SoftmaxStats stats(pairs, rows, cols, uniform);
+  auto stats =
+      sslk::softmax_stats_job(tile, row_stats, col_stats, scale, row_ids, col_ids, ignore_same_id, positive, excluded);
   add_tile(stats);
 }
 
 void softmax_grad_cpu(Tensor tile, Tensor stats, double scale, std::optional<Tensor> row_ids,
                       std::optional<Tensor> col_ids, bool ignore_same_id, int64_t positive, int64_t excluded,
                       Tensor row_side, Tensor col_side, bool write) {
-  STD_TORCH_CHECK(row_side.size(0) == col_side.size(0), "row_side, col_side: expected the same number of vectors");
-  sslk::SoftmaxGrad grad{};
-  grad.tile = make_tile(tile, scale, row_ids, col_ids, ignore_same_id, positive, excluded);
-  const int64_t rows = grad.tile.rows, cols = grad.tile.cols;
-  grad.stats = stats_data(stats, "stats", rows, 1);
-  grad.row = side_of(row_side, "row_side", rows);
-  grad.col = side_of(col_side, "col_side", cols);
-  grad.write = write;
-  make_gradient(grad);
+  make_gradient(sslk::softmax_grad_job(tile, stats, scale, row_ids, col_ids, ignore_same_id, positive, excluded, row_side,
+                                       col_side, write));
 }
 
 void softmax_summary_cpu(std::vector<Tensor> stats, double scale, double label_smoothing, bool mean,
@@ -116,7 +64,7 @@ void softmax_summary_cpu(std::vector<Tensor> stats, double scale, double label_s
   summary.n_sides = int64_t(stats.size());
   for (int64_t i = 0; i < summary.n_sides; ++i) {
     const int64_t size = stats[i].size(0);
-    summary.stats[i] = stats_data(stats[i], "stats", size, summary.width);
+    summary.stats[i] = sslk::stats_data(stats[i], "stats", size, summary.width);
     summary.size[i] = size;
     sslk::check_tensor(sides[i], "sides", ScalarType::Float, 2);
     STD_TORCH_CHECK(sides[i].is_contiguous() && sides[i].size(1) == size &&
@@ -168,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_of_one_tile_cpu(
   const int64_t width = uniform ? sslk::kUniformStats : sslk::kStats, n_sides = y ? 2 : 1;
   Tensor tile = sslk::product(x, sslk::transposed(y ? *y : x));
   if (!y) mirror_cpu(tile);
-  sslk::SoftmaxTile pairs = make_tile(tile, scale, x_ids, y_ids, ignore_same_id, positive, excluded);
+  sslk::SoftmaxTile pairs = sslk::softmax_tile(tile, scale, x_ids, y_ids, ignore_same_id, positive, excluded);
   std::vector<int64_t> views;
   if (seam > 0) {
     views.resize(pairs.rows);

@@ -45,13 +45,12 @@ from ssl_kernels.kernels.sinkhorn import (
     are_aligned,
     block_of_row,
     columns_of_block,
-    finite_from_below,
     load_center,
     merge_maxima_and_sums,
     row_stats,
     rows_per_program,
 )
-from ssl_kernels.kernels.tiles import cdiv, on_device
+from ssl_kernels.kernels.tiles import cdiv, finite_from_below, on_device
 
 __all__ = ["dino", "scale_", "teacher_sum"]
 

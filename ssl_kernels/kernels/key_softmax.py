@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_kernels.kernels.configs import device_traits, is_aligned, measured, product_kind
-from ssl_kernels.kernels.tiles import cdiv, on_device
+from ssl_kernels.kernels.tiles import cdiv, finite_from_below, on_device
 
 __all__ = ["CONFIGS", "Config", "key_softmax"]
 
@@ -86,12 +86,6 @@ CONFIGS: dict[tuple[str, str], tuple[Config, Config, Config]] = {
     ("gfx9", "tf32"): (Config(64, 32, None, 128, 4, 1), Config(64, 32, 32, 256, 4, 1), Config(64, 32, 32, 128, 4, 1)),
     ("gfx9", "ieee"): (Config(64, 32, 16, 256, 4, 1), Config(64, 32, 16, 256, 4, 1), Config(64, 32, 16, 128, 4, 1)),
 }
-
-
-@triton.jit
-def _finite_from_below(maximum):
-    """A maximum to subtract: nothing is left of exp(-inf - 0), where exp(-inf + inf) would be NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
@@ -171,7 +165,7 @@ def _key_softmax_kernel(
             raw = -raw
         raw = tl.where(key_ok[None, :], raw, float("-inf"))
         larger = tl.maximum(maximum, tl.max(raw, axis=1))
-        shift = _finite_from_below(larger)
+        shift = finite_from_below(larger)
         fade = tl.exp2((maximum - shift) * scale)
         p = tl.exp2((raw - shift[:, None]) * scale)
         total = total * fade + tl.sum(p, axis=1)
@@ -217,7 +211,7 @@ def _merge_splits_kernel(
         at = split.to(tl.int64) * M + row
         maximum = tl.maximum(maximum, tl.load(MAXIMA + at, mask=split < splits, other=float("-inf")))
     largest = tl.max(maximum, axis=0)
-    shift = _finite_from_below(largest)
+    shift = finite_from_below(largest)
     total = tl.zeros((SPLITS,), tl.float32)
     mean = tl.zeros((BLOCK_E,), tl.float32)
     for first in range(0, splits, SPLITS):

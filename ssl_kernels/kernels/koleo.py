@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_kernels.kernels.configs import CONFIGS, Config, choose_config, product_kind
-from ssl_kernels.kernels.tiles import cdiv, locate_tile, on_device, operands, similarities
+from ssl_kernels.kernels.tiles import cdiv, locate_tile, on_device, operands, similarities, tile_constants
 
 __all__ = ["CONFIGS", "NUM_WARPS", "Config", "kernel_constants", "koleo_panel"]
 
@@ -173,12 +173,4 @@ def _merge(found: Tensor, place: Tensor, best: Tensor, neighbor: Tensor, first: 
 
 def kernel_constants(config: Config, kind: str, width: int, on_diagonal: bool) -> dict[str, Any]:
     """The compile-time arguments of the kernel. What is not wanted is not compiled in."""
-    return {
-        "ON_DIAGONAL": on_diagonal,
-        "EVEN_D": width % config.block_d == 0,
-        "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": config.block_d,
-        "GROUP_M": config.group_m,
-    }
+    return {**tile_constants(config, kind, width), "ON_DIAGONAL": on_diagonal}

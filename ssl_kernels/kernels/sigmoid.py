@@ -50,6 +50,7 @@ the program, so that most tiles pay nothing for them; with ids every pair is com
 # (the parameters of jitted functions are Triton's, not Python's; every other function here is annotated)
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -57,8 +58,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssl_kernels.kernels import tiles
 from ssl_kernels.kernels.configs import CONFIGS, Config, choose_config, device_traits, narrowed, product_kind
-from ssl_kernels.kernels.tiles import cdiv, locate_tile, on_device, operands, similarities, split_columns
+from ssl_kernels.kernels.tiles import (
+    cdiv,
+    diagonal_in_block,
+    have_same_id,
+    locate_tile,
+    nearest_diagonal,
+    on_device,
+    operands,
+    pair_constants,
+    similarities,
+    split_columns,
+    store_gradient,
+)
 
 __all__ = ["CONFIGS", "Config", "config_for", "gradient_scale", "kernel_constants", "sigmoid_panel"]
 
@@ -69,7 +83,9 @@ _C3 = tl.constexpr(-0.0005965688033029437)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LARGEST_PRODUCT = tl.constexpr(2.0**120)
+# Most negatives have a sigmoid of 1e-4 to 1e-8, below the normal range of fp16; times 2^15, G still fits.
 _FP16_GRADIENT_SCALE = tl.constexpr(2.0**15)
+gradient_scale = functools.partial(tiles.gradient_scale, in_fp16=_FP16_GRADIENT_SCALE)
 
 
 @triton.jit
@@ -172,9 +188,7 @@ def _epilogue(
     same_id = False
     positive = False
     if HAS_IDS:
-        x_id = tl.load(X_IDS + first_row + row, mask=row_ok, other=0)
-        y_id = tl.load(Y_IDS + first_col + col, mask=col < cols_left, other=0)
-        same_id = x_id[:, None] == y_id[None, :]
+        same_id = have_same_id(X_IDS, Y_IDS, first_row, first_col, row, col, row_ok, cols_left)
     if POSITIVE_IDS:
         positive = same_id | (col[None, :] == (row + delta)[:, None])
     # Without ids a row has at most one positive: its product is taken out of the block, and what it adds is worked out
@@ -218,16 +232,10 @@ def _epilogue(
             row_g += positive_g
             g = tl.where(col[None, :] == (row + delta)[:, None], positive_g[:, None], g)
     if WITH_GRAD:
-        dtype: tl.constexpr = GRAD.dtype if isinstance(GRAD, tl.tensor_descriptor) else GRAD.dtype.element_ty
-        g = (g * (_FP16_GRADIENT_SCALE if dtype == tl.float16 else 1.0)).to(dtype)
-        if isinstance(GRAD, tl.tensor_descriptor):
-            GRAD.store([first_row.to(tl.int32), first_col.to(tl.int32)], g)
-        else:
-            grad_at = GRAD + first_col + (first_row + row)[:, None] * stride_gm + col[None, :]
-            if is_edge:
-                tl.store(grad_at, g, mask=row_ok[:, None] & (col < cols_left)[None, :])
-            else:  # a mask that is constant along the row leaves the stores wide
-                tl.store(grad_at, g, mask=row_ok[:, None])
+        store_gradient(
+            GRAD, g, first_row, first_col, row_ok, cols_left, is_edge, stride_gm,
+            _FP16_GRADIENT_SCALE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     return row_loss, row_g_raw, row_g
 
 
@@ -278,8 +286,7 @@ def _sigmoid_panel_kernel(
     bias = tl.load(BIAS)
     rows_left = tl.minimum(m - first_row, BLOCK_M).to(tl.int32)
     cols_left = tl.minimum(n - first_col, BLOCK_N).to(tl.int32)  # of the right half perhaps less than none
-    # Clamped to where the diagonal no longer meets the tile.
-    delta = tl.minimum(tl.maximum(diagonal + first_row - first_col, -BLOCK_M), BLOCK_N).to(tl.int32)
+    delta = diagonal_in_block(diagonal, first_row, first_col, BLOCK_M, BLOCK_N)
     if HALVES:  # the left columns and then the right: half as much of the epilogue is in registers at a time
         WIDTH: tl.constexpr = BLOCK_N // 2
         left, right = split_columns(raw, BLOCK_M, BLOCK_N)
@@ -307,14 +314,6 @@ def _sigmoid_panel_kernel(
     if not LOSS_ONLY:
         tl.store(partial_at + m, row_g_raw, mask=row_ok)
         tl.store(partial_at + 2 * m, row_g, mask=row_ok)
-
-
-def gradient_scale(dtype: torch.dtype) -> float:
-    """The power of two that G carries in the gradient tile; whoever multiplies with the tile takes it out in fp32.
-
-    Most negatives have a sigmoid of 1e-4 to 1e-8, below the normal range of fp16; times 2^15, G still fits.
-    """
-    return float(_FP16_GRADIENT_SCALE.value) if dtype == torch.float16 else 1.0
 
 
 def sigmoid_panel(
@@ -370,7 +369,7 @@ def sigmoid_panel(
                 m,
                 n,
                 width,
-                max(min(diagonal, n), -m),  # beyond these no pair of the panel is on the diagonal
+                nearest_diagonal(diagonal, m, n),
                 *x.stride(),
                 *y.stride(),
                 0 if grad is None else grad.stride(0),
@@ -399,16 +398,5 @@ def kernel_constants(
     with_grad: bool,
 ) -> dict[str, Any]:
     """The compile-time arguments of the kernel. What is not wanted is not compiled in."""
-    return {
-        "HAS_IDS": has_ids,
-        "IGNORE_SAME_ID": has_ids and ignore_same_id,
-        "LOSS_ONLY": loss_only,
-        "WITH_GRAD": with_grad and not loss_only,
-        "EVEN_D": width % config.block_d == 0,
-        "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": config.block_d,
-        "GROUP_M": config.group_m,
-        "HALVES": config.halves,
-    }
+    shared = pair_constants(config, kind, width, has_ids, ignore_same_id)
+    return {**shared, "LOSS_ONLY": loss_only, "WITH_GRAD": with_grad and not loss_only}

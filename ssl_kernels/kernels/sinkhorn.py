@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_kernels.kernels.configs import device_traits
-from ssl_kernels.kernels.tiles import cdiv, on_device
+from ssl_kernels.kernels.tiles import cdiv, finite_from_below, on_device
 
 __all__ = ["centered_softmax", "column_lse", "column_sums", "row_stats"]
 
@@ -51,12 +51,6 @@ _COLUMN_PROGRAMS_PER_MULTIPROCESSOR = 8
 _MERGE_ROWS = 32
 _MERGE_SPLITS = 16
 _MERGE_COLUMNS = 256
-
-
-@triton.jit
-def finite_from_below(maximum):
-    """A maximum to subtract: nothing is left of exp(-inf - 0), where exp(-inf + inf) would be NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ configurations serves all of them.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -91,6 +92,66 @@ def split_columns(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
+@triton.jit
+def left_in_block(size, first, BLOCK: tl.constexpr):
+    """How many of a block's rows or columns are within the panel."""
+    return tl.maximum(tl.minimum(size - first, BLOCK), 0).to(tl.int32)
+
+
+@triton.jit
+def diagonal_in_block(diagonal, first_row, first_col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Column, counted within the block, where a diagonal crosses its first row; clamped to where it no longer meets."""
+    return tl.minimum(tl.maximum(diagonal + first_row - first_col, -BLOCK_M), BLOCK_N).to(tl.int32)
+
+
+@triton.jit
+def have_same_id(X_IDS, Y_IDS, first_row, first_col, row, col, row_ok, cols_left):
+    """Which pairs of a block have one id."""
+    x_id = tl.load(X_IDS + first_row + row, mask=row_ok, other=0)
+    y_id = tl.load(Y_IDS + first_col + col, mask=col < cols_left, other=0)
+    return x_id[:, None] == y_id[None, :]
+
+
+@triton.jit
+def finite_from_below(maximum):
+    """A maximum to subtract: nothing is left of exp(-inf - 0), where exp(-inf + inf) would be NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def store_gradient(
+    GRAD,  # [m, n], or a descriptor of it in blocks [BLOCK_M, BLOCK_N]
+    g,  # [BLOCK_M, BLOCK_N] fp32
+    first_row,
+    first_col,
+    row_ok,  # [BLOCK_M]: rows within the panel
+    cols_left,
+    is_edge,  # whether these are less than BLOCK_N
+    stride_gm,
+    FP16_GRADIENT_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write G of a block in the dtype of GRAD, in fp16 times a power of two."""
+    dtype: tl.constexpr = GRAD.dtype if isinstance(GRAD, tl.tensor_descriptor) else GRAD.dtype.element_ty
+    g = (g * (FP16_GRADIENT_SCALE if dtype == tl.float16 else 1.0)).to(dtype)
+    if isinstance(GRAD, tl.tensor_descriptor):
+        GRAD.store([first_row.to(tl.int32), first_col.to(tl.int32)], g)
+    else:
+        row = tl.arange(0, BLOCK_M)
+        col = tl.arange(0, BLOCK_N)
+        grad_at = GRAD + first_col + (first_row + row)[:, None] * stride_gm + col[None, :]
+        if is_edge:
+            tl.store(grad_at, g, mask=row_ok[:, None] & (col < cols_left)[None, :])
+        else:  # a mask that is constant along the row leaves the stores wide
+            tl.store(grad_at, g, mask=row_ok[:, None])
+
+
+def gradient_scale(dtype: torch.dtype, in_fp16: tl.constexpr) -> float:
+    """The power of two that G carries in the gradient tile; whoever multiplies with the tile takes it out in fp32."""
+    return float(in_fp16.value) if dtype == torch.float16 else 1.0
+
+
 def cdiv(size: int, block: int) -> int:
     """How many blocks cover it. Triton's own takes the host five microseconds."""
     return -(-size // block)
@@ -113,3 +174,30 @@ def operands(
         TensorDescriptor.from_tensor(y, [config.block_n, config.block_d]),
         None if grad is None else TensorDescriptor.from_tensor(grad, [config.block_m, width]),
     )
+
+
+def nearest_diagonal(diagonal: int, m: int, n: int) -> int:
+    """The diagonal, or the nearest that no longer meets the panel."""
+    return max(min(diagonal, n), -m)
+
+
+def tile_constants(config: Config, kind: str, width: int) -> dict[str, Any]:
+    """The compile-time arguments of :func:`locate_tile` and :func:`similarities`."""
+    return {
+        "EVEN_D": width % config.block_d == 0,
+        "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "GROUP_M": config.group_m,
+    }
+
+
+def pair_constants(config: Config, kind: str, width: int, has_ids: bool, ignore_same_id: bool) -> dict[str, Any]:
+    """These, and the ones of an epilogue that compares ids and may take a tile half by half."""
+    return {
+        **tile_constants(config, kind, width),
+        "HALVES": config.halves,
+        "HAS_IDS": has_ids,
+        "IGNORE_SAME_ID": has_ids and ignore_same_id,
+    }

@@ -97,6 +97,59 @@ def check_transforms(*tensors: Tensor) -> None:
             )
 
 
+def as_blocks(name: str, crops: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Crops as blocks [n, B, K] of one dtype, device, B and K; those given as [B, K] become blocks of one."""
+    if not isinstance(crops, Tensor | Sequence):
+        raise TypeError(f"{name}: expected a tensor or a sequence of tensors, got {type(crops).__name__}")
+    blocks = [crops] if isinstance(crops, Tensor) else list(autocast_widest(*crops))
+    if not blocks:
+        raise ValueError(f"{name}: expected at least one crop, got an empty list")
+    for i, block in enumerate(blocks):
+        label = name if isinstance(crops, Tensor) else f"{name}[{i}]"
+        if not isinstance(block, Tensor):
+            raise TypeError(f"{label}: expected a tensor, got {type(block).__name__}")
+        if block.dtype not in FEATURE_DTYPES:
+            raise TypeError(f"{label}: expected dtype float32, bfloat16, float16 or float64, got {block.dtype}")
+        if block.dim() == 2 and not isinstance(crops, Tensor):
+            blocks[i] = block = block[None]
+        if block.dim() != 3:
+            wanted = "[crops, B, K]" if isinstance(crops, Tensor) else "[B, K] or [crops, B, K]"
+            raise ValueError(f"{label}: expected shape {wanted}, got {tuple(block.shape)}")
+        first = blocks[0]
+        if block.dtype != first.dtype:
+            raise TypeError(f"{label}: expected the dtype of {name}[0] ({first.dtype}), got {block.dtype}")
+        if block.device != first.device:
+            raise ValueError(f"{label}: expected the device of {name}[0] ({first.device}), got {block.device}")
+        if block.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"{label}: expected [B, K] = {tuple(first.shape[1:])} as {name}[0] has, got {tuple(block.shape[1:])}"
+            )
+    if sum(len(block) for block in blocks) == 0:
+        raise ValueError(f"{name}: expected at least one crop, got shape {tuple(blocks[0].shape)}")
+    return blocks
+
+
+def check_constant(name: str, value: object) -> None:
+    """What comes from the teacher receives no gradient: a tensor that wants one is a mistake."""
+    for tensor in value if isinstance(value, list) else [value]:
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it; detach() it")
+
+
+def as_center(center: Tensor | None, width: int, teacher: Tensor) -> Tensor | None:
+    """[K] in the accumulation dtype, whatever its shape was."""
+    if center is None:
+        return None
+    if not isinstance(center, Tensor) or not center.is_floating_point():
+        got = center.dtype if isinstance(center, Tensor) else type(center).__name__
+        raise TypeError(f"center: expected a floating tensor, got {got}")
+    if center.numel() != width:
+        raise ValueError(f"center: expected {width} elements, one to a prototype, got shape {tuple(center.shape)}")
+    if center.device != teacher.device:
+        raise ValueError(f"center: expected the device of teacher ({teacher.device}), got {center.device}")
+    return center.detach().reshape(width).to(accumulation_dtype(teacher.dtype)).contiguous()
+
+
 def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """A 0-dim tensor on the device of ``like``, in its accumulation dtype, in the graph of ``value``."""
     dtype = accumulation_dtype(like.dtype)

@@ -7,6 +7,7 @@ through a ``torch.autograd.Function`` in a third of that.
 
 from __future__ import annotations
 
+import itertools
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -26,6 +27,7 @@ _SCHEMA: dict[Any, str] = {
     int: "SymInt",
     float: "float",
     str: "str",
+    list[Tensor]: "Tensor[]",
     Sequence[bool]: "bool[]",
     torch.dtype: "ScalarType",
 }
@@ -40,7 +42,9 @@ class Op(Generic[Arguments]):
         returns: the schema of the result.
         forward: from arguments to the result.
         fake: the same, for tensors without data.
-        setup_context, backward: as of :func:`torch.library.register_autograd`; but the first gets arguments.
+        setup_context, backward: as of :func:`torch.library.register_autograd`; but the first gets arguments. Without
+            the latter no tensor among the arguments may require a gradient. With lists among the arguments
+            ``ctx.needs_input_grad`` is not the same in eager code, where each tensor of a list counts.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class Op(Generic[Arguments]):
         *,
         forward: Callable[[Arguments], Any],
         fake: Callable[[Arguments], Any],
-        backward: Callable[..., Any],
+        backward: Callable[..., Any] | None = None,
         setup_context: Callable[[Any, Arguments, Any], None] = lambda ctx, arguments, output: None,
     ) -> None:
         def run(*values: Any) -> Any:
@@ -66,9 +70,13 @@ class Op(Generic[Arguments]):
             f"ssl_kernels::{name}", run, mutates_args=(), schema=f"({schema}) -> {returns}"
         )
         definition.register_fake(lambda *values: fake(arguments(*values)))
-        definition.register_autograd(backward, setup_context=prepare)
         self.in_graphs = getattr(torch.ops.ssl_kernels, name).default
         self._forward = forward
+        self._has_lists = list[Tensor] in hints.values()
+        self._in_eager: Any = None
+        if backward is None:
+            return
+        definition.register_autograd(backward, setup_context=prepare)
 
         def run_and_prepare(ctx: Any, *values: Any) -> Any:  # apart, they would cost a look at the signature each time
             packed = arguments(*values)
@@ -76,13 +84,38 @@ class Op(Generic[Arguments]):
             setup_context(ctx, packed, result)
             return result
 
-        methods = {"forward": staticmethod(run_and_prepare), "backward": staticmethod(backward)}
-        self._in_eager: Any = type(name, (torch.autograd.Function,), methods)
+        def run_flat(ctx: Any, *values: Any) -> Any:
+            return run_and_prepare(ctx, *_grouped(*values))
+
+        def flat_backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+            return *_flat(backward(ctx, *upstream)), None
+
+        methods = (run_flat, flat_backward) if self._has_lists else (run_and_prepare, backward)
+        named = zip(("forward", "backward"), map(staticmethod, methods), strict=True)
+        self._in_eager = type(name, (torch.autograd.Function,), dict(named))
 
     def __call__(self, arguments: Arguments) -> Any:
-        if not is_plain(arguments):
+        values = _flat(arguments) if self._has_lists else arguments
+        if not is_plain(values):
             return self.in_graphs(*arguments)
-        return self._in_eager.apply(*arguments) if torch.is_grad_enabled() else self._forward(arguments)
+        if self._in_eager is None or not torch.is_grad_enabled():
+            return self._forward(arguments)
+        if self._has_lists:  # autograd looks into none
+            lengths = [len(value) if isinstance(value, list) else None for value in arguments]
+            return self._in_eager.apply(*values, lengths)
+        return self._in_eager.apply(*values)
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    """What lists among them hold in their places."""
+    return [v for value in values for v in (value if isinstance(value, list) else (value,))]
+
+
+def _grouped(*values: Any) -> list[Any]:
+    """Lists in the places of what they held: the last value has their lengths, and None for what was no list."""
+    *flat, lengths = values
+    rest = iter(flat)
+    return [next(rest) if length is None else list(itertools.islice(rest, length)) for length in lengths]
 
 
 def is_plain(values: Sequence[Any]) -> bool:

@@ -21,48 +21,43 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops.contrastive import no_double_backward
+from ssl_kernels.ops._op import Op
+from ssl_kernels.ops.hand_over import hand_over
 from ssl_kernels.ops.reuse import empty
 from ssl_kernels.ops.spans import spans
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 KERNELS = ("cpu", "triton")
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Crops = Tensor | Sequence[Tensor]
 
 
+class Options(TypedDict, total=False):
+    """What DINO's and iBOT's losses both take."""
+
+    student_temp: Tensor | float
+    teacher_temp: Tensor | float
+    center: Tensor | None
+    teacher_probs: bool
+    reduction: str
+
+
 @overload
 def dino_loss(
-    student: Crops,
-    teacher: Crops,
-    *,
-    student_temp: Tensor | float = 0.1,
-    teacher_temp: Tensor | float = 0.04,
-    center: Tensor | None = None,
-    pairs: str = "distinct",
-    teacher_probs: bool = False,
-    reduction: str = "mean",
-    want_teacher_sum: Literal[False] = False,
+    student: Crops, teacher: Crops, *, want_teacher_sum: Literal[False] = ..., pairs: str = ..., **rest: Unpack[Options]
 ) -> Tensor: ...
 @overload
 def dino_loss(
-    student: Crops,
-    teacher: Crops,
-    *,
-    student_temp: Tensor | float = 0.1,
-    teacher_temp: Tensor | float = 0.04,
-    center: Tensor | None = None,
-    pairs: str = "distinct",
-    teacher_probs: bool = False,
-    reduction: str = "mean",
-    want_teacher_sum: Literal[True],
+    student: Crops, teacher: Crops, *, want_teacher_sum: Literal[True], pairs: str = ..., **rest: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
 def dino_loss(
     student: Crops,
@@ -120,7 +115,7 @@ def dino_loss(
     >>> round(loss.item(), 6), tuple(student.grad.shape), teacher_sum.tolist()
     (0.000136, (4, 3, 4), [2.0, 2.0, 2.0, 0.0])
     """
-    students, teachers = as_blocks("student", student), as_blocks("teacher", teacher)
+    students, teachers = _checks.as_blocks("student", student), _checks.as_blocks("teacher", teacher)
     _checks.check_choice("pairs", pairs, ("distinct", "all"))
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     crops, teacher_crops = _count(students), _count(teachers)
@@ -130,8 +125,7 @@ def dino_loss(
             f"student: expected at least one crop besides the teacher's own, got {crops} for {teacher_crops} of the"
             " teacher and pairs='distinct'"
         )
-    samples = students[0].shape[1]
-    rows, teacher_sum = distill(
+    return distill(
         students,
         teachers,
         student_temp=student_temp,
@@ -141,45 +135,9 @@ def dino_loss(
         distinct=pairs == "distinct",
         teacher_probs=teacher_probs,
         scale=1 / terms,
-        mean=reduction == "mean",
-        want_sum=want_teacher_sum,
+        reduction=reduction,
+        want_teacher_sum=want_teacher_sum,
     )
-    loss = rows if reduction == "none" else rows.sum()
-    if reduction == "mean" and samples == 0:
-        loss = loss + math.nan
-    return (loss, teacher_sum) if want_teacher_sum else loss
-
-
-def as_blocks(name: str, crops: Crops) -> list[Tensor]:
-    """Crops as blocks [n, B, K] of one dtype, device, B and K; those given as [B, K] become blocks of one."""
-    if not isinstance(crops, Tensor | Sequence):
-        raise TypeError(f"{name}: expected a tensor or a sequence of tensors, got {type(crops).__name__}")
-    blocks = [crops] if isinstance(crops, Tensor) else list(_checks.autocast_widest(*crops))
-    if not blocks:
-        raise ValueError(f"{name}: expected at least one crop, got an empty list")
-    for i, block in enumerate(blocks):
-        label = name if isinstance(crops, Tensor) else f"{name}[{i}]"
-        if not isinstance(block, Tensor):
-            raise TypeError(f"{label}: expected a tensor, got {type(block).__name__}")
-        if block.dtype not in _checks.FEATURE_DTYPES:
-            raise TypeError(f"{label}: expected dtype float32, bfloat16, float16 or float64, got {block.dtype}")
-        if block.dim() == 2 and not isinstance(crops, Tensor):
-            blocks[i] = block = block[None]
-        if block.dim() != 3:
-            wanted = "[crops, B, K]" if isinstance(crops, Tensor) else "[B, K] or [crops, B, K]"
-            raise ValueError(f"{label}: expected shape {wanted}, got {tuple(block.shape)}")
-        first = blocks[0]
-        if block.dtype != first.dtype:
-            raise TypeError(f"{label}: expected the dtype of {name}[0] ({first.dtype}), got {block.dtype}")
-        if block.device != first.device:
-            raise ValueError(f"{label}: expected the device of {name}[0] ({first.device}), got {block.device}")
-        if block.shape[1:] != first.shape[1:]:
-            raise ValueError(
-                f"{label}: expected [B, K] = {tuple(first.shape[1:])} as {name}[0] has, got {tuple(block.shape[1:])}"
-            )
-    if _count(blocks) == 0:
-        raise ValueError(f"{name}: expected at least one crop, got shape {tuple(blocks[0].shape)}")
-    return blocks
 
 
 def _count(blocks: Sequence[Tensor]) -> int:
@@ -197,12 +155,12 @@ def distill(
     distinct: bool,
     teacher_probs: bool,
     scale: float,
-    mean: bool,
-    want_sum: bool,
-) -> tuple[Tensor, Tensor]:
-    """``scale`` times the weighted losses [B], summed over pairs, and the sum [K] of the teacher's logits.
+    reduction: str,
+    want_teacher_sum: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``scale`` times the weighted losses, summed over pairs and reduced, perhaps with the sum of the teacher's logits.
 
-    With ``mean`` the losses are divided by B, which is not in ``scale``: a graph would be compiled for each B then.
+    That the mean divides by B is not in ``scale``: a graph would be compiled for each B then.
     """
     student, teacher = students[0], teachers[0]
     if teacher.device != student.device:
@@ -215,33 +173,33 @@ def distill(
     dtype = _checks.accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
     constants = {"teacher": teachers, "center": center, "student_temp": student_temp, "teacher_temp": teacher_temp}
     for name, value in constants.items():
-        check_constant(name, value)
+        _checks.check_constant(name, value)
     if teacher_probs and center is not None:
         raise ValueError("center: expected None beside teacher_probs=True, for probabilities have no centre")
     wider = student if dtype == student.dtype else teacher
-    center = as_center(center, student.shape[2], wider)
-    student_temp = _checks.as_temperature("student_temp", student_temp, wider).to(dtype)
-    teacher_temp = _checks.as_temperature("teacher_temp", teacher_temp, wider).to(dtype)
-    backend = choose_backend(student.device, dtype, KERNELS)
-    pairs = Pairs(students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs)
-    if backend == "reference":
-        rows = reference(pairs)
-        total = sum_of_teacher(teachers, dtype) if want_sum else rows.new_empty(0)
-        return _shared(scale, mean, students) * rows, total
-    _checks.check_transforms(*students)
-    want_grad = torch.is_grad_enabled() and any(block.requires_grad for block in students)
-    late = None
-    if student.dtype == torch.float16:  # its gradient has no room for small weights
-        late = weights
-        # The backward pass needs the temperature, and the caller may write to its tensor before that.
-        pairs = pairs._replace(weights=None, student_temp=student_temp.clone())
-    rows, _, teacher_sum = _dino(*pairs, want_grad, want_sum, scale, mean, backend)
-    return rows if late is None else rows * late, teacher_sum
+    a = Arguments(
+        students,
+        teachers,
+        _checks.as_center(center, student.shape[2], wider),
+        weights,
+        _checks.as_temperature("student_temp", student_temp, wider).to(dtype),
+        _checks.as_temperature("teacher_temp", teacher_temp, wider).to(dtype),
+        distinct,
+        teacher_probs,
+        want_grad=torch.is_grad_enabled() and any(block.requires_grad for block in students),
+        want_sum=want_teacher_sum,
+        scale=scale,
+        mean=reduction == "mean",
+        backend=choose_backend(student.device, dtype, KERNELS),
+    )
+    rows, teacher_sum = _rows(a)
+    loss = rows if reduction == "none" else rows.sum()
+    if reduction == "mean" and student.shape[1] == 0:
+        loss = loss + math.nan
+    return (loss, teacher_sum) if want_teacher_sum else loss
 
 
-class Pairs(NamedTuple):
-    """Crops of the student and those of the teacher that they are compared with."""
-
+class Arguments(NamedTuple):
     students: list[Tensor]  # blocks [n, B, K]
     teachers: list[Tensor]
     center: Tensor | None  # [K]
@@ -250,6 +208,26 @@ class Pairs(NamedTuple):
     teacher_temp: Tensor
     distinct: bool
     teacher_probs: bool
+    want_grad: bool
+    want_sum: bool
+    scale: float
+    mean: bool
+    backend: str
+
+    @property
+    def share(self) -> float:
+        """The factor on the loss of a sample."""
+        return self.scale / max(1, self.students[0].shape[1]) if self.mean else self.scale
+
+    @property
+    def power(self) -> float:
+        """The power of two that a gradient is stored with: 1 but in fp16, where 1/65,536, a probability, is subnormal.
+
+        With it a gradient is at most 1,024, which leaves room for given probabilities that sum up to more than 1.
+        """
+        if self.students[0].dtype != torch.float16 or not 0 < self.share < math.inf:
+            return 1.0
+        return 2.0 ** (10 - math.ceil(math.log2(self.share * _count(self.teachers))))
 
     def probabilities(self, samples: slice = slice(None)) -> list[Tensor]:
         """Of each of the teacher's crops, in the accumulation dtype."""
@@ -267,64 +245,60 @@ def softmax_of(logits: Tensor, temp: Tensor) -> Tensor:
     return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temp, -1)
 
 
-def check_constant(name: str, value: object) -> None:
-    """What comes from the teacher receives no gradient: a tensor that wants one is a mistake."""
-    for tensor in value if isinstance(value, list) else [value]:
-        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it; detach() it")
+def sum_of_teacher(a: Arguments) -> Tensor:
+    """[K], of the logits of all crops and samples; empty where it is not wanted."""
+    dtype = a.teacher_temp.dtype
+    if not a.want_sum:
+        return a.teacher_temp.new_empty(0)
+    return torch.stack([block.sum((0, 1), dtype=dtype) for block in a.teachers]).sum(0)
 
 
-def as_center(center: Tensor | None, width: int, teacher: Tensor) -> Tensor | None:
-    """[K] in the accumulation dtype, whatever its shape was."""
-    if center is None:
-        return None
-    if not isinstance(center, Tensor) or not center.is_floating_point():
-        got = center.dtype if isinstance(center, Tensor) else type(center).__name__
-        raise TypeError(f"center: expected a floating tensor, got {got}")
-    if center.numel() != width:
-        raise ValueError(f"center: expected {width} elements, one to a prototype, got shape {tuple(center.shape)}")
-    if center.device != teacher.device:
-        raise ValueError(f"center: expected the device of teacher ({teacher.device}), got {center.device}")
-    return center.detach().reshape(width).to(_checks.accumulation_dtype(teacher.dtype)).contiguous()
-
-
-def sum_of_teacher(teachers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """[K], added up in ``dtype``."""
-    return torch.stack([block.sum((0, 1), dtype=dtype) for block in teachers]).sum(0)
-
-
-def reference(pairs: Pairs) -> Tensor:
+def reference(a: Arguments) -> Tensor:
     """The definition: every pair, densely and differentiable any number of times, in fp32 or float64."""
-    temp = pairs.student_temp
-    log_s = [torch.log_softmax(crop.to(temp.dtype) / temp, -1) for block in pairs.students for crop in block]
+    temp = a.student_temp
+    log_s = [torch.log_softmax(crop.to(temp.dtype) / temp, -1) for block in a.students for crop in block]
     rows = torch.zeros_like(log_s[0][:, 0])
-    for (t, p_t), (v, log_s_v) in itertools.product(enumerate(pairs.probabilities()), enumerate(log_s)):
-        if not (pairs.distinct and t == v):
+    for (t, p_t), (v, log_s_v) in itertools.product(enumerate(a.probabilities()), enumerate(log_s)):
+        if not (a.distinct and t == v):
             rows = rows - (p_t * log_s_v).sum(-1)
-    return rows if pairs.weights is None else rows * pairs.weights
+    return rows if a.weights is None else rows * a.weights
 
 
-# A backend takes the pairs; the gradient [V, B, K] to be filled, or None, and the factor on it; and the teacher_sum [K]
-# to be filled, or None. It returns the weighted losses [B], summed over pairs. In fp16 the gradient is that by the
+def _rows(a: Arguments) -> tuple[Tensor, Tensor]:
+    """The losses [B] and the sum [K] of the teacher's logits, or nothing."""
+    if a.backend == "reference":
+        return a.share * reference(a), sum_of_teacher(a)
+    _checks.check_transforms(*a.students)
+    late = None
+    if a.students[0].dtype == torch.float16:  # its gradient has no room for small weights
+        late = a.weights
+        # The backward pass needs the temperature, and the caller may write to its tensor before that.
+        a = a._replace(weights=None, student_temp=a.student_temp.clone())
+    rows, _, teacher_sum = _op(a)
+    return rows if late is None else rows * late, teacher_sum
+
+
+# A backend takes the arguments; the gradient [V, B, K] to be filled, or None, and the factor on it; and the teacher_sum
+# [K] to be filled, or None. It returns the weighted losses [B], summed over pairs. In fp16 the gradient is that by the
 # logits over the temperature.
 
 
-def _dino_eager(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
-    temp, (samples, width) = pairs.student_temp, pairs.students[0].shape[1:]
+def _dino_eager(a: Arguments, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
+    temp, (samples, width) = a.student_temp, a.students[0].shape[1:]
     if teacher_sum is not None:
-        teacher_sum.copy_(sum_of_teacher(pairs.teachers, teacher_sum.dtype))
+        teacher_sum.copy_(sum_of_teacher(a))
     losses = temp.new_zeros(samples)
-    slope = scale if pairs.students[0].dtype == torch.float16 else scale / temp
-    held = _count(pairs.teachers) + 6  # matrices [step, K] at a time
+    slope = scale if a.students[0].dtype == torch.float16 else scale / temp
+    held = _count(a.teachers) + 6  # matrices [step, K] at a time
     step = max(1, workspace_bytes() // (held * width * temp.element_size()))
     for b in range(0, samples, step):
         part = slice(b, b + step)
-        p = pairs.probabilities(part)
+        p = a.probabilities(part)
         everything = torch.stack(p).sum(0)
-        weight = None if pairs.weights is None else pairs.weights[part, None]
-        for v, crop in enumerate(crop for block in pairs.students for crop in block):
+        weight = None if a.weights is None else a.weights[part, None]
+        for v, crop in enumerate(crop for block in a.students for crop in block):
             q = everything
-            if pairs.distinct and v < len(p):
+            if a.distinct and v < len(p):
                 if len(p) == 1:  # its own teacher is the only one
                     if gradient is not None:
                         gradient[v, part] = 0
@@ -343,26 +317,17 @@ def _dino_eager(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum
     return losses
 
 
-def _dino_cpu(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
-    samples, width = pairs.students[0].shape[1:]
-    losses = pairs.student_temp.new_empty(samples)
+def _dino_cpu(a: Arguments, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
+    samples, width = a.students[0].shape[1:]
+    losses = a.student_temp.new_empty(samples)
     if teacher_sum is not None:
         teacher_sum.zero_()
+    students, teachers = ([unit_stride(block) for block in blocks] for blocks in (a.students, a.teachers))
     arguments = (
-        [unit_stride(block) for block in pairs.students],
-        [unit_stride(block) for block in pairs.teachers],
-        pairs.center,
-        pairs.weights,
-        pairs.student_temp.item(),
-        pairs.teacher_temp.item(),
-        pairs.distinct,
-        pairs.teacher_probs,
-        losses,
-        gradient,
-        scale,
-        teacher_sum,
-    )
-    for begin, end in spans(samples, width * (_count(pairs.students) + _count(pairs.teachers))):
+        students, teachers, a.center, a.weights, a.student_temp.item(), a.teacher_temp.item(), a.distinct,
+        a.teacher_probs, losses, gradient, scale, teacher_sum,
+    )  # fmt: skip
+    for begin, end in spans(samples, width * (_count(a.students) + _count(a.teachers))):
         torch.ops.ssl_kernels.dino_rows_(*arguments, begin, end)
     return losses
 
@@ -372,160 +337,64 @@ def unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _dino_triton(pairs: Pairs, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
+def _dino_triton(a: Arguments, gradient: Tensor | None, scale: float, teacher_sum: Tensor | None) -> Tensor:
     from ssl_kernels.kernels import dino as kernels
 
     if teacher_sum is not None:
-        teacher_sum.copy_(kernels.teacher_sum(pairs.teachers))
-    losses: Tensor = kernels.dino(*pairs, gradient, scale)
+        teacher_sum.copy_(kernels.teacher_sum(a.teachers))
+    losses: Tensor = kernels.dino(*a[:8], gradient, scale)
     return losses
 
 
 _BACKENDS = {"eager": _dino_eager, "cpu": _dino_cpu, "triton": _dino_triton}
 
 
-def _shared(scale: float, mean: bool, students: Sequence[Tensor]) -> float:
-    """The factor on the loss of a sample."""
-    return scale / max(1, students[0].shape[1]) if mean else scale
-
-
-def _power(scale: float, terms: int, dtype: torch.dtype) -> float:
-    """The power of two that a gradient is stored with: 1 but in fp16, where probabilities of 1/65,536 are subnormal.
-
-    With it a gradient is at most 1,024, which leaves room for given probabilities that sum up to more than 1.
-    """
-    if dtype != torch.float16 or not 0 < scale < math.inf:
-        return 1.0
-    return 2.0 ** (10 - math.ceil(math.log2(scale * terms)))
-
-
-@torch.library.custom_op(
-    "ssl_kernels::dino",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] students, Tensor[] teachers, Tensor? center, Tensor? weights, Tensor student_temp, "
-        "Tensor teacher_temp, bool distinct, bool teacher_probs, bool want_grad, bool want_sum, float scale, "
-        "bool mean, str backend) -> (Tensor losses, Tensor gradient, Tensor teacher_sum)"
-    ),
-)
-def _dino(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    center: Tensor | None,
-    weights: Tensor | None,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    distinct: bool,
-    teacher_probs: bool,
-    want_grad: bool,
-    want_sum: bool,
-    scale: float,
-    mean: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradient = empty(_gradient_shape(students) if want_grad else [0], students[0])
-    teacher_sum = student_temp.new_empty(students[0].shape[2] if want_sum else 0)
-    scale = _shared(scale, mean, students)
-    pairs = Pairs(students, teachers, center, weights, student_temp, teacher_temp, distinct, teacher_probs)
-    power = _power(scale, _count(teachers), students[0].dtype)
-    losses = _BACKENDS[backend](
-        pairs, gradient if want_grad else None, scale * power, teacher_sum if want_sum else None
+def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of samples, their gradient by the logits times the power, and the sum of the teacher's."""
+    gradient = empty(_gradient_shape(a), a.students[0])
+    teacher_sum = a.student_temp.new_empty(a.students[0].shape[2] if a.want_sum else 0)
+    losses = _BACKENDS[a.backend](
+        a, gradient if a.want_grad else None, a.share * a.power, teacher_sum if a.want_sum else None
     )
-    return losses.mul_(scale), gradient, teacher_sum
+    return losses.mul_(a.share), gradient, teacher_sum
 
 
-def _gradient_shape(students: list[Tensor]) -> list[int]:
-    return [_count(students), *students[0].shape[1:]]
+def _fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    _, samples, width = a.students[0].shape
+    new = a.student_temp.new_empty
+    return new(samples), a.students[0].new_empty(_gradient_shape(a)), new(width if a.want_sum else 0)
 
 
-@_dino.register_fake
-def _(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    center: Tensor | None,
-    weights: Tensor | None,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    distinct: bool,
-    teacher_probs: bool,
-    want_grad: bool,
-    want_sum: bool,
-    scale: float,
-    mean: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        student_temp.new_empty(students[0].shape[1]),
-        students[0].new_empty(_gradient_shape(students) if want_grad else [0]),
-        student_temp.new_empty(students[0].shape[2] if want_sum else 0),
-    )
+def _gradient_shape(a: Arguments) -> list[int]:
+    return [_count(a.students), *a.students[0].shape[1:]] if a.want_grad else [0]
 
 
-@torch.library.custom_op(
-    "ssl_kernels::scale_dino_gradient", mutates_args=(), schema="(Tensor gradient, Tensor factor) -> Tensor"
-)
-def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The gradient [V, B, K] times the factor of its sample, [B]."""
-    if gradient.device.type != "cpu":
-        return (gradient * factor[:, None]).to(gradient.dtype)
-    return _multiply(gradient, factor, torch.empty_like(gradient))
-
-
-@_scale_gradient.register_fake
-def _(gradient: Tensor, factor: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
-
-
-_scale_gradient.register_autograd(no_double_backward)
-
-
-def _scale_gradient_(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """The same in place; by a kernel, or on a CPU, nothing at all where the factor is 1."""
-    if backend == "triton":
-        from ssl_kernels.kernels import dino as kernels
-
-        kernels.scale_(gradient, factor)
-    elif gradient.device.type != "cpu":  # where to look would be to wait
-        torch.mul(gradient, factor[:, None], out=gradient)
-    elif bool((factor != 1).any()):
-        _multiply(gradient, factor, gradient)
-    return gradient
-
-
-def _multiply(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    for begin, end in spans(gradient.shape[1], gradient.shape[0] * gradient.shape[2]):
-        part = slice(begin, end)
-        torch.mul(gradient[:, part], factor[part, None], out=out[:, part])
-    return out
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    students, teachers, _, _, student_temp, *_, scale, mean, ctx.backend = inputs
+def _setup_context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, gradient, teacher_sum = output
     ctx.mark_non_differentiable(teacher_sum)  # and not the gradient: differentiating it again is to meet an error
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient, *([student_temp] if gradient.dtype == torch.float16 else []))
-    ctx.crops, ctx.teachers = [block.shape[0] for block in students], len(teachers)
-    ctx.unscale = 1 / _power(_shared(scale, mean, students), _count(teachers), students[0].dtype)
+    ctx.save_for_backward(gradient, *([a.student_temp] if gradient.dtype == torch.float16 else []))
+    ctx.crops, ctx.teachers = [block.shape[0] for block in a.students], len(a.teachers)
+    ctx.unscale, ctx.backend = 1 / a.power, a.backend
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
-    rest = ([None] * ctx.teachers, *[None] * 11)
+    rest = ([None] * ctx.teachers, *[None] * (len(Arguments._fields) - 2))
     if upstream is None:
         return ([None] * len(ctx.crops), *rest)
     gradient, *student_temp = ctx.saved_tensors
     factor = upstream * ctx.unscale
     for temp in student_temp:
         factor = factor / temp
-    # Handed over where nobody can ask for it again: not with retain_graph, and not while being traced.
-    once = type(gradient) is Tensor and not torch.is_grad_enabled() and not _graph_is_kept()
-    once = once and not is_legacy_batchedtensor(factor)  # nor where one pass makes the gradients of many
-    gradient = _scale_gradient_(gradient.detach(), factor, ctx.backend) if once else _scale_gradient(gradient, factor)
-    return (list(gradient.split(ctx.crops)), *rest)
+    return (list(hand_over(gradient, factor, ctx.backend).split(ctx.crops)), *rest)
 
 
-def _graph_is_kept() -> bool:
-    return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-_dino.register_autograd(_backward, setup_context=_setup_context)
+_op = Op(
+    "dino",
+    Arguments,
+    "(Tensor losses, Tensor gradient, Tensor teacher_sum)",
+    forward=_forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

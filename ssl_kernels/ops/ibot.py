@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.dino import KERNELS as KERNELS
-from ssl_kernels.ops.dino import as_blocks, check_constant, distill
+from ssl_kernels.ops.dino import Options, distill
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @overload
 def ibot_patch_loss(
     student: Tensor,
     teacher: Tensor,
-    weights: Tensor | None = None,
+    weights: Tensor | None = ...,
     *,
-    student_temp: Tensor | float = 0.1,
-    teacher_temp: Tensor | float = 0.04,
-    center: Tensor | None = None,
-    teacher_probs: bool = False,
-    reduction: str = "sum",
-    want_teacher_sum: Literal[False] = False,
+    want_teacher_sum: Literal[False] = ...,
+    **options: Unpack[Options],
 ) -> Tensor: ...
 @overload
 def ibot_patch_loss(
     student: Tensor,
     teacher: Tensor,
-    weights: Tensor | None = None,
+    weights: Tensor | None = ...,
     *,
-    student_temp: Tensor | float = 0.1,
-    teacher_temp: Tensor | float = 0.04,
-    center: Tensor | None = None,
-    teacher_probs: bool = False,
-    reduction: str = "sum",
     want_teacher_sum: Literal[True],
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...
 def ibot_patch_loss(
     student: Tensor,
@@ -81,8 +76,8 @@ def ibot_patch_loss(
         if value.dim() != 2:
             raise ValueError(f"{name}: expected shape [patches, K], got {tuple(value.shape)}")
     _checks.check_choice("reduction", reduction, ("sum", "none"))
-    students, teachers = as_blocks("student", [student]), as_blocks("teacher", [teacher])
-    rows, teacher_sum = distill(
+    students, teachers = _checks.as_blocks("student", [student]), _checks.as_blocks("teacher", [teacher])
+    return distill(
         students,
         teachers,
         student_temp=student_temp,
@@ -92,11 +87,9 @@ def ibot_patch_loss(
         distinct=False,
         teacher_probs=teacher_probs,
         scale=1.0,
-        mean=False,
-        want_sum=want_teacher_sum,
+        reduction=reduction,
+        want_teacher_sum=want_teacher_sum,
     )
-    loss = rows if reduction == "none" else rows.sum()
-    return (loss, teacher_sum) if want_teacher_sum else loss
 
 
 def _as_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
@@ -109,5 +102,5 @@ def _as_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
         raise ValueError(f"weights: expected shape ({student.shape[0]},), got {tuple(weights.shape)}")
     if weights.device != student.device:
         raise ValueError(f"weights: expected the device of student ({student.device}), got {weights.device}")
-    check_constant("weights", weights)
+    _checks.check_constant("weights", weights)
     return weights.to(_checks.accumulation_dtype(student.dtype)).contiguous()

@@ -17,12 +17,16 @@ no N x K matrix is written.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops.dino import as_center, check_constant, softmax_of, unit_stride
+from ssl_kernels.ops._op import Op
+from ssl_kernels.ops.dino import softmax_of, unit_stride
 from ssl_kernels.ops.spans import spans
 from ssl_kernels.settings import choose_backend
 
@@ -98,12 +102,12 @@ def sinkhorn_center(
     backend = choose_backend(rows.device, rows.dtype, KERNELS)
     if backend == "reference":
         return reference(rows, temp, n_iterations, group)
-    maximum, total = _column_lse(rows, temp, backend)
+    maximum, total = _column_lse(Arguments(rows, None, temp, backend))
     overall = _all_reduce(maximum, "max", group)
     total = _all_reduce(total * torch.exp(torch.where(total == 0, 0, maximum - overall) / temp), "sum", group)
     center = torch.where(total == 0, 0, overall + temp * total.log())  # no rows anywhere: no preference
     for _ in range(n_iterations - 1):
-        total = _all_reduce(_column_sums(rows, center, temp, backend), "sum", group)
+        total = _all_reduce(_column_sums(Arguments(rows, center, temp, backend)), "sum", group)
         center = center + torch.where(total == 0, 0, temp * total.log())
     return center
 
@@ -124,10 +128,11 @@ def centered_softmax(teacher: Tensor, teacher_temp: Tensor | float, center: Tens
     [0.5, 0.5]
     """
     rows, temp = _checked(teacher, teacher_temp)
-    check_constant("center", center)
-    center = as_center(center, rows.shape[1], rows)
+    _checks.check_constant("center", center)
+    center = _checks.as_center(center, rows.shape[1], rows)
     backend = choose_backend(rows.device, rows.dtype, KERNELS)
-    return _centered_softmax(rows, center, temp, backend).reshape(teacher.shape)
+    probabilities: Tensor = _centered_softmax(Arguments(rows, center, temp, backend))
+    return probabilities.reshape(teacher.shape)
 
 
 def _checked(teacher: Tensor, teacher_temp: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -138,8 +143,8 @@ def _checked(teacher: Tensor, teacher_temp: Tensor | float) -> tuple[Tensor, Ten
         raise ValueError(f"teacher: expected shape [..., K] with rows and K >= 1, got {tuple(teacher.shape)}")
     if teacher.dtype not in _checks.FEATURE_DTYPES:
         raise TypeError(f"teacher: expected dtype float32, bfloat16, float16 or float64, got {teacher.dtype}")
-    check_constant("teacher", teacher)
-    check_constant("teacher_temp", teacher_temp)
+    _checks.check_constant("teacher", teacher)
+    _checks.check_constant("teacher_temp", teacher_temp)
     rows = teacher.detach().flatten(0, -2)
     return rows, _checks.as_temperature("teacher_temp", teacher_temp, rows)
 
@@ -167,7 +172,16 @@ def _all_reduce(values: Tensor, operation: str, group: dist.ProcessGroup | None)
     return values
 
 
-# Rows [N, K], the centre [K] or None and the temperature, in eager PyTorch: a chunk of rows or columns at a time.
+class Arguments(NamedTuple):
+    """Of all three passes over the logits."""
+
+    rows: Tensor  # [N, K]
+    center: Tensor | None  # [K]
+    temp: Tensor
+    backend: str
+
+
+# The passes in eager PyTorch: a chunk of rows or columns at a time.
 
 
 def _chunks(rows: Tensor, dim: int) -> tuple[Tensor, ...]:
@@ -175,91 +189,91 @@ def _chunks(rows: Tensor, dim: int) -> tuple[Tensor, ...]:
     return rows.split(max(1, elements // max(1, rows.shape[1 - dim])), dim)
 
 
-def _centered(rows: Tensor, center: Tensor | None, temp: Tensor) -> Tensor:
-    return softmax_of(rows if center is None else rows.to(temp.dtype) - center, temp)
+def _probabilities(a: Arguments) -> Iterator[Tensor]:
+    """Of a chunk of rows at a time."""
+    for rows in _chunks(a.rows, 0):
+        yield softmax_of(rows if a.center is None else rows.to(a.temp.dtype) - a.center, a.temp)
 
 
-def _column_lse_eager(rows: Tensor, temp: Tensor) -> tuple[Tensor, Tensor]:
+def _column_lse_eager(a: Arguments) -> tuple[Tensor, Tensor]:
     maxima, totals = [], []
-    for part in _chunks(rows, 1):
-        part = part.to(temp.dtype)
+    for part in _chunks(a.rows, 1):
+        part = part.to(a.temp.dtype)
         maximum = part.amax(0)
         maxima.append(maximum)
-        totals.append(((part - maximum) / temp).exp().sum(0))
+        totals.append(((part - maximum) / a.temp).exp().sum(0))
     return torch.cat(maxima), torch.cat(totals)
 
 
-def _column_sums_eager(rows: Tensor, center: Tensor, temp: Tensor) -> Tensor:
-    return torch.stack([_centered(part, center, temp).sum(0) for part in _chunks(rows, 0)]).sum(0)
-
-
-def _centered_softmax_eager(rows: Tensor, center: Tensor | None, temp: Tensor) -> Tensor:
-    return torch.cat([_centered(part, center, temp) for part in _chunks(rows, 0)])
-
-
-@torch.library.custom_op("ssl_kernels::column_lse", mutates_args=())
-def _column_lse(rows: Tensor, temp: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _column_lse_forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Of each column the maximum m and the sum of exp((T - m) / temp)."""
-    if rows.shape[0] == 0:
-        return temp.new_full((rows.shape[1],), -torch.inf), temp.new_zeros(rows.shape[1])
-    if backend == "cpu":
-        rows, maximum, total = unit_stride(rows), temp.new_empty(rows.shape[1]), temp.new_empty(rows.shape[1])
+    maximum, total = _column_lse_fake(a)
+    if a.rows.shape[0] == 0:
+        return maximum.fill_(-torch.inf), total.zero_()
+    if a.backend == "cpu":
+        rows = unit_stride(a.rows)
         for span in spans(*rows.shape):
-            torch.ops.ssl_kernels.sinkhorn_column_lse_(rows, temp.item(), maximum, total, *span)
+            torch.ops.ssl_kernels.sinkhorn_column_lse_(rows, a.temp.item(), maximum, total, *span)
         return maximum, total
-    if backend == "triton":
+    if a.backend == "triton":
         from ssl_kernels.kernels import sinkhorn as kernels
 
-        maximum, total = kernels.column_lse(rows, temp)
+        maximum, total = kernels.column_lse(a.rows, a.temp)
         return maximum, total
-    return _column_lse_eager(rows, temp)
+    return _column_lse_eager(a)
 
 
-@_column_lse.register_fake
-def _(rows: Tensor, temp: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return temp.new_empty(rows.shape[1]), temp.new_empty(rows.shape[1])
+def _column_lse_fake(a: Arguments) -> tuple[Tensor, Tensor]:
+    return a.temp.new_empty(a.rows.shape[1]), a.temp.new_empty(a.rows.shape[1])
 
 
-@torch.library.custom_op("ssl_kernels::column_sums", mutates_args=())
-def _column_sums(rows: Tensor, center: Tensor, temp: Tensor, backend: str) -> Tensor:
+def _column_sums_forward(a: Arguments) -> Tensor:
     """The sum over rows of softmax_k((T - center) / temp)."""
-    if rows.shape[0] == 0:
-        return temp.new_zeros(rows.shape[1])
-    if backend == "cpu":
-        rows, sums = unit_stride(rows), temp.new_zeros(rows.shape[1])
-        for span in spans(*rows.shape):
-            torch.ops.ssl_kernels.sinkhorn_column_sums_(rows, center, temp.item(), sums, *span)
+    assert a.center is not None
+    sums = _column_sums_fake(a).zero_()
+    if a.rows.shape[0] == 0:
         return sums
-    if backend == "triton":
-        from ssl_kernels.kernels import sinkhorn as kernels
-
-        found: Tensor = kernels.column_sums(rows, temp, center)
-        return found
-    return _column_sums_eager(rows, center, temp)
-
-
-@_column_sums.register_fake
-def _(rows: Tensor, center: Tensor, temp: Tensor, backend: str) -> Tensor:
-    return temp.new_empty(rows.shape[1])
-
-
-@torch.library.custom_op("ssl_kernels::centered_softmax", mutates_args=())
-def _centered_softmax(rows: Tensor, center: Tensor | None, temp: Tensor, backend: str) -> Tensor:
-    if rows.shape[0] == 0:
-        return temp.new_empty(rows.shape)
-    if backend == "cpu":
-        rows, probabilities = unit_stride(rows), temp.new_empty(rows.shape)
+    if a.backend == "cpu":
+        rows = unit_stride(a.rows)
         for span in spans(*rows.shape):
-            torch.ops.ssl_kernels.centered_softmax_(rows, center, temp.item(), probabilities, *span)
-        return probabilities
-    if backend == "triton":
+            torch.ops.ssl_kernels.sinkhorn_column_sums_(rows, a.center, a.temp.item(), sums, *span)
+        return sums
+    if a.backend == "triton":
         from ssl_kernels.kernels import sinkhorn as kernels
 
-        found: Tensor = kernels.centered_softmax(rows, temp, center)
+        found: Tensor = kernels.column_sums(a.rows, a.temp, a.center)
         return found
-    return _centered_softmax_eager(rows, center, temp)
+    return torch.stack([p.sum(0) for p in _probabilities(a)]).sum(0)
 
 
-@_centered_softmax.register_fake
-def _(rows: Tensor, center: Tensor | None, temp: Tensor, backend: str) -> Tensor:
-    return temp.new_empty(rows.shape)
+def _column_sums_fake(a: Arguments) -> Tensor:
+    return a.temp.new_empty(a.rows.shape[1])
+
+
+def _centered_softmax_forward(a: Arguments) -> Tensor:
+    if a.rows.shape[0] == 0:
+        return _centered_softmax_fake(a)
+    if a.backend == "cpu":
+        rows, probabilities = unit_stride(a.rows), _centered_softmax_fake(a)
+        for span in spans(*rows.shape):
+            torch.ops.ssl_kernels.centered_softmax_(rows, a.center, a.temp.item(), probabilities, *span)
+        return probabilities
+    if a.backend == "triton":
+        from ssl_kernels.kernels import sinkhorn as kernels
+
+        found: Tensor = kernels.centered_softmax(a.rows, a.temp, a.center)
+        return found
+    return torch.cat(list(_probabilities(a)))
+
+
+def _centered_softmax_fake(a: Arguments) -> Tensor:
+    return a.temp.new_empty(a.rows.shape)
+
+
+_column_lse = Op(
+    "column_lse", Arguments, "(Tensor maximum, Tensor total)", forward=_column_lse_forward, fake=_column_lse_fake
+)
+_column_sums = Op("column_sums", Arguments, "Tensor", forward=_column_sums_forward, fake=_column_sums_fake)
+_centered_softmax = Op(
+    "centered_softmax", Arguments, "Tensor", forward=_centered_softmax_forward, fake=_centered_softmax_fake
+)

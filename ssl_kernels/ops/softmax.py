@@ -190,29 +190,29 @@ def _grad_cpu(
 
 
 def _stats_triton(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale: Tensor, pairs: Pairs) -> None:
-    from ssl_kernels.kernels import softmax as kernels
+    from ssl_kernels.kernels.softmax_stats import softmax_stats
 
-    kernels.softmax_stats(x, y, rows, cols, scale, *pairs)
+    softmax_stats(x, y, rows, cols, scale, *pairs)
 
 
 def _grad_triton(
     raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Tensor, col: Tensor,
     write: bool,
 ) -> Tensor | None:  # fmt: skip
-    from ssl_kernels.kernels import softmax as kernels
+    from ssl_kernels.kernels.softmax_grad import softmax_grad
 
     m, n = x.shape[0], y.shape[0]
     grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
     sides = ((top, weight * torch.exp(-log_sum), *rest) for top, log_sum, weight, *rest in (row, col))
     vectors = [vector for both in zip(*sides, strict=True) for vector in both]
-    kernels.softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (8 - len(vectors)))
+    softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (8 - len(vectors)))
     return grad
 
 
 def _gradient_scale(dtype: torch.dtype) -> float:
-    from ssl_kernels.kernels import softmax as kernels
+    from ssl_kernels.kernels.softmax_grad import gradient_scale
 
-    return kernels.gradient_scale(dtype)
+    return gradient_scale(dtype)
 
 
 _PANELS: dict[str, tuple[Any, Any]] = {

@@ -47,7 +47,7 @@ from ssl_kernels import (
     SupConLoss,
     VICRegLoss,
 )
-from ssl_kernels.ops.dino import _scale_gradient_
+from ssl_kernels.ops.hand_over import scale_
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -157,7 +157,7 @@ def test_a_device_that_is_not_the_current_one(case: Case) -> None:
 def test_a_factor_is_looked_at_on_a_cpu_only() -> None:
     """Of a gradient without a kernel to scale it; on a meta device there is nothing to look at."""
     gradient = torch.empty(2, 3, 4, dtype=torch.float64, device="meta")
-    assert _scale_gradient_(gradient, torch.empty(3, dtype=torch.float64, device="meta"), "eager") is gradient
+    assert scale_(gradient, torch.empty(3, dtype=torch.float64, device="meta"), "eager") is gradient
 
 
 @gpu_only

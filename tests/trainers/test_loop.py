@@ -173,8 +173,8 @@ def test_clipping_bounds_what_the_optimizer_sees(tmp_path: Path, clip: float) ->
     assert norms == pytest.approx([0.5] * 6 if clip else logged_norms, rel=1e-4)
 
 
-@pytest.mark.parametrize("stop_at", [1, 6, 7, 17])
-def test_a_resumed_run_is_bit_exact(tmp_path: Path, stop_at: int) -> None:
+@pytest.mark.parametrize(("stop_at", "accumulate"), [(1, 1), (6, 1), (7, 1), (17, 1), (4, 2)])
+def test_a_resumed_run_is_bit_exact(tmp_path: Path, stop_at: int, accumulate: int) -> None:
     """Dropout draws from torch's generator, so the weights agree only if its state does too."""
     torch.manual_seed(3)
     start = Linear(dropout=0.3).state_dict()
@@ -184,14 +184,14 @@ def test_a_resumed_run_is_bit_exact(tmp_path: Path, stop_at: int) -> None:
         model.load_state_dict(start)
         return model
 
-    run(config(tmp_path / "whole"), fresh())
+    run(config(tmp_path / "whole", accumulate=accumulate), fresh())
 
     def interrupt(step: int) -> None:
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(InterruptedRunError) as stop:
-        run(config(tmp_path / "parts"), fresh(), after_step=interrupt)
+        run(config(tmp_path / "parts", accumulate=accumulate), fresh(), after_step=interrupt)
     assert stop.value.exit_code == 128 + signal.SIGTERM
     assert stop.value.checkpoint == str(tmp_path / "parts" / "last.pt")
     assert load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop_at
@@ -200,8 +200,10 @@ def test_a_resumed_run_is_bit_exact(tmp_path: Path, stop_at: int) -> None:
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as log:  # what a kill after the checkpoint leaves behind
         log.write(json.dumps({"step": stop_at + 1, "loss": 0.0}) + '\n{"step": 9')
     data = Regression()
-    run(config(tmp_path / "parts", resume=tmp_path / "parts"), Linear(dropout=0.3), data)
-    assert data.served[0] == divmod(stop_at, 6)
+    settings = config(tmp_path / "parts", resume=tmp_path / "parts", accumulate=accumulate)
+    run(settings, Linear(dropout=0.3), data)
+    epoch, step = divmod(stop_at, 6 // accumulate)
+    assert data.served[0] == (epoch, step * accumulate)
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
     states = [load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts")]
     assert same_state(states[0], states[1])

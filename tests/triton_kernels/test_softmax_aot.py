@@ -19,16 +19,11 @@ import pytest
 from aot import CHIPS, KINDS, Budget, Launch, Resources, build
 from covering import covering_cases
 
-from ssl_kernels.kernels.softmax import (
-    CONFIGS,
-    Config,
-    _merge_stats_kernel,
-    _softmax_grad_kernel,
-    _softmax_stats_kernel,
-    config_for,
-    grad_constants,
-    stats_constants,
-)
+from ssl_kernels.kernels import softmax_grad, softmax_stats
+from ssl_kernels.kernels.configs import CONFIGS, Config
+from ssl_kernels.kernels.softmax import config_for
+from ssl_kernels.kernels.softmax_grad import _softmax_grad_kernel
+from ssl_kernels.kernels.softmax_stats import _merge_stats_kernel, _softmax_stats_kernel
 
 BUDGET = Budget("softmax")
 
@@ -76,12 +71,12 @@ class Case(aot.Case):
         types |= {"SCALE": "*fp32"} | dict.fromkeys(("m", "n", "positive", "excluded"), "i64")
         fixed: dict[str, Any]
         if self.kernel == "stats":
-            fixed = {**stats_constants(*shared, self.variant != "rows_only"), "STATS": 6 if self.smoothed else 4}
+            fixed = softmax_stats.kernel_constants(*shared, self.variant != "rows_only", 6 if self.smoothed else 4)
             types |= dict.fromkeys(("ROW_PARTIALS", "COL_PARTIALS"), "*fp32")
             if self.variant == "rows_only":
                 fixed |= {"COL_PARTIALS": None}
         else:
-            fixed = grad_constants(*shared, has_uniform=self.smoothed, with_grad=True)
+            fixed = softmax_grad.kernel_constants(*shared, has_uniform=self.smoothed, with_grad=True)
             vectors = [f"{side}_{name}" for side in ("ROW", "COL") for name in ("TOP", "SHARE", "TARGET", "UNIFORM")]
             types |= dict.fromkeys(("PARTIALS", *vectors), "*fp32")
             strides.append("stride_gm")

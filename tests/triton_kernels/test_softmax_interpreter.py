@@ -33,8 +33,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.kernels import softmax
-from ssl_kernels.kernels.softmax import CONFIGS, Config, gradient_scale, softmax_grad, softmax_stats
+from ssl_kernels.kernels.configs import CONFIGS, Config
+from ssl_kernels.kernels.softmax_grad import gradient_scale, softmax_grad
+from ssl_kernels.kernels.softmax_stats import softmax_stats
 from ssl_kernels.kernels.tiles import operands
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -243,7 +244,9 @@ def test_every_config_in_tf32(config):
 @pytest.mark.parametrize("ids", ["none", "positive"])
 def test_descriptors(ids, monkeypatch):
     used = []
-    monkeypatch.setattr(softmax, "operands", lambda *args: used.append(operands(*args)) or used[-1])
+    for module in ("softmax_stats", "softmax_grad"):
+        seen = f"ssl_kernels.kernels.{module}.operands"
+        monkeypatch.setattr(seen, lambda *args: used.append(operands(*args)) or used[-1])
     for config in dict.fromkeys(c for c in shipped(CONFIGS, "half") if c.descriptors):
         m, n, d = config.block_m + 3, config.block_n + 5, config.block_d + 16
         x, y = features(m, d, torch.bfloat16), features(n, d, torch.bfloat16)
