@@ -97,7 +97,7 @@ def test_a_perfect_match_of_moco_v3() -> None:
 
 def test_keys_with_gradient_are_refused() -> None:
     query, _ = views()
-    with pytest.raises(ValueError, match=r"keys: expected keys without gradient.*detach\(\)"):
+    with pytest.raises(ValueError, match=r"key: expected keys without gradient.*detach\(\)"):
         MoCoV3Loss()(query, query, query, query)
     with pytest.raises(ValueError, match=r"key: expected the shape of query, \(24, 16\), got \(23, 16\)"):
         MoCoV3Loss()(query, query, query[1:].detach(), query[1:].detach())

@@ -113,8 +113,10 @@ SSLK_INLINE void info_nce_row(const KeySoftmaxRows& job, int64_t i, float* mean,
   const double difference = maximum - (job.scale < 0 ? -similarity : similarity);
   const double gap = (std::fabs(top) == kInfinity ? top - z : std::fabs(job.scale) * difference) + log_total;
   const double e = std::exp(-std::fabs(gap));
-  job.values[i] = (gap > 0 ? gap : 0) + std::log1p(e) + 0 * z;
-  job.slopes[i] = float((gap > 0 ? 1 : e) / (1 + e) * job.unit);
+  const double loss = job.positive_is_key ? gap : (gap > 0 ? gap : 0) + std::log1p(e);
+  const double slope = job.positive_is_key ? 1 : (gap > 0 ? 1 : e) / (1 + e);
+  job.values[i] = loss + 0 * z;
+  job.slopes[i] = float(slope * job.unit);
   if (!mean) return;
   for_each_vector(job.width, [&](int64_t col, int count) __attribute__((always_inline)) {
     const Vec v = load_features<Float32>(mean + col, count) - load_features<Type>(positive + col, count);

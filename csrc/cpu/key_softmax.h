@@ -37,6 +37,7 @@ struct KeySoftmaxRows {
   // Of InfoNCE; the features are rows of one type with unit stride along columns.
   float* slopes;  // [rows]: the derivative of the loss by lse_i, times the unit; null for the log-sum-exp alone
   double unit;    // the weight of a row in the whole loss
+  bool positive_is_key;  // then the statistics hold it already, and lse - z is the loss
   FeatureType type;
   const void* query;
   const void* positive;

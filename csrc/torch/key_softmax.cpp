@@ -2,9 +2,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+#include <tuple>
 #include <vector>
 
 #include "../jobs/key_softmax.h"
+#include "products.h"
 #include "rows.h"
 
 using torch::headeronly::ScalarType;
@@ -12,13 +15,30 @@ using torch::stable::Tensor;
 
 namespace {
 
-void key_softmax_panel_cpu(Tensor tile, Tensor stats, std::optional<Tensor> mean, double scale) {
-  const auto panel = sslk::key_softmax_job(tile, stats, mean, scale);
+void run_panel(const sslk::KeySoftmaxPanel& panel) {
   const sslk::Isa isa = sslk::active_isa();
   const int64_t elements_per_task = 16384;  // about 10 us of work, so that small tiles stay on one thread
   const int64_t grain = elements_per_task / (panel.cols > 0 ? panel.cols : 1) + 1;
   torch::stable::parallel_for(0, panel.rows, grain,
                               [&](int64_t begin, int64_t end) { sslk::key_softmax_panel(panel, begin, end, isa); });
+}
+
+void key_softmax_panel_cpu(Tensor tile, Tensor stats, std::optional<Tensor> mean, double scale) {
+  run_panel(sslk::key_softmax_job(tile, stats, mean, scale));
+}
+
+// The statistics of the rows where all similarities are one tile, and the keys weighed by their exponentials.
+std::tuple<Tensor, Tensor> key_softmax_of_one_tile_cpu(Tensor query, Tensor keys, double scale, bool want_mean) {
+  const Tensor tile = sslk::product(query, sslk::transposed(keys));
+  const Tensor stats = torch::stable::new_empty(query, {query.size(0), 2}, ScalarType::Double);
+  double* data = stats.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < query.size(0); ++i) {
+    data[2 * i] = -std::numeric_limits<double>::infinity();
+    data[2 * i + 1] = 0;
+  }
+  const Tensor mean = torch::stable::new_zeros(query, {want_mean ? query.size(0) : 0, query.size(1)});
+  run_panel(sslk::key_softmax_job(tile, stats, want_mean ? std::optional(mean) : std::nullopt, scale));
+  return {stats, want_mean ? sslk::product(tile, keys) : mean};
 }
 
 // The data of a matrix of the rows, or null if it has none: then it is not wanted.
@@ -46,9 +66,10 @@ void key_softmax_rows_cpu(Tensor stats, double scale, Tensor mean, Tensor lse) {
   run_rows({}, stats, scale, mean, false, lse);
 }
 
-void info_nce_rows_cpu(Tensor stats, double scale, Tensor query, Tensor positive, bool average, Tensor mean, Tensor loss,
-                       Tensor slopes) {
+void info_nce_rows_cpu(Tensor stats, double scale, Tensor query, Tensor positive, bool positive_is_key, bool average,
+                       Tensor mean, Tensor loss, Tensor slopes) {
   sslk::KeySoftmaxRows job{};
+  job.positive_is_key = positive_is_key;
   job.type = sslk::check_features(query, "query", 2);
   STD_TORCH_CHECK(sslk::check_features(positive, "positive", 2) == job.type, "positive: expected the dtype of query");
   for (const auto& [t, name] : {std::pair(query, "query"), {positive, "positive"}}) {
@@ -92,10 +113,13 @@ void key_softmax_gradients_cpu(Tensor upstream, std::optional<Tensor> slopes, Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
   m.def("key_softmax_panel_(Tensor(a!) tile, Tensor(b!) stats, Tensor(c!)? mean, float scale) -> ()");
+  m.def(
+      "key_softmax_of_one_tile(Tensor query, Tensor keys, float scale, bool want_mean) "
+      "-> (Tensor stats, Tensor mean)");
   m.def("key_softmax_rows_(Tensor stats, float scale, Tensor(a!) mean, Tensor(b!) lse) -> ()");
   m.def(
-      "info_nce_rows_(Tensor stats, float scale, Tensor query, Tensor positive, bool average, Tensor(a!) mean, "
-      "Tensor(b!) loss, Tensor(c!) slopes) -> ()");
+      "info_nce_rows_(Tensor stats, float scale, Tensor query, Tensor positive, bool positive_is_key, bool average, "
+      "Tensor(a!) mean, Tensor(b!) loss, Tensor(c!) slopes) -> ()");
   m.def(
       "key_softmax_gradients_(Tensor upstream, Tensor? slopes, Tensor query, Tensor pull, float scale, "
       "Tensor(a!) by_query, Tensor(b!) by_positive, Tensor(c!) by_scale) -> ()");
@@ -103,6 +127,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {
   m.impl("key_softmax_panel_", TORCH_BOX(&key_softmax_panel_cpu));
+  m.impl("key_softmax_of_one_tile", TORCH_BOX(&key_softmax_of_one_tile_cpu));
   m.impl("key_softmax_rows_", TORCH_BOX(&key_softmax_rows_cpu));
   m.impl("info_nce_rows_", TORCH_BOX(&info_nce_rows_cpu));
   m.impl("key_softmax_gradients_", TORCH_BOX(&key_softmax_gradients_cpu));

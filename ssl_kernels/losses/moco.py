@@ -7,6 +7,8 @@ from torch import Tensor, nn
 import ssl_kernels.functional as K
 from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.ops._checks import autocast_features
+from ssl_kernels.ops.info_nce import fused_info_nce
+from ssl_kernels.ops.key_softmax import check_keys
 from ssl_kernels.ops.unit_rows import fused_unit_rows
 from ssl_kernels.queue import KeyQueue, gather_rows
 
@@ -79,10 +81,10 @@ class MoCoV3Loss(nn.Module):
             raise ValueError(f"key: expected the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}")
         query, key = fused_unit_rows(query, name="query"), fused_unit_rows(key, name="key")
         query, key = autocast_features(query, key)  # the positive must be rounded as it is among the keys
+        check_keys(query, key=key)
         keys = gather_rows(key) if self.gather else key
-        lse, _ = K.key_softmax(query, keys, 1 / self.temperature, want_mean=False)
-        similarity = (query.to(lse.dtype) * key.to(lse.dtype)).sum(1)
-        return 2 * self.temperature * (lse - similarity / self.temperature).mean()
+        loss = fused_info_nce(query, key, keys, 1 / self.temperature, "mean", positive_is_key=True)
+        return 2 * self.temperature * loss
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather={self.gather}"

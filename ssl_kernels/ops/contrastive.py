@@ -71,8 +71,13 @@ def is_one_tile(a: Any) -> bool:
     :func:`setup_context` takes."""
     if a.backend != "cpu" or a.row_weight is not None or a.reduction == "none":
         return False
-    pairs = a.x.shape[0] * (a.x if a.y is None else a.y).shape[0]
-    return 0 < pairs <= min(_ONE_TILE, a.workspace // 4) and not onednn_is_faster_for(pairs * a.x.shape[1])
+    return fit_one_tile(a.x, a.x if a.y is None else a.y, a.workspace)
+
+
+def fit_one_tile(x: Tensor, y: Tensor, workspace: int) -> bool:
+    """The same of the similarities of x and y."""
+    pairs = x.shape[0] * y.shape[0]
+    return 0 < pairs <= min(_ONE_TILE, workspace // 4) and not onednn_is_faster_for(pairs * x.shape[1])
 
 
 def weighted_sums(stats: Tensor, row_weight: Tensor | None, divisor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -62,25 +62,37 @@ def info_nce_loss(
     _checks.check_features(query=query, positive=positive)
     check_same_rows(query, positive=positive)
     check_keys(query, negatives=negatives)
+    return fused_info_nce(query, positive, negatives, scale, reduction, positive_is_key=False)
+
+
+def fused_info_nce(
+    query: Tensor, positive: Tensor, keys: Tensor, scale: Tensor | float, reduction: str, *, positive_is_key: bool
+) -> Tensor:
+    """The loss of features that were checked; ``positive_is_key`` tells that the positives are among the keys."""
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     scale = _checks.as_scalar("scale", scale, query)
     backend = choose_backend(query.device, query.dtype, KERNELS)
     if backend == "reference":
-        return reference(query, positive, negatives, scale, reduction)
+        return reference(query, positive, keys, scale, reduction, positive_is_key)
     _checks.check_transforms(query, positive, scale)
     want_mean = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-    loss: Tensor = _op(Arguments(query, positive, negatives, scale, reduction, want_mean, workspace_bytes(), backend))[
-        0
-    ]
+    loss: Tensor = _op(
+        Arguments(query, positive, keys, scale, positive_is_key, reduction, want_mean, workspace_bytes(), backend)
+    )[0]
     return loss
 
 
-def reference(query: Tensor, positive: Tensor, negatives: Tensor, scale: Tensor, reduction: str) -> Tensor:
-    """The definition: cross-entropy of the positive among 1 + K, dense, in fp32 or float64."""
+def reference(
+    query: Tensor, positive: Tensor, keys: Tensor, scale: Tensor, reduction: str, positive_is_key: bool = False
+) -> Tensor:
+    """The definition: cross-entropy of the positive among 1 + K, or K of which it is one; dense, in fp32 or float64."""
     with _checks.without_autocast(query):
         query, positive = widen(query), widen(positive)
-        negatives = negatives.to(query.dtype, copy=True)  # a queue may change before the backward pass
-        similarities = torch.cat([(query * positive).sum(1, keepdim=True), query @ negatives.t()], 1)
+        keys = keys.to(query.dtype, copy=True)  # a queue may change before the backward pass
+        similarity = (query * positive).sum(1, keepdim=True)
+        if positive_is_key:
+            return reduce_rows((scale * (query @ keys.t())).logsumexp(1) - scale * similarity[:, 0], reduction)
+        similarities = torch.cat([similarity, query @ keys.t()], 1)
         target = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
         return F.cross_entropy(scale * similarities, target, reduction=reduction)
 
@@ -100,8 +112,9 @@ def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
 class Arguments(NamedTuple):
     query: Tensor
     positive: Tensor
-    negatives: Tensor
+    keys: Tensor
     scale: Tensor
+    positive_is_key: bool
     reduction: str
     want_mean: bool
     workspace: int
@@ -111,18 +124,20 @@ class Arguments(NamedTuple):
 def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; and for the gradient the mean of each row's negatives less its positive, if wanted, and the slopes."""
     query, average = widen(a.query), a.reduction == "mean"
-    softmax = key_softmax.Arguments(query, a.negatives, a.scale, a.want_mean, a.query.dtype, a.workspace, a.backend)
+    softmax = key_softmax.Arguments(query, a.keys, a.scale, a.want_mean, a.query.dtype, a.workspace, a.backend)
     if a.backend == "cpu":
         stats, pull = key_softmax.statistics(softmax)
         loss, _, slope = _fake(a)
-        torch.ops.ssl_kernels.info_nce_rows_(
-            stats, a.scale.item(), unit_stride(a.query), unit_stride(a.positive), average, pull, loss, slope
-        )
+        rows = unit_stride(a.query), unit_stride(a.positive), a.positive_is_key, average
+        torch.ops.ssl_kernels.info_nce_rows_(stats, a.scale.item(), *rows, pull, loss, slope)
         return loss, pull, slope
     (lse, mean), positive = key_softmax.forward(softmax), widen(a.positive)
     z = a.scale * (query * positive).sum(1)
     # An infinite similarity would pass for a perfect match, but for the second term.
-    rows, slope = -F.logsigmoid(z - lse) + 0 * z, torch.sigmoid(lse - z)
+    if a.positive_is_key:
+        rows, slope = lse - z, torch.ones_like(lse)
+    else:
+        rows, slope = -F.logsigmoid(z - lse) + 0 * z, torch.sigmoid(lse - z)
     pull = mean.sub_(positive) if a.want_mean else mean
     return reduce_rows(rows, a.reduction), pull, slope / max(len(slope), 1) if average else slope
 
@@ -151,7 +166,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     arguments = key_softmax.Gradients(upstream, slope, query, pull, scale, needs, ctx.backend)
     found = key_softmax.gradients(arguments)
     query, positive, scale = (t if needed else None for t, needed in zip(found, needs, strict=True))
-    return query, positive, None, scale, None, None, None, None
+    return query, positive, None, scale, *(None,) * 5
 
 
 _op = Op(
