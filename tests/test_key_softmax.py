@@ -386,9 +386,10 @@ def test_only_what_is_needed(backend: str, want_mean: bool, needed: tuple[bool, 
 
 
 def test_without_a_mean_there_is_one_product_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssl_kernels.ops import panels
+    from ssl_kernels.ops import contrastive, panels
 
     products: list[tuple[int, ...]] = []
+    monkeypatch.setattr(contrastive, "_ONE_TILE", 0)
     monkeypatch.setattr(panels, "add_matmul", lambda out, a, b, first: products.append(a.shape))
     query, keys = unit_rows(40, 8).requires_grad_(), unit_rows(50, 8)
     with torch.no_grad():
@@ -397,6 +398,15 @@ def test_without_a_mean_there_is_one_product_alone(monkeypatch: pytest.MonkeyPat
     assert mean.numel() == 0
     K.key_softmax(query, keys, 10.0, want_mean=False)  # the gradient needs the mean
     assert products == [(40, 50)]
+
+
+@pytest.mark.parametrize(("wanted", "products"), [(False, 1), (True, 2)])
+def test_one_tile_is_multiplied_only_as_often_as_needed(wanted: bool, products: int) -> None:
+    query, keys = unit_rows(40, 8).requires_grad_(wanted), unit_rows(50, 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        K.key_softmax(query, keys, 10.0, want_mean=False)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert (counts["ssl_kernels::key_softmax_of_one_tile"], counts["aten::mm"]) == (1, products)
 
 
 # ---- torch's machinery
@@ -576,19 +586,19 @@ def test_the_kernels_of_the_rows_check_their_own_arguments() -> None:
         (lambda: ops.key_softmax_rows_(stats, 1.0, x[:2], lse), "mean: expected a contiguous matrix of the rows"),
         (lambda: ops.key_softmax_rows_(stats, 1.0, x, lse[:2]), "loss: expected size 3 in dimension 0, got 2"),
         (
-            lambda: ops.info_nce_rows_(stats, 1.0, x, x.half(), True, x, scalar, lse),
+            lambda: ops.info_nce_rows_(stats, 1.0, x, x.half(), False, True, x, scalar, lse),
             "positive: expected the dtype of query",
         ),
         (
-            lambda: ops.info_nce_rows_(stats, 1.0, x, x[:2], True, x, scalar, lse),
+            lambda: ops.info_nce_rows_(stats, 1.0, x, x[:2], False, True, x, scalar, lse),
             "positive: expected size 3 in dimension 0, got 2",
         ),
         (
-            lambda: ops.info_nce_rows_(stats, 1.0, x[:, :3], x, True, x, scalar, lse),
+            lambda: ops.info_nce_rows_(stats, 1.0, x[:, :3], x, False, True, x, scalar, lse),
             "query: expected size 4 in dimension 1, got 3",
         ),
         (
-            lambda: ops.info_nce_rows_(stats, 1.0, x, x, True, x, scalar, lse[:2]),
+            lambda: ops.info_nce_rows_(stats, 1.0, x, x, False, True, x, scalar, lse[:2]),
             "slopes: expected size 3 in dimension 0, got 2",
         ),
         (

@@ -36,7 +36,7 @@ def operations(call: Callable[[], object]) -> list[str]:
     ("loss", "arguments", "most"),
     [
         ("ClipLoss", "x y scale", 5),
-        ("SigLipLoss", "x y scale bias", 5),
+        ("SigLipLoss", "x y scale bias", 6),
         ("NTXentLoss", "x y", 8),
         ("InfoNCELoss", "x y keys", 11),
         ("KoLeoLoss", "x", 9),
