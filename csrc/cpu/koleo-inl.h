@@ -141,7 +141,7 @@ static void koleo_gradient_of(const KoleoGradient& g, float* du, int64_t begin, 
       const int64_t k = g.those[at];
       const auto w = unit_row<Type>(rows, k);
       for_each_vector(rows.width, [&](int64_t col, int count) __attribute__((always_inline)) {
-        const Vec pushed = g.push[k] * (w(col, count) - u(col, count) + rows.eps);
+        const Vec pushed = rounded(g.push[k] * (w(col, count) - u(col, count) + rows.eps));  // so that equals cancel
         store_features<Float32>(du + col, load_features<Float32>(du + col, count) + pushed, count);
       });
     }

@@ -50,6 +50,12 @@ SSLK_INLINE Mask lane_index() {
 // max(v, floor) that lets a NaN in v through.
 SSLK_INLINE Vec max_nan(Vec v, float floor) { return v < floor ? broadcast(floor) : v; }
 
+// v, rounded: a product in it is not fused with a sum outside, which would keep digits that an equal term does not have.
+SSLK_INLINE Vec rounded(Vec v) {
+  __asm__ volatile("" : "+m"(v));
+  return v;
+}
+
 SSLK_INLINE double sum(Vec v) {
   double s = 0;
   for (int k = 0; k < LANES; ++k) s += v[k];

@@ -92,7 +92,8 @@ def _update_plain(targets: list[Any], sources: list[Any], copies: list[Any], mom
     """
     if torch.compiler.is_compiling() or type(momentum) is not float or type(next(iter(targets), None)) not in _PLAIN:
         return False
-    backend = choose_backend(targets[0].device, torch.float32, KERNELS)
+    device = targets[0].device
+    backend = choose_backend(device, torch.float32, KERNELS) if device.type in ("cpu", "cuda") else ""
     if backend not in ("cpu", "cuda") or len(copies) != len(targets):
         return False
     if all(copy is None for copy in copies):
