@@ -74,17 +74,20 @@ class MoCoV3Loss(nn.Module):
 
     def forward(self, q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
         """The loss of queries and frozen keys of two views, each [B, D] and normalised here."""
-        return self.one_direction(q1, k2) + self.one_direction(q2, k1)
+        return 2 * self.temperature * (self._cross_entropy(q1, k2) + self._cross_entropy(q2, k1))
 
     def one_direction(self, query: Tensor, key: Tensor) -> Tensor:
+        """The same of one view's queries and the other's keys."""
+        return 2 * self.temperature * self._cross_entropy(query, key)
+
+    def _cross_entropy(self, query: Tensor, key: Tensor) -> Tensor:
         if key.shape != query.shape:
             raise ValueError(f"key: expected the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}")
         query, key = fused_unit_rows(query, name="query"), fused_unit_rows(key, name="key")
         query, key = autocast_features(query, key)  # the positive must be rounded as it is among the keys
         check_keys(query, key=key)
         keys = gather_rows(key) if self.gather else key
-        loss = fused_info_nce(query, key, keys, 1 / self.temperature, "mean", positive_is_key=True)
-        return 2 * self.temperature * loss
+        return fused_info_nce(query, key, keys, 1 / self.temperature, "mean", positive_is_key=True)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather={self.gather}"

@@ -96,9 +96,10 @@ class Op(Generic[Arguments]):
 
     def __call__(self, arguments: Arguments) -> Any:
         values = _flat(arguments) if self._has_lists else arguments
-        if not is_plain(values):
+        needs_grad = None if _is_watched() else _needs_grad(values)
+        if needs_grad is None:
             return self.in_graphs(*arguments)
-        if self._in_eager is None or not torch.is_grad_enabled():
+        if self._in_eager is None or not needs_grad:
             return self._forward(arguments)
         if self._has_lists:  # autograd looks into none
             lengths = [len(value) if isinstance(value, list) else None for value in arguments]
@@ -118,18 +119,27 @@ def _grouped(*values: Any) -> list[Any]:
     return [next(rest) if length is None else list(itertools.islice(rest, length)) for length in lengths]
 
 
-def is_plain(values: Sequence[Any]) -> bool:
-    """Whether a call may skip the dispatcher: plain tensors, no graph that is traced, no mode and no transform."""
-    if (
+def _is_watched() -> bool:
+    """Whether a graph is traced, or a mode or a transform is active: then a call must go through the dispatcher."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
         or _len_torch_dispatch_stack_pre_dispatch()
-    ):
-        return False
-    return not any(isinstance(value, Tensor) and _is_special(value) for value in values if value is not None)
+    )
+
+
+def _needs_grad(values: Sequence[Any]) -> bool | None:
+    """Of tensors among these; None if one of them is not plain, which must go through the dispatcher, too."""
+    needs_grad = False
+    for value in values:
+        if isinstance(value, Tensor):
+            if _is_special(value):
+                return None
+            needs_grad = needs_grad or value.requires_grad
+    return needs_grad and torch.is_grad_enabled()
 
 
 def _is_special(tensor: Tensor) -> bool:
