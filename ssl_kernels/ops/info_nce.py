@@ -128,8 +128,8 @@ def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     if a.backend == "cpu":
         stats, pull = key_softmax.statistics(softmax)
         loss, _, slope = _fake(a)
-        rows = unit_stride(a.query), unit_stride(a.positive), a.positive_is_key, average
-        torch.ops.ssl_kernels.info_nce_rows_(stats, a.scale.item(), *rows, pull, loss, slope)
+        given = unit_stride(a.query), unit_stride(a.positive), a.positive_is_key, average
+        torch.ops.ssl_kernels.info_nce_rows_(stats, a.scale.item(), *given, pull, loss, slope)
         return loss, pull, slope
     (lse, mean), positive = key_softmax.forward(softmax), widen(a.positive)
     z = a.scale * (query * positive).sum(1)
