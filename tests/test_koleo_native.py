@@ -84,6 +84,7 @@ def test_bad_arrays_are_named() -> None:
         ((tile, best[::2], neighbor[:3], 0, 2), "best: expected a contiguous tensor"),
         ((tile, best, neighbor, 4, 2), "first_row: expected 0 to 3, got 4"),
         ((tile, best, neighbor, 0, -1), "first_col: expected 0 to 2, got -1"),
+        ((tile, best, neighbor, 1, 1), "tile: expected a square one on the diagonal, got 2 rows and 3 columns"),
     ):
         with pytest.raises(ValueError, match=message):
             native.koleo_panel(*arguments)

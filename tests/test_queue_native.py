@@ -89,6 +89,7 @@ def test_bad_arrays_are_named() -> None:
         ((queue, 0, keys[:, :2]), "keys: expected size 3 in dimension 1, got 2"),
         ((queue.astype(np.float64), 0, keys), "queue: expected dtype Float, .* got Double"),
         ((queue, 0, keys.astype(np.int64)), "keys: expected dtype Float, .* got Long"),
+        ((queue, 0, keys.astype(">f2")), "keys: expected dtype Float, .* got UNKNOWN_SCALAR"),
     ):
         with pytest.raises(ValueError, match=message):
             native.enqueue(*arguments)

@@ -654,6 +654,11 @@ def test_the_kernels_check_their_own_arguments() -> None:
     grad_op(*good)
     with pytest.raises(RuntimeError, match="tile: expected size 2 in dimension 1, got 3"):
         torch.ops.ssl_kernels.mirror_(tile)
+    for y, found in ((tile, None), (None, ids[0])):
+        with pytest.raises(RuntimeError, match="seam: expected neither y nor ids beside it, got 1"):
+            torch.ops.ssl_kernels.softmax_of_one_tile(
+                tile, y, 1.0, found, found, False, NO_DIAGONAL, 0, 1, 0.0, True, True, True, True
+            )
 
 
 def test_scale_gradients_are_those_of_finite_differences() -> None:

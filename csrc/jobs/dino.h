@@ -47,6 +47,7 @@ DinoJob dino_job(const std::vector<Tensor>& students, const std::vector<Tensor>&
   job.n_students = job.ours.size();
   job.teachers = job.theirs.data();
   job.n_teachers = job.theirs.size();
+  STD_TORCH_CHECK(job.n_teachers > 0, "teachers: expected at least one crop");
   job.center = vector_data(center, "center", job.width);
   job.weights = vector_data(weights, "weights", job.samples);
   job.student_scale = float(1 / student_temp);

@@ -22,6 +22,8 @@ KoleoPanel koleo_job(const Tensor& tile, const Tensor& best, const Tensor& neigh
                   first_row);
   STD_TORCH_CHECK(0 <= first_col && first_col <= size - cols, "first_col: expected 0 to ", size - cols, ", got ",
                   first_col);
+  STD_TORCH_CHECK(first_row != first_col || rows == cols, "tile: expected a square one on the diagonal, got ", rows,
+                  " rows and ", cols, " columns");
   const auto side = [&](int64_t first) {
     return KoleoSide{static_cast<float*>(best.mutable_data_ptr()) + first,
                      static_cast<int64_t*>(neighbor.mutable_data_ptr()) + first, first};

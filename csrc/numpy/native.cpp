@@ -38,7 +38,7 @@ class Tensor : public py::array {
     if (py::isinstance<py::array_t<double>>(*this)) return ScalarType::Double;
     if (py::isinstance<py::array_t<int64_t>>(*this)) return ScalarType::Long;
     if (py::isinstance<py::array_t<uint16_t>>(*this)) return ScalarType::BFloat16;
-    return dtype().kind() == 'f' && itemsize() == 2 ? ScalarType::Half : ScalarType::Undefined;
+    return dtype().equal(py::dtype("float16")) ? ScalarType::Half : ScalarType::Undefined;
   }
 };
 
@@ -120,7 +120,6 @@ py::tuple dino(const Tensor& students, const Tensor& teachers, const std::option
   const double scale = students.scalar_type() == ScalarType::Half ? 1 / student_temp : 1;
   auto job = sslk::dino_job<Tensor>({students}, {teachers}, center, weights, student_temp, teacher_temp, distinct,
                                     teacher_probs, losses, gradient, scale);
-  STD_TORCH_CHECK(job.n_teachers > 0, "teachers: expected at least one crop");
   job.stream_gradient = stream_gradient;
   const sslk::Isa chosen = choose_isa(isa);
   {
@@ -250,7 +249,8 @@ mean [m, d] float32 or None: what the exponentials of earlier tiles have weighed
         R"(Largest similarities of one tile u_i . u_j, and whose they are.
 
 tile [m, n] float32: rows first_row .. and columns first_col .. of the matrix of all similarities. Where first_row is
-    first_col, it is one on the diagonal and is searched along its rows only; a row's own place is to hold -inf.
+    first_col, it is one on the diagonal: it must be square, is searched along its rows only, and the place of each row's
+    similarity with itself becomes -inf.
 best [b] float32, neighbor [b] int64: the largest so far of each row and its place, written where the tile has a larger
     one, the first of equals; start from -inf.)");
   m.def("enqueue", &enqueue, py::arg("queue"), py::arg("pointer"), py::arg("keys"),

@@ -112,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_of_one_tile_cpu(
     bool ignore_same_id, int64_t positive, int64_t excluded, int64_t seam, double label_smoothing, bool mean,
     bool want_dx, bool want_dy, bool want_dscale) {
   using torch::stable::new_empty;
+  STD_TORCH_CHECK(seam <= 0 || (!y && !x_ids && !y_ids), "seam: expected neither y nor ids beside it, got ", seam);
   const bool uniform = label_smoothing != 0;
   const int64_t width = uniform ? sslk::kUniformStats : sslk::kStats, n_sides = y ? 2 : 1;
   Tensor tile = sslk::product(x, sslk::transposed(y ? *y : x));

@@ -64,7 +64,7 @@ def off_diagonal_squares(
 
 def _by_rows(a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool) -> Squares:
     total: Tensor | float = 0.0
-    da, db = (torch.empty_like(a) if want else None for want in (want_a, want_b))
+    da, db = (a.new_empty(a.shape) if want else None for want in (want_a, want_b))
     for panel in _panels(a.shape[0], a.shape[0], a, workspace):
         gram = matmul(a[panel], a.t())
         other = gram if b is a else matmul(b[panel], b.t())
@@ -79,7 +79,7 @@ def _by_rows(a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, i
 def _by_features(a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool) -> Squares:
     width = a.shape[1]
     total: Tensor | float = 0.0
-    da, db = (torch.empty_like(a) if want else None for want in (want_a, want_b))
+    da, db = (a.new_empty(a.shape) if want else None for want in (want_a, want_b))
     for panel in _panels(width, width, a, workspace):
         some = a[:, panel].t()
         covariance = matmul(some, b)
