@@ -22,6 +22,16 @@ def moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64))
 
 
+def moco_v3(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
+    """As MoCo v3's code computes it."""
+
+    def one_direction(query: Tensor, key: Tensor) -> Tensor:
+        logits = torch.einsum("nc,mc->nm", F.normalize(query, dim=1), F.normalize(key, dim=1)) / 0.2
+        return F.cross_entropy(logits, torch.arange(len(query))) * (2 * 0.2)
+
+    return one_direction(q1, k2) + one_direction(q2, k1)
+
+
 def peer_of(name: str) -> Callable[[], Loss]:
     package = "open_clip.loss" if name in ("ClipLoss", "SigLipLoss") else "lightly.loss"
     return lambda: getattr(pytest.importorskip(package), name)()
@@ -36,6 +46,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]
         lambda x, y, t, b: [x, y.detach(), F.normalize(torch.randn(KEYS, x.shape[1]), dim=1)],
         lambda: moco,
     ),
+    "MoCoV3Loss": (lambda x, y, t, b: [x, y, x.detach().roll(1, 0), y.detach().roll(1, 0)], lambda: moco_v3),
     "KoLeoLoss": (lambda x, y, t, b: [x], peer_of("KoLeoLoss")),
     "VICRegLoss": (lambda x, y, t, b: [x, y], peer_of("VICRegLoss")),
     "BarlowTwinsLoss": (lambda x, y, t, b: [x, y], peer_of("BarlowTwinsLoss")),
@@ -53,7 +64,7 @@ def bench_small(benchmark: Any, name: str, provider: str, batch: int) -> None:
     torch.manual_seed(0)
     x, y = (F.normalize(torch.randn(batch, 128), dim=1).requires_grad_() for _ in range(2))
     leaves = choose(x, y, torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True))
-    ours = S.InfoNCELoss(0.2) if name == "InfoNCELoss" else getattr(S, name)()
+    ours = getattr(S, name)(*([0.2] if name in ("InfoNCELoss", "MoCoV3Loss") else []))
     mode, threads = "forward+backward", torch.get_num_threads()
     verify(ours, peer(), leaves, mode, tolerance=1e-3)
     loss = ours if provider == "ours" else peer()
