@@ -99,6 +99,20 @@ float* output_data(const Tensor& t, const char* name, int64_t size) {
   return static_cast<float*>(t.mutable_data_ptr());
 }
 
+// The data of a contiguous matrix of that type and size, to be written.
+template <typename Tensor>
+void* matrix_data(const Tensor& t, const char* name, FeatureType type, int64_t rows, int64_t width) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = type == FeatureType::kFloat32    ? ScalarType::Float
+                           : type == FeatureType::kBFloat16 ? ScalarType::BFloat16
+                                                            : ScalarType::Half;
+  check_tensor(t, name, dtype, 2);
+  check_size(t, name, 0, rows);
+  check_size(t, name, 1, width);
+  check_contiguous(t, name);
+  return t.mutable_data_ptr();
+}
+
 // The data of a contiguous matrix of doubles, to be written.
 template <typename Tensor>
 double* stats_data(const Tensor& stats, const char* name, int64_t rows, int64_t width) {

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../checks.h"
+#include "contrastive.h"
+#include "parallel.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -29,10 +31,9 @@ void finish(const Tensor& sums, double factor, const Tensor& gradient) {
   STD_TORCH_CHECK(gradient.is_contiguous() && gradient.numel() == sums.numel(),
                   "gradients: expected a contiguous tensor of ", sums.numel(), " elements");
   g.out = gradient.mutable_data_ptr();
-  const sslk::Isa isa = sslk::active_isa();
-  const int64_t elements_per_task = 16384;  // a few us of work, so that small batches stay on one thread
-  torch::stable::parallel_for(0, g.rows, elements_per_task / (g.width > 0 ? g.width : 1) + 1,
-                              [&](int64_t begin, int64_t end) { sslk::finish_gradient(g, begin, end, isa); });
+  sslk::over_rows(g.rows, g.width, [&](int64_t begin, int64_t end, sslk::Isa isa) {
+    sslk::finish_gradient(g, begin, end, isa);
+  });
 }
 
 // scalars: the derivatives by scale and bias, and the unit of all.
@@ -47,27 +48,25 @@ void finish_gradients_cpu(std::optional<Tensor> upstream, Tensor scale, Tensor s
   *scalar(bias_gradient, "bias_gradient") = static_cast<float>(shared * derivatives[1]);
 }
 
-// loss = sum_i row_weight_i stats_i0 / divisor; scalars: the same sums of the other columns, if there are any, and one
-// over the divisor.
-void weighted_sums_cpu(Tensor stats, std::optional<Tensor> row_weight, double divisor, Tensor loss, Tensor scalars) {
-  sslk::check_tensor(stats, "stats", ScalarType::Double, 2);
-  STD_TORCH_CHECK(stats.is_contiguous(), "stats: expected a contiguous tensor");
+}  // namespace
+
+void sslk::weighted_sums(Tensor stats, std::optional<Tensor> row_weight, double divisor, Tensor loss, Tensor scalars) {
+  check_tensor(stats, "stats", ScalarType::Double, 2);
+  check_contiguous(stats, "stats");
   const int64_t rows = stats.size(0), width = stats.size(1);
   STD_TORCH_CHECK(width <= 3, "stats: expected at most 3 columns, got ", width);
-  const float* weight = sslk::vector_data(row_weight, "row_weight", rows);
+  const float* weight = vector_data(row_weight, "row_weight", rows);
   const double* data = stats.const_data_ptr<double>();
   double sums[3] = {};
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t k = 0; k < width; ++k) sums[k] += data[row * width + k] * (weight ? double(weight[row]) : 1);
   }
-  *scalar(loss, "loss") = static_cast<float>(sums[0] / divisor);
-  float* out = sslk::output_data(scalars, "scalars", 3);
+  *::scalar(loss, "loss") = static_cast<float>(sums[0] / divisor);
+  float* out = output_data(scalars, "scalars", 3);
   out[0] = static_cast<float>(sums[1]);
   out[1] = static_cast<float>(sums[2]);
   out[2] = static_cast<float>(1 / (divisor > 1 ? divisor : 1));
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
   m.def(
@@ -79,5 +78,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {
   m.impl("finish_gradients_", TORCH_BOX(&finish_gradients_cpu));
-  m.impl("weighted_sums_", TORCH_BOX(&weighted_sums_cpu));
+  m.impl("weighted_sums_", TORCH_BOX(&sslk::weighted_sums));
 }

@@ -10,27 +10,21 @@
 #include <vector>
 
 #include "../checks.h"
+#include "parallel.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
 
-// Rows, or columns, of so many elements that are a few us of work, so that small batches stay on one thread.
-int64_t grain(int64_t length) { return 16384 / (length > 0 ? length : 1) + 1; }
-
 template <typename Columns>
 void over_columns(const sslk::Views& views, Columns columns) {
   const int64_t few = 64;  // of which most are in whole vectors
-  torch::stable::parallel_for(0, views.width, std::max(few, grain(views.rows)), columns);
+  torch::stable::parallel_for(0, views.width, std::max(few, sslk::grain(views.rows)), columns);
 }
 
 float* matrix_data(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
-  sslk::check_tensor(t, name, ScalarType::Float, 2);
-  sslk::check_size(t, name, 0, rows);
-  sslk::check_size(t, name, 1, cols);
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-  return t.mutable_data_ptr<float>();
+  return static_cast<float*>(sslk::matrix_data(t, name, sslk::FeatureType::kFloat32, rows, cols));
 }
 
 sslk::Views views_of(const Tensor& za, const Tensor& zb, const Tensor& a, const Tensor& b, const Tensor& columns) {
@@ -69,9 +63,9 @@ double inner_product_cpu(Tensor a, Tensor b) {
   std::vector<double> sums(rows);
   const sslk::RowProducts job{a.const_data_ptr<float>(), b.const_data_ptr<float>(), a.stride(0), b.stride(0), cols,
                               sums.data()};
-  const sslk::Isa isa = sslk::active_isa();
-  torch::stable::parallel_for(0, rows, grain(cols),
-                              [&](int64_t begin, int64_t end) { sslk::row_products(job, begin, end, isa); });
+  sslk::over_rows(rows, cols, [&](int64_t begin, int64_t end, sslk::Isa isa) {
+    sslk::row_products(job, begin, end, isa);
+  });
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
@@ -102,8 +96,7 @@ void vicreg_finish_cpu(Tensor za, Tensor zb, Tensor a, Tensor b, Tensor columns,
     job.factor = static_cast<float>(4 * covariance);
     job.weights = weights.data();
     job.invariance = static_cast<float>((view == 0 ? 2 : -2) * invariance_weight / size);
-    const sslk::Isa isa = sslk::active_isa();
-    torch::stable::parallel_for(0, views.rows, grain(width), [&](int64_t begin, int64_t end) {
+    sslk::over_rows(views.rows, width, [&](int64_t begin, int64_t end, sslk::Isa isa) {
       sslk::vicreg_gradient(views, view, job, begin, end, isa);
     });
   }

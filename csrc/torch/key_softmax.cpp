@@ -16,11 +16,9 @@ using torch::stable::Tensor;
 namespace {
 
 void run_panel(const sslk::KeySoftmaxPanel& panel) {
-  const sslk::Isa isa = sslk::active_isa();
-  const int64_t elements_per_task = 16384;  // about 10 us of work, so that small tiles stay on one thread
-  const int64_t grain = elements_per_task / (panel.cols > 0 ? panel.cols : 1) + 1;
-  torch::stable::parallel_for(0, panel.rows, grain,
-                              [&](int64_t begin, int64_t end) { sslk::key_softmax_panel(panel, begin, end, isa); });
+  sslk::over_rows(panel.rows, panel.cols, [&](int64_t begin, int64_t end, sslk::Isa isa) {
+    sslk::key_softmax_panel(panel, begin, end, isa);
+  });
 }
 
 void key_softmax_panel_cpu(Tensor tile, Tensor stats, std::optional<Tensor> mean, double scale) {

@@ -1,23 +1,12 @@
-// Losses that are a number to a row: what comes in and goes out beside the features, and the split over threads.
+// Losses that are a number to a row: what comes in and goes out beside the features.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
 #include "../checks.h"
-#include "../cpu/isa.h"
+#include "parallel.h"
 
 namespace sslk {
-
-// Calls body(begin, end, isa) for ranges of the rows, from torch's own threads.
-template <typename Body>
-void over_rows(int64_t rows, int64_t width, Body body) {
-  const Isa isa = active_isa();
-  const int64_t elements_per_task = 16384;  // a few us of work, so that small batches stay on one thread
-  torch::stable::parallel_for(0, rows, elements_per_task / (width > 0 ? width : 1) + 1,
-                              [&](int64_t begin, int64_t end) { body(begin, end, isa); });
-}
 
 // All rows to a loss of one dimension; their sum, or their mean, to one of none.
 inline void reduce_rows(const std::vector<double>& rows, bool mean, const torch::stable::Tensor& loss) {
@@ -41,14 +30,6 @@ inline const float* upstream_data(const torch::stable::Tensor& upstream, int64_t
 
 inline int64_t upstream_stride(const torch::stable::Tensor& upstream) {
   return upstream.dim() == 0 ? 0 : upstream.stride(0);
-}
-
-// The data of a contiguous matrix, to be written.
-inline void* matrix_data(const torch::stable::Tensor& t, const char* name, FeatureType type, int64_t rows,
-                         int64_t width) {
-  STD_TORCH_CHECK(check_features(t, name, 2) == type && t.is_contiguous() && t.size(0) == rows && t.size(1) == width,
-                  name, ": expected a contiguous matrix of the rows, and of their dtype");
-  return t.mutable_data_ptr();
 }
 
 }  // namespace sslk

@@ -5,6 +5,8 @@
 #include <tuple>
 
 #include "../jobs/sigmoid.h"
+#include "contrastive.h"
+#include "parallel.h"
 #include "products.h"
 
 using torch::headeronly::ScalarType;
@@ -13,11 +15,9 @@ using torch::stable::Tensor;
 namespace {
 
 void run(const sslk::SigmoidPanel& panel) {
-  const sslk::Isa isa = sslk::active_isa();
-  const int64_t elements_per_task = 16384;  // about 10 us of work, so that small tiles stay on one thread
-  const int64_t grain = elements_per_task / (panel.cols > 0 ? panel.cols : 1) + 1;
-  torch::stable::parallel_for(0, panel.rows, grain,
-                              [&](int64_t begin, int64_t end) { sslk::sigmoid_panel(panel, begin, end, isa); });
+  sslk::over_rows(panel.rows, panel.cols, [&](int64_t begin, int64_t end, sslk::Isa isa) {
+    sslk::sigmoid_panel(panel, begin, end, isa);
+  });
 }
 
 void sigmoid_panel_cpu(Tensor tile, Tensor stats, double scale, double bias, std::optional<Tensor> row_ids,
@@ -35,16 +35,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_of_one_tile_cpu(
   const int64_t width = want_dx || want_dy || want_scalars ? 3 : 1;
   const Tensor stats = torch::stable::new_zeros(x, {x.size(0), width}, ScalarType::Double);
   run(sslk::sigmoid_job(tile, stats, scale, bias, x_ids, y_ids, ignore_same_id, positive, want_dx || want_dy));
-  const double* row = stats.const_data_ptr<double>();
-  double sums[3] = {};
-  for (int64_t i = 0; i < stats.numel(); ++i) sums[i % width] += row[i];
-
-  Tensor loss = new_empty(x, {}), scalars = new_empty(x, {3});
-  *loss.mutable_data_ptr<float>() = static_cast<float>(sums[0] / divisor);
-  float* factors = scalars.mutable_data_ptr<float>();
-  factors[0] = static_cast<float>(sums[1]);
-  factors[1] = static_cast<float>(sums[2]);
-  factors[2] = static_cast<float>(1 / (divisor > 1 ? divisor : 1));
+  const Tensor loss = new_empty(x, {}), scalars = new_empty(x, {3});
+  sslk::weighted_sums(stats, std::nullopt, divisor, loss, scalars);
   const Tensor dx = want_dx ? sslk::product(tile, y) : new_empty(x, {0, x.size(1)});
   const Tensor dy_t = want_dy ? sslk::product(sslk::transposed(x), tile) : new_empty(x, {x.size(1), 0});
   return {loss, dx, sslk::transposed(dy_t), scalars};

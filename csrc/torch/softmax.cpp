@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../jobs/softmax.h"
+#include "parallel.h"
 #include "products.h"
 
 using torch::headeronly::ScalarType;
@@ -14,18 +15,15 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work, so that small tiles stay on one thread
-
 void add_tile(sslk::SoftmaxStats& stats) {
   const int64_t rows = stats.tile.rows, cols = stats.tile.cols;
   const sslk::Isa isa = sslk::active_isa();
-  const int64_t chunk_elements = sslk::SoftmaxStats::kChunk * (cols > 0 ? cols : 1);
-  torch::stable::parallel_for(0, stats.chunks(), kElementsPerTask / chunk_elements + 1,
+  torch::stable::parallel_for(0, stats.chunks(), sslk::grain(sslk::SoftmaxStats::kChunk * cols),
                               [&](int64_t begin, int64_t end) { stats.add_rows(begin, end, isa); });
   if (!stats.col_stats) return;
   // Columns go to threads by whole vectors, whose neighbours are summed again together.
   const int64_t group = 64, groups = (cols + group - 1) / group;
-  torch::stable::parallel_for(0, groups, kElementsPerTask / (group * (rows > 0 ? rows : 1)) + 1,
+  torch::stable::parallel_for(0, groups, sslk::grain(group * rows),
                               [&](int64_t begin, int64_t end) {
                                 const int64_t last = end * group < cols ? end * group : cols;
                                 stats.add_columns(begin * group, last, isa);
@@ -33,10 +31,9 @@ void add_tile(sslk::SoftmaxStats& stats) {
 }
 
 void make_gradient(const sslk::SoftmaxGrad& grad) {
-  const int64_t cols = grad.tile.cols;
-  const sslk::Isa isa = sslk::active_isa();
-  torch::stable::parallel_for(0, grad.tile.rows, kElementsPerTask / (cols > 0 ? cols : 1) + 1,
-                              [&](int64_t begin, int64_t end) { sslk::softmax_grad(grad, begin, end, isa); });
+  sslk::over_rows(grad.tile.rows, grad.tile.cols, [&](int64_t begin, int64_t end, sslk::Isa isa) {
+    sslk::softmax_grad(grad, begin, end, isa);
+  });
 }
 
 void softmax_stats_cpu(Tensor tile, Tensor row_stats, std::optional<Tensor> col_stats, double scale,
@@ -98,7 +95,7 @@ void mirror_cpu(Tensor tile) {
   const int64_t size = tile.size(0), stride = tile.stride(0);
   sslk::check_size(tile, "tile", 1, size);
   float* data = tile.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, size, kElementsPerTask / (size > 0 ? size : 1) + 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, size, sslk::grain(size), [&](int64_t begin, int64_t end) {
     sslk::mirror_rows(data, stride, begin, end);
   });
 }
