@@ -118,6 +118,15 @@ def cuda_extension(release: str) -> Extension:
     )
 
 
+class BuildApart(BuildExtension):
+    """Gives each extension a folder for its objects: in one, those that two share would be compiled on every build."""
+
+    def build_extension(self, extension: Extension) -> None:
+        folder, self.build_temp = self.build_temp, f"{self.build_temp}/{extension.name}"
+        super().build_extension(extension)
+        self.build_temp = folder
+
+
 setup(
     ext_modules=[
         CppExtension(
@@ -137,6 +146,6 @@ setup(
         ),
         *cuda_extensions(),
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildApart},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
