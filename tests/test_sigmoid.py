@@ -423,6 +423,8 @@ def test_no_grad_computes_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (products, widths) == ([], [1])
     K.sigmoid_contrastive_loss(x, y.detach(), 10.0, -10.0)  # a frozen tower costs no product
     assert (products, widths) == ([(40, 40)], [1, 3])
+    K.sigmoid_contrastive_loss(x, y, 10.0, -10.0, reduction="none")  # the weights of rows come with the backward pass
+    assert (products, widths) == ([(40, 40)], [1, 3, 1])
 
 
 def test_upstream_gradients_scale_the_result_and_retain_graph_repeats_it() -> None:
