@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ssl_kernels
 import ssl_kernels.functional as K
+from ssl_kernels.ops import ema
 from ssl_kernels.ops.ema import _update, reference
 
 BACKENDS = ("reference", "eager", "cpu")
@@ -106,6 +107,17 @@ def test_every_pair_of_dtypes(backend: str, target_dtype: torch.dtype, source_dt
     with ssl_kernels.use_backend("auto" if backend == "cpu" else backend):
         K.ema_update_([target], [source], 0.75, [beside])
     assert target.tolist() == beside.tolist() == [5.0] * 3
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("m", [0.0, 0.75, 1.0])
+def test_a_momentum_that_the_host_does_not_read(monkeypatch: pytest.MonkeyPatch, backend: str, m: float) -> None:
+    """As one on a GPU: it stays a tensor all the way."""
+    monkeypatch.setattr(ema, "_as_number", lambda momentum: momentum)
+    targets, sources = ([torch.full((3,), value, dtype=dtype) for dtype in DTYPES] for value in (4.0, 8.0))
+    with ssl_kernels.use_backend(backend):
+        K.ema_update_(targets, sources, torch.tensor(m))
+    assert [target.tolist() for target in targets] == [[8.0 - 4.0 * m] * 3] * len(DTYPES)
 
 
 def test_float64_keeps_its_digits() -> None:

@@ -168,6 +168,14 @@ def test_a_confident_positive_keeps_its_relative_precision(backend: str, margin:
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_a_negative_scale_does_as_negated_queries(backend: str) -> None:
+    query, positive, negatives = unit_rows(9, 5), unit_rows(9, 5), unit_rows(20, 5)
+    ours, mirrored = (run(backend, sign * query, positive, negatives, -3.0 * sign, ONE) for sign in (1, -1))
+    for a, b in zip(ours, (mirrored.loss, -mirrored.dquery, mirrored.dpositive, -mirrored.dscale), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_a_perfect_match_among_orthogonal_negatives(backend: str) -> None:
     keys = torch.eye(64)
     with ssl_kernels.use_backend(backend):
@@ -221,21 +229,22 @@ def test_a_gradient_that_nearly_cancels_is_cast_once(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("argument", ["query", "positive", "negatives", "scale"])
-def test_non_finite_input_shows_in_the_loss(backend: str, bad: float, argument: str) -> None:
+def test_non_finite_input_shows_in_the_loss(backend: str, argument: str) -> None:
+    """Of either sign: of an infinite positive, one would pass for a perfect match."""
     values: dict[str, Any] = {
         "query": unit_rows(20, 4), "positive": unit_rows(20, 4), "negatives": unit_rows(90, 4), "scale": 10.0,
     }  # fmt: skip
-    if argument == "scale":
-        values["scale"] = bad
-    else:
-        values[argument][7, 1] = bad
-    with ssl_kernels.use_backend(backend):
-        loss = K.info_nce_loss(**values, reduction="none")
-    if argument in ("query", "positive"):
-        assert not loss[7].isfinite()
-    assert not loss.isfinite().all()
+    for bad in (math.nan, math.inf, -math.inf):
+        if argument == "scale":
+            values["scale"] = bad
+        else:
+            values[argument][7, 1] = bad
+        with ssl_kernels.use_backend(backend):
+            loss = K.info_nce_loss(**values, reduction="none")
+        if argument in ("query", "positive"):
+            assert not loss[7].isfinite()
+        assert not loss.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
