@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssl_kernels import DINOHead, KeyQueue, KoLeoLoss, MoCoLoss, MoCoV3Loss, NTXentLoss
 from ssl_kernels.integrations.pytorch_metric_learning import SupConLoss
 from ssl_kernels.integrations.solo import mocov3_loss_func, simclr_loss_func
+from ssl_kernels.ops.unit_rows import fused_unit_rows
 
 
 def bank(dtype: torch.dtype) -> NTXentLoss:
@@ -53,6 +54,11 @@ def test_float16_rows_of_any_length(module: str) -> None:
     assert not halves[1].isnan().any()
     for ours, exact in zip(halves[1][[0, 2, 3, 4]], doubles[1][[0, 2, 3, 4]], strict=True):
         assert (ours - exact).norm() <= 0.02 * exact.norm() + 2e-7  # the latter is the rounding of 32 numbers
+
+
+def test_float32_rows_whose_squares_float32_does_not_hold() -> None:
+    z = torch.randn(4, 32) * torch.tensor([[1e-11], [1.0], [1e25], [1e37]])
+    torch.testing.assert_close(fused_unit_rows(z), F.normalize(z.double()).float())
 
 
 def test_a_row_of_zeros_does_not_spoil_the_memory_bank() -> None:
