@@ -101,8 +101,14 @@ def test_a_stopped_run_resumes_bit_exactly(small: list[str], tmp_path: Path, mon
         assert same_state(a[part], b[part]), part
 
 
-def test_the_head_may_go_without_batch_norm(small: list[str], tmp_path: Path) -> None:
-    assert simclr.main([*small, "--no-norm", "--held-out", "0", "--epochs", "1", "--output-dir", str(tmp_path)]) == 0
+def test_temperature_and_a_head_without_batch_norm_reach_the_model(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    monkeypatch.setattr(SimCLR, "after_step", lambda self, number: seen.add(self.loss.temperature))
+    options = ["--no-norm", "--temperature", "0.3", "--held-out", "0", "--epochs", "1"]
+    assert simclr.main([*small, *options, "--output-dir", str(tmp_path)]) == 0
+    assert seen == {0.3}
     state = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
     assert [name for name in state if name.startswith("encoder.head")] == [
         "encoder.head.0.weight", "encoder.head.0.bias", "encoder.head.2.weight", "encoder.head.2.bias",
