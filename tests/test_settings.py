@@ -202,6 +202,15 @@ def test_gpus_that_triton_does_not_support_run_eagerly(
     assert choose("cpu") == "cpu"
 
 
+def test_what_suits_a_gpu_is_a_constant_of_a_graph() -> None:
+    assert vars(settings._triton_suits) == vars(torch.compiler.assume_constant_result(lambda: None))
+
+
+def test_the_compiler_is_not_imported_with_the_package() -> None:
+    code = "import sys, ssl_kernels; print(*{'torch._dynamo', 'torch._inductor', 'sympy'} & {*sys.modules}, 'loaded')"
+    assert _python(code).stdout.strip() == "loaded"
+
+
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("ssl_kernels.kernels")]:
         monkeypatch.delitem(sys.modules, name)

@@ -43,7 +43,7 @@ class _InterpretedRun(pytest.Item):
         done = subprocess.run(
             [*command, "-m", self.config.option.markexpr, str(self.path)],
             cwd=self.config.rootpath,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # tiles are small matrices
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,

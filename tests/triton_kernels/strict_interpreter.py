@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language import core  # noqa: F401  the functions of the language itself see it under this name
 from triton.runtime import interpreter
 
 TensorHandle = interpreter.TensorHandle
@@ -47,13 +48,18 @@ def strict_interpreter() -> Iterator[None]:
     """Make Triton's interpreter strict for as long as the context lasts."""
     builder = interpreter.interpreter_builder
     stock_builder, stock_executor = builder.__class__, interpreter.GridExecutor
-    stock_reduce = interpreter.ReduceOps.generic_reduce
+    stock_reduce, stock_patch = interpreter.ReduceOps.generic_reduce, interpreter._patch_lang
     builder.__class__, interpreter.GridExecutor = _StrictBuilder, _StrictGridExecutor
     interpreter.ReduceOps.generic_reduce = _reduce
     builder.regions = []
+    # Once, for all that sees the language under either name: every call of a function patches it all over again.
+    patches = stock_patch(_reduce)
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
     try:
         yield
     finally:
+        interpreter._patch_lang = stock_patch
+        patches.restore()
         builder.__class__, interpreter.GridExecutor = stock_builder, stock_executor
         interpreter.ReduceOps.generic_reduce = stock_reduce
 
