@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -108,6 +109,27 @@ def one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
+def empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave empty files, for drawing takes most of their time, but in tests that ask for ``pictures``."""
+    from ssl_kernels.trainers.evaluation import report
+
+    if "pictures" in request.fixturenames:
+        return
+    for name in ("plot_curves", "plot_retrieval", "plot_features"):
+        expected = inspect.signature(getattr(report, name))
+
+        def touch(*arguments: object, expected: inspect.Signature = expected) -> None:
+            expected.bind(*arguments).arguments["path"].touch()
+
+        monkeypatch.setattr(report, name, touch)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """What a run draws is drawn."""
 
 
 @pytest.fixture

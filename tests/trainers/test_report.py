@@ -17,6 +17,7 @@ from ssl_kernels.trainers.evaluation import image_text, report
 from ssl_kernels.trainers.evaluation.image_text import PairFigure
 from ssl_kernels.trainers.loop import Result
 
+pytestmark = pytest.mark.usefixtures("pictures")
 RECORDS = [
     {"step": 1, "epoch": 0, "loss": 10.0, "loss_check": 2.0, "loss_reference": 2.0, "lr": 0.1, "elapsed_s": 0.1},
     {"step": 2, "epoch": 0, "loss": 1.5, "loss_check": 1.0, "loss_reference": 1.25, "lr": 0.2, "elapsed_s": 0.2},

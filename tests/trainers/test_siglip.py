@@ -144,6 +144,7 @@ def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path
     assert fused[-1]["loss"] < 0.6 * fused[0]["loss"]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_learns_and_writes_what_it_says(table: Path, tmp_path: Path) -> None:
     text = train(config(table, tmp_path, epochs=30, held_out=0.25))
     summary = json.loads((tmp_path / "summary.json").read_text())
