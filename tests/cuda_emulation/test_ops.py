@@ -91,7 +91,7 @@ def test_every_mix_of_types_in_one_launch(emulator: Emulator, size: int) -> None
         sources = [view_of(torch.randn(size).to(mix[1]), other) for mix in mixes]
         copies = [view_of(torch.zeros(size, dtype=mix[2]), offset) for mix in mixes if len(mix) == 3]
         launches = emulator.launches
-        seeds = ORDERS if offset or size > 1000 else [0, 1]
+        seeds = ORDERS[:: 4 if size > 1000 else 1] if offset else ORDERS[:2]
         check_update(emulator, list(seeds), targets, sources, copies, 0.75)
         assert emulator.launches == launches + len(seeds)
 
@@ -125,8 +125,9 @@ def test_more_tensors_than_the_parameters_of_a_launch_hold(emulator: Emulator) -
     targets, sources = ([torch.randn(size) for size in sizes] for _ in range(2))
     copies = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes[:333]]
     launches = emulator.launches
-    check_update(emulator, ORDERS, targets, sources, copies, 0.9)
-    per_update = (emulator.launches - launches) / len(ORDERS)
+    orders = ORDERS[:4]  # what differs between launches is what they are given
+    check_update(emulator, orders, targets, sources, copies, 0.9)
+    per_update = (emulator.launches - launches) / len(orders)
     assert 3 <= per_update <= 600 / 90
 
 

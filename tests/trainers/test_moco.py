@@ -1,4 +1,4 @@
-"""The MoCo trainer: its losses, its teacher, its queue, and runs that are accumulated, killed and evaluated."""
+"""The MoCo trainer: its losses, its teacher, its queue, and runs that are accumulated, stopped and evaluated."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import dataclasses
 import itertools
 import json
 import math
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import logged, patchworks, same_state, signal_held, start
+from conftest import logged, patchworks, same_state
 from torch import Tensor, nn
 
 from ssl_kernels import KeyQueue
@@ -234,13 +233,22 @@ def test_accumulated_batches_are_one_step_of_queue_and_teacher(small: list[str],
     assert state["model"]["teacher.module.trunk.stem.1.num_batches_tracked"].item() == 12
 
 
-def test_a_killed_run_resumes_bit_exactly(small: list[str], tmp_path: Path) -> None:
-    """Between two checkpoints, so that teacher, queue and pointer go back by some steps together."""
+def test_a_stopped_run_resumes_bit_exactly(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an error between two checkpoints, so that teacher, queue and pointer go back by some steps together."""
     settings = [*small, "--held-out", "0", "--epochs", "6", "--accumulate", "2", "--queue-size", "20"]
     settings += ["--checkpoint-every", "4"]
-    whole, folder = run(settings, tmp_path / "whole"), tmp_path / "killed"
-    process = start([*settings, "--output-dir", str(folder)], "moco", hold=(6, tmp_path / "gate"))
-    signal_held(process, tmp_path / "gate", signal.SIGKILL)
+    whole, folder = run(settings, tmp_path / "whole"), tmp_path / "stopped"
+    advance = MoCo.after_step
+
+    def fail(self: MoCo, number: int) -> None:
+        if number == 6:
+            raise RuntimeError("out of power")
+        advance(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MoCo, "after_step", fail)
+        with pytest.raises(RuntimeError, match="out of power"):
+            moco.main([*settings, "--output-dir", str(folder)])
     stopped = load_checkpoint(folder / "last.pt")
     assert stopped["step"] == 4
     assert stopped["model"]["queue.pointer"].item() == 4 * 16 % 20

@@ -20,6 +20,7 @@ compilers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class _Region:
         shape, strides = tuple(tensor.shape), tuple(tensor.stride())
         return cls(name, tensor.data_ptr(), tensor.element_size(), shape, strides, *touched)
 
-    @property
+    @functools.cached_property
     def end(self) -> int:
         if 0 in self.shape:
             return self.address
@@ -148,7 +149,10 @@ class _StrictBuilder(interpreter.InterpreterBuilder):
             addresses = np.broadcast_to(addresses, np.shape(mask.data))[mask.data]
         addresses = addresses.ravel().astype(np.int64)
         stray = np.ones(addresses.shape, bool)
+        low, high = addresses.min(initial=2**63 - 1), addresses.max(initial=0)
         for region in self.regions:
+            if high < region.address or low >= region.end:
+                continue
             elements = region.elements(addresses)
             mine = stray & (elements >= 0)
             if mine.any():
