@@ -1,12 +1,290 @@
-"""What losses ask about the processes of ``torch.distributed``."""
+"""Batches that several processes of ``torch.distributed`` hold together.
+
+W ranks of a group hold some rows each, of any number, in the order of the ranks. A loss over the group is that of one
+process with all rows, and so are its gradients: features travel, in their own dtype, and gradients never do. What a
+rank computes does not depend on what the network does first, so that a run on the same ranks repeats bit for bit.
+
+* ``strategy="gather"`` takes the features of all ranks at once; ``"ring"`` passes them on from rank to rank, while the
+  block before is computed, and holds two blocks at a time. Both visit the blocks in one order and give the same bits.
+  ``"auto"`` gathers as long as the features of all ranks take at most 1 GiB.
+* ``grad_reduce="mean"``: the mean of the ranks' gradients, which ``DistributedDataParallel`` and FSDP take, is the
+  gradient of the loss: the gradients of a rank's features are W times it. ``"sum"`` is for trainers that add.
+* ``even_batches=True`` promises that all ranks call alike and have equal numbers of rows, and spares the exchange of
+  these that comes before features travel.
+
+A call in which the ranks differ raises on all of them. Where a rank does not answer, the others raise once the group
+gives up, after its timeout at most, and name it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
+
+GATHER_BYTES = 2**30
+_FACTS_BYTES = 1024  # what a rank has to say of a call, beside
+_NUMBERS = 2  # of its own
+_REPORT_S = 5.0  # how long a rank that met an error waits for the others to say the same
+
+
+class Across(NamedTuple):
+    """Over which processes a loss is, and how. These fields are among the arguments of an op."""
+
+    group: str = ""  # the name of a process group; empty for a process alone
+    strategy: str = "auto"
+    grad_reduce: str = "mean"
+    even_batches: bool = False
+    own_share: bool = False  # the value is this rank's share of the loss, whose mean over the ranks the loss is
+
+
+ALONE = Across()
+
+
+def across(
+    group: Group, strategy: str, grad_reduce: str, even_batches: bool, own_share: bool, reduction: str
+) -> Across:
+    """From the arguments of a loss, checked; a group of one process is a process alone."""
+    for name, value, choices in (
+        ("strategy", strategy, ("auto", "gather", "ring")),
+        ("grad_reduce", grad_reduce, ("mean", "sum")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    name = _name_of(group)
+    if name and reduction == "none":
+        raise ValueError("reduction: expected 'mean' or 'sum' over several processes, got 'none'")
+    return Across(name, strategy, grad_reduce, even_batches, own_share)
+
+
+def _name_of(group: Group) -> str:
+    if group is None:
+        return ""
+    if hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise ValueError(f"group: expected a mesh of one dimension, as mesh['dp'] is, got one of {group.ndim}")
+        group = group.get_group()
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: expected a group that this process is in, got one of other processes")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: expected a group that this process is in, got one of other processes")
+    name: str = group.group_name
+    return name if group.size() > 1 else ""
+
+
+def world() -> dist.ProcessGroup | None:
+    """All processes, or None for one that is alone."""
+    return dist.group.WORLD if several_processes() else None
 
 
 def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class Ranks:
+    """The processes of a group, as one of them sees the others in a call of ``what``."""
+
+    def __init__(self, group: str, what: str) -> None:
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
+        self.group = _resolve_process_group(group)  # type: ignore[arg-type]
+        self.rank, self.size = self.group.rank(), self.group.size()
+        self.what = what
+
+    def agree(self, own: Sequence[int], facts: Mapping[str, object], device: torch.device) -> list[list[int]]:
+        """What each rank tells of itself alone, once all tell the same facts.
+
+        Raises:
+            ValueError: on all ranks, with the first fact in which they differ, and which ranks say what.
+        """
+        text = json.dumps({"function": self.what, **facts}, default=str).encode()
+        if len(text) > _FACTS_BYTES:
+            raise ValueError(f"{self.what}: expected facts of at most {_FACTS_BYTES} bytes, got {text!r}")
+        told = torch.zeros(8 * _NUMBERS + _FACTS_BYTES, dtype=torch.uint8)
+        told[: 8 * len(own)] = torch.tensor(own, dtype=torch.int64).view(torch.uint8)
+        told[8 * _NUMBERS :][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        on_cpu = "cpu" in dist.get_backend_config(self.group)  # then nobody waits for a device
+        heard = self.gather(told.to("cpu" if on_cpu else device)).cpu()
+        numbers, texts = heard[:, : 8 * len(own)].contiguous().view(torch.int64), heard[:, 8 * _NUMBERS :]
+        if not (texts == texts[0]).all():
+            raise ValueError(self._difference([json.loads(bytes(t.tolist()).rstrip(b"\0")) for t in texts]))
+        rows: list[list[int]] = numbers.tolist()
+        return rows
+
+    def _difference(self, facts: Sequence[Mapping[str, object]]) -> str:
+        for name in facts[0]:
+            said: dict[str, list[int]] = {}
+            for rank, fact in enumerate(facts):
+                said.setdefault(str(fact.get(name)), []).append(dist.get_global_rank(self.group, rank))
+            if len(said) > 1:
+                each = "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in said.items())
+                return f"{self.what}: {name}: expected the same on all ranks, got {each}"
+        return f"{self.what}: expected the same call on all ranks, got {facts}"
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[W, ...] of tensors that have one shape on all ranks."""
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        with self._exchange():
+            dist.all_gather_into_tensor(gathered.view(-1), tensor.contiguous().view(-1), group=self.group)
+        return gathered
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, in their order."""
+        return self.gather(tensor).sum(0)
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Those of all ranks, of which each has so many, in their order."""
+        return torch.cat(list(_Gathered(self, rows, counts).by_rank()))
+
+    def blocks(self, rows: Tensor, counts: Sequence[int], strategy: str, tag: int) -> Blocks:
+        """To be visited as often as need be, by all ranks alike."""
+        if strategy == "auto":
+            row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
+            strategy = "gather" if sum(counts) * row_bytes <= GATHER_BYTES else "ring"
+        return _Gathered(self, rows, counts) if strategy == "gather" else _Ring(self, rows, counts, tag)
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Around what waits for other ranks: an error tells which of them did not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.what}: {self._missing()}: {error}") from error
+
+    def _missing(self) -> str:
+        """Ranks that do not report an error, too, by the store that all have in common."""
+        everyone = dist.get_process_group_ranks(self.group)
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            key = "ssl_kernels/error of rank {}"
+            store.set(key.format(dist.get_rank()), f"{self.what} over {_ranks(everyone)}")
+            until, silent = time.monotonic() + _REPORT_S, everyone
+            while silent and time.monotonic() < until:
+                silent = [rank for rank in silent if not store.check([key.format(rank)])]
+                time.sleep(0.05)
+            calls = {rank: store.get(key.format(rank)).decode() for rank in everyone if rank not in silent}
+        except (RuntimeError, OSError):
+            return f"a rank of {_ranks(everyone)} has ended, and with it what the ranks had in common"
+        if silent:
+            return f"{_ranks(silent)} did not answer, having ended, or being stuck or elsewhere"
+        if len(set(calls.values())) > 1:
+            return "ranks met in different calls: " + "; ".join(f"rank {rank}: {call}" for rank, call in calls.items())
+        return f"an exchange between {_ranks(everyone)} failed on all of them"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+class Blocks:
+    """Rows of all ranks: those of rank, rank - 1, rank - 2 and so on, around the ring, seen from ``rank``."""
+
+    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int]) -> None:
+        self.ranks, self.counts = ranks, counts
+        self.rows = rows.detach().contiguous()
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """A rank, and its rows. They may be overwritten once the next ones are asked for."""
+        raise NotImplementedError
+
+    def _order(self) -> list[int]:
+        return [(self.ranks.rank - step) % self.ranks.size for step in range(self.ranks.size)]
+
+
+class _Gathered(Blocks):
+    """They arrive while the first block, which is here, is looked at; and stay."""
+
+    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int]) -> None:
+        super().__init__(ranks, rows, counts)
+        self._padded: Tensor | None = None
+
+    def _arriving(self) -> dist.Work | None:
+        most, sent = max(self.counts), self.rows
+        if len(sent) < most:
+            sent = torch.cat([sent, sent.new_zeros(most - len(sent), *sent.shape[1:])])
+        self._padded = sent.new_empty(self.ranks.size, *sent.shape)
+        if sent.numel() == 0:
+            return None
+        with self.ranks._exchange():
+            work: dist.Work | None = dist.all_gather_into_tensor(
+                self._padded.view(-1), sent.view(-1), group=self.ranks.group, async_op=True
+            )
+        return work
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        work = self._arriving() if self._padded is None else None
+        first, *others = self._order()
+        yield first, self.rows
+        if work is not None:
+            with self.ranks._exchange():
+                work.wait()
+        assert self._padded is not None
+        for rank in others:
+            yield rank, self._padded[rank, : self.counts[rank]]
+
+    def by_rank(self) -> list[Tensor]:
+        return [rows for _, rows in sorted(self, key=lambda block: block[0])]
+
+
+class _Ring(Blocks):
+    """Each rank passes on what it has from the one before; two blocks are here at a time, beside its own."""
+
+    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int], tag: int) -> None:
+        super().__init__(ranks, rows, counts)
+        self.tag = tag
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        order, held = self._order(), self.rows
+        for rank, after in zip(order, [*order[1:], None], strict=True):
+            works: list[Any] = []
+            if after is not None:
+                coming = held.new_empty(self.counts[after], *self.rows.shape[1:])
+                works = self._pass_on(held, coming)
+            yield rank, held
+            with self.ranks._exchange():
+                for work in works:
+                    work.wait()
+            if after is not None:
+                held = coming
+
+    def _pass_on(self, held: Tensor, coming: Tensor) -> list[Any]:
+        group, rank, size = self.ranks.group, self.ranks.rank, self.ranks.size
+        ends = (dist.isend, held, rank + 1), (dist.irecv, coming, rank - 1)
+        moves = [
+            dist.P2POp(move, rows, dist.get_global_rank(group, peer % size), group, self.tag)
+            for move, rows, peer in ends
+            if rows.numel()
+        ]
+        with self.ranks._exchange():
+            return dist.batch_isend_irecv(moves) if moves else []
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
+    """The rows [n, D] of all ranks of a group, in their order and without gradient; any n on each.
+
+    None is all processes. A process alone has its own.
+    """
+    rows = rows.detach()
+    name = _name_of(world() if group is None else group)
+    if not name:
+        return rows
+    ranks = Ranks(name, "gather_rows")
+    counts = ranks.agree([len(rows)], {"width": tuple(rows.shape[1:]), "dtype": rows.dtype}, rows.device)
+    return ranks.gather_rows(rows, [count for (count,) in counts])
 
 
 def refuse_several_processes(what: str) -> None:

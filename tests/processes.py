@@ -9,8 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+MODULES = [str(Path(__file__).parent / "distributed")]
+
 START = """
 import faulthandler, sys
+sys.path[:0] = sys.argv[4:]
 faulthandler.dump_traceback_later(120, exit=True)  # rather than to hang
 import torch, torch.distributed as dist
 rank, world = int(sys.argv[1]), int(sys.argv[2])
@@ -42,7 +45,9 @@ def run_processes(code: str, folder: Path, world: int = 2) -> None:
     try:
         for rank in range(world):
             with errors[rank].open("w") as stderr:
-                command = [sys.executable, "-c", START + code + END, str(rank), str(world), str(folder / "store")]
+                command = [
+                    sys.executable, "-c", START + code + END, str(rank), str(world), str(folder / "store"), *MODULES
+                ]  # fmt: skip
                 pipe = subprocess.PIPE
                 workers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True))
         for worker, error in zip(workers, errors, strict=True):

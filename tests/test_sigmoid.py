@@ -19,6 +19,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import ALONE
 from ssl_kernels.ops import sigmoid
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, finish_gradients
 
@@ -466,7 +467,7 @@ def test_opcheck(backend: str, reduction: str) -> None:
             leaves = [t.detach().requires_grad_(n) for t, n in zip((x, y, scale, bias), needs, strict=True)]
             torch.library.opcheck(
                 sigmoid._op.in_graphs,
-                (*leaves, *given_ids, False, 1, NO_DIAGONAL, weight, reduction, needs, 2**26, backend),
+                (*leaves, *given_ids, False, 1, NO_DIAGONAL, weight, reduction, needs, 2**26, backend, *ALONE),
             )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import ALONE
 from ssl_kernels.ops import contrastive, panels, softmax
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
 from ssl_kernels.ops.softmax import softmax_contrastive
@@ -408,6 +409,7 @@ def test_opcheck(backend: str, reduction: str, symmetric: bool) -> None:
             (
                 leaves[0], None if symmetric else leaves[1], leaves[2], named, None if symmetric else named,
                 *pairs, smoothing, reduction, list(need), 2**26, 0 if reduction == "none" else 2**20, backend,
+                "", *ALONE,
             ),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )  # fmt: skip
@@ -417,7 +419,7 @@ def test_opcheck_of_the_whole() -> None:
     x, y = (t.requires_grad_() for t in features(9, 6, 4))
     arguments = (
         x, y, torch.tensor(10.0, requires_grad=True), None, None, False, 1, NO_DIAGONAL, None, 0, 0.1, "mean",
-        [True] * 3, 2**26, 2**20, "cpu",
+        [True] * 3, 2**26, 2**20, "cpu", "", *ALONE,
     )  # fmt: skip
     torch.library.opcheck(softmax._op.in_graphs, arguments)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ssl_kernels.distributed import Group, across
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
 from ssl_kernels.ops.softmax import KERNELS, dense_losses, reduce_losses, softmax_contrastive
+from ssl_kernels.ops.strips import gathered
 from ssl_kernels.settings import choose_backend
 
 
@@ -21,6 +23,11 @@ def clip_loss(
     offset: int = 0,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
+    even_batches: bool = False,
+    own_share: bool = False,
 ) -> Tensor:
     r"""Symmetric softmax contrastive loss of CLIP, in memory linear in the batch, with exact gradients.
 
@@ -43,6 +50,8 @@ def clip_loss(
             :func:`torch.nn.functional.cross_entropy`.
         reduction: "mean" as above; "sum" divides neither sum by its count; "none", for M = N and offset 0, gives row
             and column i together, [M].
+        group, strategy, grad_reduce, even_batches, own_share: of several processes that hold the batch together, as in
+            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone.
 
     Returns:
         The loss, accumulated and returned in float32 (float64 for float64 features); 0 without any positive pair.
@@ -80,13 +89,16 @@ def clip_loss(
             f"got {x.shape[0]}, {y.shape[0]} and {offset}"
         )
     scale = _checks.as_softmax_scale("scale", scale, x)
+    over = across(group, strategy, grad_reduce, even_batches, own_share, reduction)
     pairs = Pairs(x_ids, y_ids, same_id == "ignore", offset, NO_DIAGONAL)
     backend = choose_backend(x.device, x.dtype, KERNELS)
     if backend == "reference":
+        (x, y), (scale,), pairs = gathered(over, (x, y), (scale,), pairs)
         return reference(x, y, scale, pairs, label_smoothing, reduction)
     return softmax_contrastive(
-        x, y, scale, pairs, label_smoothing=label_smoothing, reduction=reduction, backend=backend
-    )[0]
+        x, y, scale, pairs, label_smoothing=label_smoothing, reduction=reduction, backend=backend, over=over,
+        what="clip_loss",
+    )[0]  # fmt: skip
 
 
 def reference(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, label_smoothing: float, reduction: str) -> Tensor:

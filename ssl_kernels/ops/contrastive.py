@@ -40,6 +40,9 @@ class Pairs(NamedTuple):
         shift = row - col
         return Pairs(row_ids, col_ids, self.ignore_same_id, self.positive + shift, self.excluded + shift)
 
+    def transposed(self) -> Pairs:
+        return Pairs(self.col_ids, self.row_ids, self.ignore_same_id, -self.positive, -self.excluded)
+
     def masks(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Which pairs are positive, and which are left out."""
         row, col = (torch.arange(size, device=device) for size in shape)
@@ -69,7 +72,7 @@ RESULT = "Tensor loss, Tensor dx, Tensor dy, Tensor scalars"
 def is_one_tile(a: Any) -> bool:
     """Whether the similarities are so few that one call of C++ had better do all of a forward pass of such arguments as
     :func:`setup_context` takes."""
-    if a.backend != "cpu" or a.row_weight is not None or a.reduction == "none":
+    if a.backend != "cpu" or a.group or a.row_weight is not None or a.reduction == "none":
         return False
     return fit_one_tile(a.x, a.x if a.y is None else a.y, a.workspace)
 

@@ -187,7 +187,6 @@ def statistics(a: Arguments) -> tuple[Tensor, Tensor]:
             workspace=a.workspace,
             compute_dtype=a.query.dtype,
             tiles=_TILES[a.backend],
-            tile_scale=1.0,
             stats_width=2,
             want_dx=a.want_mean,
             want_dy=False,

@@ -154,7 +154,7 @@ def nearest_neighbors(u: Tensor, workspace: int, backend: str) -> Tensor:
 
     run_panels(
         panel, u, u, workspace=workspace, compute_dtype=u.dtype, tiles=0 if backend == "triton" else 1,
-        tile_scale=1.0, stats_width=0, want_dx=False, want_dy=False, symmetric=True,
+        stats_width=0, want_dx=False, want_dy=False, symmetric=True,
     )  # fmt: skip
     return neighbor
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssl_kernels.distributed import Group, across
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.contrastive import Pairs
 from ssl_kernels.ops.softmax import KERNELS, dense_losses, reduce_losses, softmax_contrastive
+from ssl_kernels.ops.strips import gathered
 from ssl_kernels.ops.unit_rows import fused_unit_rows
 from ssl_kernels.settings import choose_backend
 
 
-def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reduction: str = "mean") -> Tensor:
+def nt_xent_loss(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: Tensor | float,
+    *,
+    reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
+    even_batches: bool = False,
+    own_share: bool = False,
+) -> Tensor:
     r"""NT-Xent loss of SimCLR over two views of a batch, in memory linear in it, with exact gradients.
 
     .. math:: L_i = \log \sum_{k \ne i} \exp(z_i \cdot z_k / \tau) - z_i \cdot z_{p(i)} / \tau
@@ -25,6 +38,8 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reducti
         z1: [N, D] features of the other, of the dtype and device of ``z0``.
         temperature: tau > 0, a float or a floating tensor of one element; gradients flow to tensors.
         reduction: "mean" or "sum" over all rows, or "none", [2 N].
+        group, strategy, grad_reduce, even_batches, own_share: of several processes that hold the batch together, as in
+            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone.
 
     Returns:
         The loss, accumulated and returned in float32 (float64 for float64 features); 0 for no rows.
@@ -48,13 +63,17 @@ def nt_xent_loss(z0: Tensor, z1: Tensor, temperature: Tensor | float, *, reducti
         raise ValueError(f"z1: expected {z0.shape[0]} rows as z0 has, got {z1.shape[0]}")
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     scale = _checks.as_inverse_temperature("temperature", temperature, z0)
+    over = across(group, strategy, grad_reduce, even_batches, own_share, reduction)
     (z,) = _checks.autocast_features(fused_unit_rows(z0, z1))
     backend = choose_backend(z.device, z.dtype, KERNELS)
-    if backend == "reference":
-        return reference(z, scale, reduction)
     rows = z0.shape[0]
     pairs = Pairs(None, None, False, positive=rows, excluded=0)
-    return softmax_contrastive(z, None, scale, pairs, seam=rows, reduction=reduction, backend=backend)[0]
+    if backend == "reference":
+        views, (scale,), _ = gathered(over, (z[:rows], z[rows:]), (scale,), pairs)
+        return reference(torch.cat(views), scale, reduction)
+    return softmax_contrastive(
+        z, None, scale, pairs, seam=rows, reduction=reduction, backend=backend, over=over, what="nt_xent_loss"
+    )[0]
 
 
 def reference(z: Tensor, scale: Tensor, reduction: str) -> Tensor:

@@ -97,12 +97,12 @@ def run_panels(
     compute_dtype: torch.dtype,
     workspace: int,
     tiles: int,
-    tile_scale: float,
     stats_width: int,
     want_dx: bool,
     want_dy: bool,
     row_weight: Tensor | None = None,
     dx: Tensor | None = None,
+    add: bool = False,
     symmetric: bool = False,
     seam: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,10 +110,10 @@ def run_panels(
     (float64 for float64 features; empty where not wanted).
 
     Features go to the panels in ``compute_dtype``; ``tiles`` is how many tiles of it ``panel`` holds at a time, 0 if
-    its kernel keeps them in registers, and ``tile_scale`` the power of two that its result carries, which is taken out
-    after the fp32 accumulation.
+    its kernel keeps them in registers.
     ``row_weight`` [M] weighs the rows in the gradient of y; what is by rows is left for the caller to weigh. A ``dx``
     that is given receives the gradient of x; ``panel`` may rescale its rows before a tile after the first is added.
+    With ``add`` the gradient is added to what it holds.
 
     With ``symmetric``, ``y`` is ``x``, and only tiles on and above the diagonal are visited. One above it stands for
     its mirror image too: G must hold the gradient through both. On the diagonal ``panel`` is given the same tensor
@@ -150,7 +150,7 @@ def run_panels(
             if tile is None:
                 continue
             if want_dx:
-                add_matmul(_part(dx, row_panel), tile, y_j, first=b == first_col)
+                add_matmul(_part(dx, row_panel), tile, y_j, first=b == first_col and not add)
             if want_dy and not (symmetric and a == b):
                 if x_i_t is None:
                     x_i_t = _transposed(x_i, None if row_weight is None else row_weight[row_panel], accumulate_dtype)
@@ -160,9 +160,6 @@ def run_panels(
         dx += dy_t.t()
     if symmetric:
         dy_t = dy_t.new_empty(width, 0)
-    if tile_scale != 1:
-        dx /= tile_scale
-        dy_t /= tile_scale
     return stats, dx, dy_t.t()
 
 

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_kernels.distributed import Group, across
 from ssl_kernels.ops import _checks, contrastive
 from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs, Result
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
+from ssl_kernels.ops.strips import Matrix, gathered
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 KERNELS = ("cpu", "triton")
@@ -36,6 +38,11 @@ def sigmoid_contrastive_loss(
     same_id: str = "positive",
     offset: int = 0,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
+    even_batches: bool = False,
+    own_share: bool = False,
 ) -> Tensor:
     r"""Pairwise sigmoid loss of SigLIP, in memory linear in the batch, with exact gradients.
 
@@ -52,6 +59,8 @@ def sigmoid_contrastive_loss(
             or left out of the sum (``same_id="ignore"``).
         offset: pair (i, i + offset) is always positive, whatever the ids say; out of range it is no pair.
         reduction: "mean" divides the sum over all pairs by M, "sum" does not, "none" gives the sum of each row, [M].
+        group, strategy, grad_reduce, even_batches, own_share: of several processes that hold the batch together, as in
+            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone.
 
     Returns:
         The loss, accumulated and returned in float32 (float64 for float64 features). The mean over no rows is NaN.
@@ -83,14 +92,19 @@ def sigmoid_contrastive_loss(
     _checks.check_offset(offset)
     scale = _checks.as_scalar("scale", scale, x)
     bias = _checks.as_scalar("bias", bias, x)
+    over = across(group, strategy, grad_reduce, even_batches, own_share, reduction)
     pairs = Pairs(x_ids, y_ids, same_id == "ignore", offset, NO_DIAGONAL)
     backend = choose_backend(x.device, x.dtype, KERNELS)
     if backend == "reference":
+        (x, y), (scale, bias), pairs = gathered(over, (x, y), (scale, bias), pairs)
         return reference(x, y, scale, bias, pairs, reduction)
     _checks.check_transforms(x, y, scale, bias)
     grad = torch.is_grad_enabled()
     needs_grad = [grad and t.requires_grad for t in (x, y, scale, bias)]
-    loss: Tensor = _op(Arguments(x, y, scale, bias, *pairs, None, reduction, needs_grad, workspace_bytes(), backend))[0]
+    arguments = Arguments(
+        x, y, scale, bias, *pairs, None, reduction, needs_grad, workspace_bytes(), backend, *over
+    )  # fmt: skip
+    loss: Tensor = _op(arguments)[0]
     return loss
 
 
@@ -121,6 +135,11 @@ class Arguments(NamedTuple):
     needs_grad: Sequence[bool]  # of the first four
     workspace: int
     backend: str
+    group: str  # this and what follows is Across
+    strategy: str
+    grad_reduce: str
+    even_batches: bool
+    own_share: bool
 
     @property
     def pairs(self) -> Pairs:
@@ -187,36 +206,56 @@ _TILES = {"eager": 8, "cpu": 1, "triton": 1}  # tiles that each holds at a time
 def _forward(a: Arguments) -> Result:
     """The loss, and sum_ij w_i G_ij times y_j, x_i, x_i . y_j and 1, where needed."""
     want_dx, want_dy, *_ = a.wanted
-    divisor = len(a.x) if a.reduction == "mean" else 1
-    dtype, pairs, panel_function = _checks.accumulation_dtype(a.x.dtype), a.pairs, _PANELS[a.backend]
+    dtype, panel_function, triton = _checks.accumulation_dtype(a.x.dtype), _PANELS[a.backend], a.backend == "triton"
 
-    def panel(x: Tensor, y: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
+    def panel(pairs: Pairs, x: Tensor, y: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
         part = pairs.part(i, len(x), j, len(y))
         return panel_function(x, y, stats, a.scale, a.bias, part, want_dx or want_dy)
 
-    triton = a.backend == "triton"
     tiles = 0 if triton and not (want_dx or want_dy) else _TILES[a.backend]
+    run = functools.partial(
+        run_panels,
+        workspace=a.workspace,
+        compute_dtype=a.x.dtype if triton else dtype,
+        tiles=tiles + (0 if a.row_weight is None else 2),  # weighted products hold the tile in fp32
+        stats_width=3 if any(a.wanted) else 1,
+        row_weight=a.row_weight,
+    )
     with _checks.without_autocast(a.x):
         if contrastive.is_one_tile(a):
-            one = a.x.to(dtype), a.y.to(dtype), a.scale.item(), a.bias.item(), *pairs[:4], divisor, want_dx, want_dy
+            divisor = len(a.x) if a.reduction == "mean" else 1
+            one = a.x.to(dtype), a.y.to(dtype), a.scale.item(), a.bias.item(), *a.pairs[:4], divisor, want_dx, want_dy
             return Result(*torch.ops.ssl_kernels.sigmoid_of_one_tile(*one, any(a.wanted)))
-        stats, dx, dy = run_panels(
-            panel,
-            a.x,
-            a.y,
-            workspace=a.workspace,
-            compute_dtype=a.x.dtype if triton else dtype,
-            tiles=tiles + (0 if a.row_weight is None else 2),  # weighted products hold the tile in fp32
-            tile_scale=_gradient_scale(a.x.dtype) if triton else 1.0,
-            stats_width=3 if any(a.wanted) else 1,
-            want_dx=want_dx,
-            want_dy=want_dy,
-            row_weight=a.row_weight,
-        )
+        matrix = Matrix(a, "sigmoid_contrastive_loss", reduction=a.reduction)
+        gradients: list[Tensor] = []  # of x and y
+        counted: list[Tensor] = []  # statistics of the pairs that count here
+        for strip in matrix.strips(want_dx or not want_dy, want_dy):
+            own = strip.is_own
+            stats, dx, dy = run(
+                functools.partial(panel, strip.pairs),
+                strip.x,
+                strip.y,
+                want_dx=want_dx if own else a.wanted[strip.side],
+                want_dy=want_dy and own,
+                dx=None if own else gradients[strip.side],
+                add=not own,
+            )
+            gradients = [dx, dy] if own else gradients
+            counted += [stats] if strip.counts else []
+    dx, dy = gradients
+    if triton:
+        dx /= _gradient_scale(a.x.dtype)
+        dy /= _gradient_scale(a.x.dtype)
     if a.row_weight is not None and want_dx:
         dx *= a.row_weight[:, None]
-    loss, scalars = contrastive.weighted_sums(stats, a.row_weight, divisor, dtype)
-    return Result(stats[:, 0].to(dtype) if a.reduction == "none" else loss, dx, dy, scalars)
+    divisor = matrix.count(0) if a.reduction == "mean" else 1
+    if not a.group:
+        (stats,) = counted
+        loss, scalars = contrastive.weighted_sums(stats, a.row_weight, divisor, dtype)
+        return Result(stats[:, 0].to(dtype) if a.reduction == "none" else loss, dx, dy, scalars)
+    sums = torch.stack([stats.sum(0) for stats in counted])
+    loss, scalars = matrix.shared(*contrastive.weighted_sums(sums, None, divisor, sums.dtype), dtype)
+    return Result(loss, dx, dy, scalars)
 
 
 def _fake(a: Arguments) -> Result:

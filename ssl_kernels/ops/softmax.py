@@ -20,18 +20,20 @@ z_ji are one number where the matrix is symmetric, and a tile is the same in bot
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ssl_kernels.distributed import ALONE, Across
 from ssl_kernels.ops import _checks, contrastive
 from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.contrastive import Pairs
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.ops.reuse import HeldTiles
+from ssl_kernels.ops.strips import Matrix, Strip
 from ssl_kernels.settings import tile_budget_bytes, workspace_bytes
 
 KERNELS = ("cpu", "triton")
@@ -47,6 +49,8 @@ def softmax_contrastive(
     label_smoothing: float = 0.0,
     reduction: str,
     backend: str,
+    over: Across = ALONE,
+    what: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The loss, and how many rows and columns have no positive pair.
 
@@ -60,7 +64,7 @@ def softmax_contrastive(
     loss, _, _, _, unpaired = _op(
         Arguments(
             x, y, scale, *pairs, None, seam, label_smoothing, reduction, needs_grad, workspace_bytes(), keep_bytes,
-            backend,
+            backend, what, *over,
         )
     )  # fmt: skip
     return loss, unpaired
@@ -100,6 +104,12 @@ class Arguments(NamedTuple):
     workspace: int
     keep_bytes: int
     backend: str
+    what: str  # the function that was called
+    group: str  # this and what follows is Across
+    strategy: str
+    grad_reduce: str
+    even_batches: bool
+    own_share: bool
 
     @property
     def pairs(self) -> Pairs:
@@ -231,21 +241,18 @@ _warm = HeldTiles()
 class _Passes:
     """The two passes over the tiles of x and y, or of x and itself."""
 
-    def __init__(self, a: Arguments) -> None:
-        self.x, self.y, self.scale, self.pairs = a.x, a.x if a.y is None else a.y, a.scale, a.pairs
-        self.symmetric, self.triton = a.y is None, a.backend == "triton"
+    def __init__(self, a: Arguments, matrix: Matrix) -> None:
+        self.matrix, self.scale, self.wanted = matrix, a.scale, a.wanted
+        self.x, self.y, self.symmetric, self.seam = a.x, matrix.sides[-1], matrix.symmetric, a.seam
+        self.triton = a.backend == "triton"
         self.stats_panel, self.grad_panel = _PANELS[a.backend]
         self.tiles = _TILES[a.backend]
         self.keep_bytes = self.hold_bytes = a.keep_bytes
-        self.kept: dict[tuple[int, int], Tensor] = {}  # raw tiles, by their corners
+        self.kept: dict[tuple[int, ...], Tensor] = {}  # raw tiles, by side, strip and corner
         self.run = functools.partial(
             run_panels,
-            x=self.x,
-            y=self.y,
             workspace=a.workspace,
             compute_dtype=a.x.dtype if self.triton else _checks.accumulation_dtype(a.x.dtype),
-            symmetric=self.symmetric,
-            seam=a.seam,
         )
 
     def statistics(self, width: int) -> list[Tensor]:
@@ -256,45 +263,67 @@ class _Passes:
         both[:, 0].fill_(-torch.inf)
         sides = [both] if self.symmetric else [both[:rows], both[rows:]]
 
-        def panel(x_i: Tensor, y_j: Tensor, _: Tensor, i: int, j: int) -> None:
+        def panel(strip: Strip, x_i: Tensor, y_j: Tensor, _: Tensor, i: int, j: int) -> None:
             m, n = x_i.shape[0], y_j.shape[0]
-            col_stats = None if self.symmetric and i == j else sides[-1][j : j + n]  # on the diagonal columns are rows
+            no_cols = not strip.is_own or (self.symmetric and i == j)  # on the diagonal columns are rows
+            col_stats = None if no_cols else sides[-1][j : j + n]
             if self.keep_bytes:
                 _warm.free_one()
-            pairs = self.pairs.part(i, m, j, n)
-            raw = self.stats_panel(x_i, y_j, sides[0][i : i + m], col_stats, self.scale, pairs)
-            if raw is not None and raw.nbytes <= self.keep_bytes:
+            pairs = strip.pairs.part(i, m, j, n)
+            raw = self.stats_panel(x_i, y_j, sides[strip.side][i : i + m], col_stats, self.scale, pairs)
+            if raw is not None and raw.nbytes <= self.keep_bytes and (strip.is_own or self.wanted[strip.side]):
                 self.keep_bytes -= raw.nbytes
-                self.kept[i, j] = raw
+                self.kept[strip.side, strip.first, i, j] = raw
 
         tiles = 0 if self.triton else self.tiles
-        self.run(panel, tiles=tiles, tile_scale=1.0, stats_width=0, want_dx=False, want_dy=False)
+        for strip in self.matrix.strips(rows=True, cols=not self.symmetric):
+            self._run(strip, panel, tiles=tiles, stats_width=0, want_dx=False, want_dy=False)
         return sides
 
-    def gradients(self, row: Tensor, col: Tensor, want_dx: bool, want_dy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """sum_j G y, sum_i G x and sum_ij G (x_i . y_j)."""
+    def gradients(self, sides: list[Tensor], want_dx: bool, want_dy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """sum_j G y, sum_i G x and sum_ij G (x_i . y_j), the latter of the pairs that count."""
 
-        def panel(x_i: Tensor, y_j: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
+        def panel(strip: Strip, x_i: Tensor, y_j: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
             m, n = x_i.shape[0], y_j.shape[0]
-            raw, pairs = self.kept.pop((i, j), None), self.pairs.part(i, m, j, n)
+            raw, pairs = self.kept.pop((strip.side, strip.first, i, j), None), strip.pairs.part(i, m, j, n)
             if raw is not None and raw.device.type == "cpu":
                 _warm.hold(raw, self.hold_bytes)
-            sides = row[:, i : i + m], col[:, j : j + n]
-            grad = self.grad_panel(raw, x_i, y_j, stats, self.scale, pairs, *sides, want_dx or want_dy)
+            row, col = sides[strip.side][:, i : i + m], overall[-1 - strip.side][:, strip.first :][:, j : j + n]
+            grad = self.grad_panel(raw, x_i, y_j, stats, self.scale, pairs, row, col, want_dx or want_dy)
             if self.symmetric and i == j:  # the first tile of its rows holds every pair both ways, G each from both
                 stats /= 2
             return grad
 
+        overall = [self.matrix.gather_vectors(vectors, side) for side, vectors in enumerate(sides)]
         want_dy = want_dx if self.symmetric else want_dy
-        stats, dx, dy = self.run(
-            panel,
-            tiles=0 if self.triton and not (want_dx or want_dy) else self.tiles,
-            tile_scale=_gradient_scale(self.x.dtype) if self.triton else 1.0,
-            stats_width=1,
-            want_dx=want_dx,
-            want_dy=want_dy,
-        )
-        return dx, dy, stats.sum()
+        tiles = 0 if self.triton and not (want_dx or want_dy) else self.tiles
+        gradients: list[Tensor] = []
+        moments: list[Tensor] = []
+        for strip in self.matrix.strips(want_dx or not want_dy, want_dy and not self.symmetric):
+            own = strip.is_own
+            stats, dx, dy = self._run(
+                strip,
+                panel,
+                tiles=tiles,
+                stats_width=1,
+                want_dx=(want_dx, want_dy)[0 if own else strip.side],
+                want_dy=want_dy and own,
+                dx=None if own else gradients[strip.side],
+                add=not own,
+            )
+            gradients = [dx, dy] if own else gradients
+            if strip.counts:
+                moments.append(stats.sum())
+        dx, dy = gradients
+        if self.triton:
+            dx /= _gradient_scale(self.x.dtype)
+            dy /= _gradient_scale(self.x.dtype)
+        return dx, dy, sum(moments[1:], moments[0])
+
+    def _run(self, strip: Strip, panel: Callable[..., Tensor | None], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if self.symmetric and strip.is_own:
+            options |= {"symmetric": True, "seam": self.seam}
+        return self.run(functools.partial(panel, strip), strip.x, strip.y, **options)
 
 
 class _Summary(NamedTuple):
@@ -312,10 +341,11 @@ class _Summary(NamedTuple):
     sides: list[Tensor]
 
 
-def _summarise(a: Arguments, stats: list[Tensor], want_sides: bool) -> _Summary:
+def _summarise(a: Arguments, matrix: Matrix, stats: list[Tensor], want_sides: bool) -> _Summary:
+    """Of what a rank adds to the loss, divided by what all ranks have."""
     dtype = _checks.accumulation_dtype(a.x.dtype)
-    if stats[0].device.type != "cpu" or dtype != torch.float32:
-        return _summarise_eager(a, stats, dtype)
+    if a.group or stats[0].device.type != "cpu" or dtype != torch.float32:
+        return _summarise_eager(a, matrix, stats, dtype)
     new = functools.partial(a.x.new_empty, dtype=dtype)
     planes = (5 if a.label_smoothing else 4) if want_sides else 0
     summary = _Summary(
@@ -331,11 +361,11 @@ def _summarise(a: Arguments, stats: list[Tensor], want_sides: bool) -> _Summary:
     return summary
 
 
-def _summarise_eager(a: Arguments, stats: list[Tensor], dtype: torch.dtype) -> _Summary:
+def _summarise_eager(a: Arguments, matrix: Matrix, stats: list[Tensor], dtype: torch.dtype) -> _Summary:
     scale = a.scale.to(stats[0].dtype)  # before it meets the smoothing: rounded to fp32, 1e-5 of a logit of 100 is lost
     share = 1 / len(stats)
     losses, weights, sides = [], [], []
-    paired = [(side[:, 3] > 0).sum() for side in stats]
+    paired = matrix.sum(torch.stack([(side[:, 3] > 0).sum() for side in stats]))
     divisors = [count.clamp(min=1) if a.reduction == "mean" else torch.ones_like(count) for count in paired]
     for side, divisor in zip(stats, divisors, strict=True):
         gap = side[:, 0] - side[:, 2] / side[:, 3]
@@ -343,8 +373,8 @@ def _summarise_eager(a: Arguments, stats: list[Tensor], dtype: torch.dtype) -> _
             smooth = side[:, 0] - side[:, 4] / side[:, 5]
             gap = (1 - a.label_smoothing) * gap + a.label_smoothing * smooth
         losses.append(share * (scale * gap + side[:, 1].log()).masked_fill(side[:, 3] == 0, 0))
-        shared = share / divisor.to(side.dtype)
-        weights.append(shared.expand(len(side)) if a.row_weight is None else share * a.row_weight.to(side.dtype))
+        shared = (share / divisor.to(side.dtype)).expand(1)  # of every row, also where this rank has none
+        weights.append(shared if a.row_weight is None else share * a.row_weight.to(side.dtype))
     unit = torch.stack([w.abs().amax() if len(w) else w.new_zeros(()) for w in weights]).amax()
     unit = torch.where(unit == 0, 1, unit)
     for side, given in zip(stats, weights, strict=True):
@@ -359,8 +389,9 @@ def _summarise_eager(a: Arguments, stats: list[Tensor], dtype: torch.dtype) -> _
         loss = sum(losses[1:], losses[0])
     else:
         loss = torch.stack([part.sum() / n for part, n in zip(losses, divisors, strict=True)]).sum()
-    unpaired = torch.stack([len(side) - count for side, count in zip(stats, paired, strict=True)]).sum()
-    return _Summary(loss.to(dtype), unpaired, torch.stack([0 * unit, 0 * unit, unit]).to(dtype), sides)
+    unpaired = torch.stack([matrix.count(side) - count for side, count in enumerate(paired)]).sum()
+    scalars = torch.stack([0 * unit, 0 * unit, unit])
+    return _Summary(loss if a.group else loss.to(dtype), unpaired, scalars.to(dtype), sides)
 
 
 def _forward(a: Arguments) -> tuple[Tensor, ...]:
@@ -373,14 +404,16 @@ def _forward(a: Arguments) -> tuple[Tensor, ...]:
             one = x, y, a.scale.item(), *a.pairs, a.seam, a.label_smoothing, a.reduction == "mean"
             outputs: tuple[Tensor, ...] = torch.ops.ssl_kernels.softmax_of_one_tile(*one, *a.wanted)
             return outputs
-        passes = _Passes(a)
+        matrix = Matrix(a, a.what, reduction=a.reduction, label_smoothing=a.label_smoothing)
+        passes = _Passes(a, matrix)
         stats = passes.statistics(6 if a.label_smoothing else 4)
-        summary = _summarise(a, stats, any(a.wanted))
+        loss, unpaired, scalars, sides = _summarise(a, matrix, stats, any(a.wanted))
         _, dx, dy, *_ = _fake(a._replace(needs_grad=[False] * 3))  # empty
         if any(a.wanted):
-            dx, dy, moment = passes.gradients(summary.sides[0], summary.sides[-1], a.wanted[0], a.wanted[1])
-            summary.scalars[0] = moment
-    return summary.loss, dx, dy, summary.scalars, summary.unpaired
+            dx, dy, scalars[0] = passes.gradients(sides, a.wanted[0], a.wanted[1])
+        if a.group:
+            loss, scalars = matrix.shared(loss, scalars.to(loss.dtype), dx.dtype)
+    return loss, dx, dy, scalars, unpaired
 
 
 def _fake(a: Arguments) -> tuple[Tensor, ...]:

@@ -6,9 +6,11 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from ssl_kernels.distributed import Group, across
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
 from ssl_kernels.ops.softmax import KERNELS, dense_losses, reduce_losses, softmax_contrastive
+from ssl_kernels.ops.strips import gathered
 from ssl_kernels.settings import choose_backend
 
 
@@ -19,11 +21,26 @@ def sup_con_loss(
     temperature: Tensor | float,
     *,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
+    even_batches: bool = False,
+    own_share: bool = False,
     return_unpaired: Literal[False] = False,
 ) -> Tensor: ...
 @overload
 def sup_con_loss(
-    z: Tensor, ids: Tensor, temperature: Tensor | float, *, reduction: str = "mean", return_unpaired: Literal[True]
+    z: Tensor,
+    ids: Tensor,
+    temperature: Tensor | float,
+    *,
+    reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
+    even_batches: bool = False,
+    own_share: bool = False,
+    return_unpaired: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def sup_con_loss(
     z: Tensor,
@@ -31,6 +48,11 @@ def sup_con_loss(
     temperature: Tensor | float,
     *,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
+    even_batches: bool = False,
+    own_share: bool = False,
     return_unpaired: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Supervised contrastive loss: rows that share an id attract each other; in memory linear in the batch.
@@ -47,6 +69,8 @@ def sup_con_loss(
         ids: int64 [N].
         temperature: tau > 0, a float or a floating tensor of one element; gradients flow to tensors.
         reduction: "mean", "sum", or "none", [N].
+        group, strategy, grad_reduce, even_batches, own_share: of several processes that hold the batch together, as in
+            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone.
         return_unpaired: return also how many rows have no positive, a tensor that is not read here.
 
     Returns:
@@ -71,12 +95,16 @@ def sup_con_loss(
     _checks.check_row_ids("ids", ids, z)
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     scale = _checks.as_inverse_temperature("temperature", temperature, z)
+    over = across(group, strategy, grad_reduce, even_batches, own_share, reduction)
     pairs = Pairs(ids, ids, False, NO_DIAGONAL, excluded=0)
     backend = choose_backend(z.device, z.dtype, KERNELS)
     if backend == "reference":
+        (z,), (scale,), pairs = gathered(over, (z,), (scale,), pairs)
         loss, unpaired = reference(z, pairs, scale, reduction)
     else:
-        loss, unpaired = softmax_contrastive(z, None, scale, pairs, reduction=reduction, backend=backend)
+        loss, unpaired = softmax_contrastive(
+            z, None, scale, pairs, reduction=reduction, backend=backend, over=over, what="sup_con_loss"
+        )
     return (loss, unpaired) if return_unpaired else loss
 
 

@@ -1,0 +1,165 @@
+"""What a process visits of the matrix of similarities: all of it alone, a strip each way as one of several ranks.
+
+A rank visits its own rows against the columns of all ranks, which makes the gradient of its rows, and its own columns
+against the rows of all ranks. So the features of others travel, and no gradient does. The second strip is one of the
+transposed matrix: in both, what is the rank's own are the rows.
+
+In units of 2 M_r N D FLOP, for W ranks that hold M_r = N_r rows each of N: sigmoid 4, softmax 6, and 3 if y is x, whose
+matrix is symmetric: the rows' strip is then enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl_kernels.distributed import Across, Ranks
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
+
+
+class Strip(NamedTuple):
+    """Rows of this rank against columns of another one, or of its own."""
+
+    x: Tensor
+    y: Tensor
+    pairs: Pairs
+    side: int  # 0 for rows of the matrix, 1 for columns of it: then the strip is one of the transpose
+    first: int  # the place of the first of y among those of all ranks
+    is_own: bool  # of rows and columns of this rank: it gives what both sides ask for
+    counts: bool  # whether its pairs count in sums over all ranks, which must meet each once
+
+
+class Matrix:
+    """The similarities of x and y, or of x and itself, [M, D] and [N, D] over all ranks.
+
+    Args:
+        a: the arguments of an op: x, y or None, ids and what equal ids mean, positive, excluded, needs_grad and Across.
+        facts: what all ranks must say alike, by name.
+    """
+
+    def __init__(self, a: Any, what: str, **facts: object) -> None:
+        self.sides = [a.x] if a.y is None else [a.x, a.y]
+        self.symmetric = a.y is None
+        self.pairs: Pairs = a.pairs
+        self.counts = [[len(side)] for side in self.sides]
+        self.size, self.factor, self.own_share = 1, 1, False
+        self._ranks: Ranks | None = None
+        if not a.group:
+            return
+        self._ranks = ranks = Ranks(a.group, what)
+        self.size, self.own_share = ranks.size, a.own_share
+        self.factor = ranks.size if a.grad_reduce == "mean" else 1
+        if a.even_batches:
+            self.counts = [count * ranks.size for count in self.counts]
+        else:
+            wanted = [name for name, needed in zip(("x", "y", "scale", "bias"), a.needs_grad, strict=False) if needed]
+            alike = {
+                "features": a.x.shape[1], "dtype": a.x.dtype, "gradients wanted": wanted,
+                "ids": self.pairs.row_ids is not None, "ignore_same_id": a.ignore_same_id, "offset": a.positive,
+                **facts, "grad_reduce": a.grad_reduce, "strategy": a.strategy, "own_share": a.own_share,
+            }  # fmt: skip
+            if self.symmetric:
+                del alike["offset"]  # which is the number of rows
+            rows = ranks.agree([count for (count,) in self.counts], alike, a.x.device)
+            self.counts = [list(counts) for counts in zip(*rows, strict=True)]
+        ids = self.pairs[:2]
+        if self.pairs.row_ids is not None:
+            ids = [ranks.gather_rows(i, counts) for i, counts in zip(ids, self.counts, strict=False)]
+        self._whole = self.pairs._replace(row_ids=ids[0], col_ids=ids[-1])
+        self._blocks = [
+            ranks.blocks(side, counts, a.strategy, tag)
+            for tag, (side, counts) in enumerate(zip(self.sides, self.counts, strict=True))
+        ]
+
+    def count(self, side: int) -> int:
+        """Of rows, or of columns, over all ranks."""
+        return sum(self.counts[side])
+
+    def strips(self, rows: bool, cols: bool) -> Iterator[Strip]:
+        """The own block first; then, as wanted, what the rank's rows and its columns meet of each other rank."""
+        x, y = self.sides[0], self.sides[-1]
+        if self._ranks is None:
+            yield Strip(x, y, self.pairs, 0, 0, True, True)
+            return
+        wanted = [side for side, want in enumerate((rows, cols)) if want]
+        own_rank = self._ranks.rank
+        for arrived in zip(*(self._blocks[-1 - side] for side in wanted), strict=True):
+            rank = arrived[0][0]
+            if rank == own_rank:
+                yield Strip(x, y, self._pairs(0, rank), 0, self._first(-1, rank), True, True)
+                continue
+            for side, (_, theirs) in zip(wanted, arrived, strict=True):
+                pairs, first, counts = self._pairs(side, rank), self._first(-1 - side, rank), side == wanted[0]
+                yield Strip(self.sides[side], theirs, pairs, side, first, False, counts)
+
+    def _first(self, side: int, rank: int) -> int:
+        return sum(self.counts[side][:rank])
+
+    def _pairs(self, side: int, rank: int) -> Pairs:
+        """Of the rows of this rank, on a side, and what they meet of another rank."""
+        assert self._ranks is not None
+        own = self._ranks.rank
+        if self.symmetric and rank == own:
+            return self.pairs
+        whole = self._whole
+        if self.symmetric:  # the diagonals are of a rank's own rows
+            whole = whole._replace(positive=NO_DIAGONAL, excluded=NO_DIAGONAL)
+        if side == 1:
+            whole = whole.transposed()
+        row, col = self._first(side, own), self._first(-1 - side, rank)
+        return whole.part(row, self.counts[side][own], col, self.counts[-1 - side][rank])
+
+    def sum(self, totals: Tensor) -> Tensor:
+        """Over the ranks."""
+        return totals if self._ranks is None else self._ranks.sum(totals)
+
+    def gather_vectors(self, vectors: Tensor, side: int) -> Tensor:
+        """[k, n] of the rows or columns of a rank, as [k, M] or [k, N] of all."""
+        if self._ranks is None:
+            return vectors
+        return self._ranks.gather_rows(vectors.t(), self.counts[side]).t().contiguous()
+
+    def shared(self, loss: Tensor, scalars: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of what this rank adds to the loss and its derivatives, and their unit: the loss to be shown, and the scalars
+        of a :class:`ssl_kernels.ops.contrastive.Result` whose derivatives reduce to those of the loss."""
+        *_, unit = scalars
+        overall = self.sum(torch.stack([loss, *scalars[:2]]))
+        shown = loss * self.size if self.own_share else overall[0]
+        return shown.to(dtype), torch.stack([*overall[1:] / self.size, unit * self.factor]).to(dtype)
+
+
+def gathered(
+    over: Across, features: Sequence[Tensor], scalars: Sequence[Tensor], pairs: Pairs
+) -> tuple[list[Tensor], list[Tensor], Pairs]:
+    """For a reference: the features and ids of all ranks, in whose graph are those of this one, and the scalars.
+
+    The gradients that flow back are those that the ranks are to have. It cannot be differentiated twice, for what other
+    ranks hold is constant.
+    """
+    if not over.group:
+        return list(features), list(scalars), pairs
+    ranks = Ranks(over.group, "reference")
+    rows = [len(feature) for feature in features]
+    counts = list(zip(*ranks.agree(rows, {"features": features[0].shape[1]}, features[0].device), strict=True))
+    everyones = []
+    for own, count in zip(features, counts, strict=True):
+        parts = list(ranks.gather_rows(own.detach(), count).split(list(count)))
+        parts[ranks.rank] = _ScaledGradient.apply(own, ranks.size if over.grad_reduce == "mean" else 1)
+        everyones.append(torch.cat(parts))
+    shares = [_ScaledGradient.apply(t, 1 if over.grad_reduce == "mean" else 1 / ranks.size) for t in scalars]
+    ids = [None if i is None else ranks.gather_rows(i, count) for i, count in zip(pairs[:2], counts, strict=False)]
+    return everyones, shares, pairs._replace(row_ids=ids[0], col_ids=ids[-1])
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
