@@ -35,8 +35,12 @@ Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
 
 GATHER_BYTES = 2**30
 _FACTS_BYTES = 1024  # what a rank has to say of a call, beside
-_NUMBERS = 2  # of its own
+_NUMBERS = 4  # of its own
 _REPORT_S = 5.0  # how long a rank that met an error waits for the others to say the same
+
+
+# Since torch 2.14 under another name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 class Across(NamedTuple):
@@ -71,18 +75,29 @@ def across(
 def _name_of(group: Group) -> str:
     if group is None:
         return ""
-    if hasattr(group, "get_group") and hasattr(group, "ndim"):
-        if group.ndim != 1:
-            raise ValueError(f"group: expected a mesh of one dimension, as mesh['dp'] is, got one of {group.ndim}")
-        group = group.get_group()
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group: expected a group that this process is in, got one of other processes")
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: expected a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
+    if not isinstance(group, dist.ProcessGroup):  # first of all, for compilers know few attributes of one
+        group = _of_mesh(group)
+    if torch.compiler.is_compiling():
+        name: str = group.group_name
+        return name if group.size() > 1 else ""
     if dist.get_rank(group) < 0:
-        raise ValueError("group: expected a group that this process is in, got one of other processes")
-    name: str = group.group_name
+        raise ValueError(_OF_OTHERS)
+    name = group.group_name
     return name if group.size() > 1 else ""
+
+
+_OF_OTHERS = "group: expected a group that this process is in, got one of other processes"
+
+
+def _of_mesh(mesh: Any) -> dist.ProcessGroup:
+    if mesh == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(_OF_OTHERS)
+    if not hasattr(mesh, "get_group"):
+        raise TypeError(f"group: expected a ProcessGroup, a DeviceMesh or None, got {type(mesh).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(f"group: expected a mesh of one dimension, as mesh['dp'] is, got one of {mesh.ndim}")
+    group: dist.ProcessGroup = mesh.get_group()
+    return group
 
 
 def world() -> dist.ProcessGroup | None:
@@ -138,7 +153,7 @@ class Ranks:
         """[W, ...] of tensors that have one shape on all ranks."""
         gathered = tensor.new_empty(self.size, *tensor.shape)
         with self._exchange():
-            dist.all_gather_into_tensor(gathered.view(-1), tensor.contiguous().view(-1), group=self.group)
+            _all_gather(gathered.view(-1), tensor.contiguous().view(-1), group=self.group)
         return gathered
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -219,7 +234,7 @@ class _Gathered(Blocks):
         if sent.numel() == 0:
             return None
         with self.ranks._exchange():
-            work: dist.Work | None = dist.all_gather_into_tensor(
+            work: dist.Work | None = _all_gather(
                 self._padded.view(-1), sent.view(-1), group=self.ranks.group, async_op=True
             )
         return work

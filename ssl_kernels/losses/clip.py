@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels.losses.siglip import overridden
+from ssl_kernels.distributed import Group
+from ssl_kernels.losses.in_group import LossInGroup
+from ssl_kernels.losses.siglip import overridden, refuse_overridden
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(LossInGroup):
     r"""Symmetric softmax contrastive loss; replaces ``open_clip.loss.ClipLoss`` argument for argument.
 
     :math:`L = \frac{1}{2B} \sum_i (\log \sum_j e^{z_{ij}} + \log \sum_j e^{z_{ji}} - 2 z_{ii})`,
@@ -21,13 +23,13 @@ class ClipLoss(nn.Module):
     not. Where a subclass overrides one of them the loss is that of what they return. They make B x B matrices.
 
     Args:
-        local_loss, gather_with_grad: how open_clip exchanges features between processes; unused in one process.
+        local_loss: return this process's share of the loss, whose mean over the processes is the loss.
+        gather_with_grad: accepted for compatibility: gradients are those of the whole batch in any case.
         cache_labels: accepted for compatibility; there are no labels to cache.
-        rank, world_size: of the process; this version computes the loss of one process.
-        use_horovod: accepted for compatibility; unused in one process.
-
-    Raises:
-        NotImplementedError: if ``world_size`` > 1.
+        rank, world_size: of the process, among all of ``torch.distributed``.
+        use_horovod: must be False in several processes.
+        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
+            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``world_size`` is above 1.
 
     Source: Radford et al. 2021, arXiv:2103.00020.
 
@@ -46,18 +48,18 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
+        even_batches: bool = False,
     ) -> None:
-        super().__init__()
-        if world_size > 1:
-            raise NotImplementedError(
-                f"ClipLoss: world_size={world_size}: the exchange of features between processes is not implemented in "
-                "this version; compute the loss per process with world_size=1"
-            )
+        super().__init__(group, strategy, grad_reduce, even_batches, rank, world_size)
+        if use_horovod and not self.is_alone():
+            raise NotImplementedError("use_horovod: expected False, for features travel by torch.distributed, got True")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
         self.use_horovod = use_horovod
 
     def forward(
@@ -79,11 +81,14 @@ class ClipLoss(nn.Module):
                 f"got {text_features.shape[0]}"
             )
         if overridden(self, ClipLoss):
+            refuse_overridden(self)
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
             labels = self.get_ground_truth(image_features.device, len(image_features))
             loss = torch.stack([F.cross_entropy(direction, labels) for direction in logits]).mean()
             return {"contrastive_loss": loss} if output_dict else loss
-        loss = K.clip_loss(image_features, text_features, logit_scale)
+        loss = K.clip_loss(
+            image_features, text_features, logit_scale, own_share=self.local_loss and not self.is_alone(), **self.how()
+        )
         if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.sum().to(loss)  # in the graph, for trainers that want every parameter used
         return {"contrastive_loss": loss} if output_dict else loss

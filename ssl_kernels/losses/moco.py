@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import Group, across, world
+from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.ops._checks import autocast_features
 from ssl_kernels.ops.info_nce import fused_info_nce
 from ssl_kernels.ops.key_softmax import check_keys
 from ssl_kernels.ops.unit_rows import fused_unit_rows
-from ssl_kernels.queue import KeyQueue, gather_rows
+from ssl_kernels.queue import KeyQueue
 
 
 class MoCoLoss(nn.Module):
@@ -48,7 +50,7 @@ class MoCoLoss(nn.Module):
         return f"temperature={self.temperature}"
 
 
-class MoCoV3Loss(nn.Module):
+class MoCoV3Loss(LossInGroup):
     r"""Symmetric InfoNCE within the batch: the queries of each view against the momentum keys of the other.
 
     :math:`L = \ell(q_1, k_2) + \ell(q_2, k_1)`, where
@@ -56,7 +58,9 @@ class MoCoV3Loss(nn.Module):
 
     Args:
         temperature: :math:`\tau`; 1.0 for ResNets, 0.2 for vision transformers.
-        gather: take the keys of all ``torch.distributed`` processes. They are constants: gradients stay exact.
+        gather: take the keys of all ``torch.distributed`` processes.
+        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
+            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``gather``.
 
     Source: Chen et al. 2021, arXiv:2104.02057.
 
@@ -67,8 +71,17 @@ class MoCoV3Loss(nn.Module):
     0.016
     """
 
-    def __init__(self, temperature: float = 1.0, gather: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        gather: bool = False,
+        *,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
+        even_batches: bool = False,
+    ) -> None:
+        super().__init__(group, strategy, grad_reduce, even_batches)
         self.temperature = positive_temperature(temperature)
         self.gather = gather
 
@@ -86,8 +99,11 @@ class MoCoV3Loss(nn.Module):
         query, key = fused_unit_rows(query, name="query"), fused_unit_rows(key, name="key")
         query, key = autocast_features(query, key)  # the positive must be rounded as it is among the keys
         check_keys(query, key=key)
-        keys = gather_rows(key) if self.gather else key
-        return fused_info_nce(query, key, keys, 1 / self.temperature, "mean", positive_is_key=True)
+        over = across(**self.how(), own_share=False, reduction="mean")
+        return fused_info_nce(query, key, key, 1 / self.temperature, "mean", positive_is_key=True, over=over)
+
+    def _group(self) -> Group:
+        return world() if self.group is None and self.gather else self.group
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather={self.gather}"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import check_gather_distributed, refuse_several_processes
+from ssl_kernels.distributed import Group, check_gather_distributed, world
+from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.ops.unit_rows import fused_unit_rows
 from ssl_kernels.queue import KeyQueue, keep_missing_bank
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(LossInGroup):
     r"""Normalised temperature-scaled cross-entropy of SimCLR; replaces ``lightly.loss.NTXentLoss``.
 
     :math:`L = \frac{1}{2N} \sum_i (\log \sum_{k \ne i} \exp(z_i \cdot z_k / \tau) - z_i \cdot z_{p(i)} / \tau)`, over
@@ -26,8 +27,9 @@ class NTXentLoss(nn.Module):
             is written after the loss, while the first view requires a gradient. It is part of ``state_dict``; lightly's
             is not: a checkpoint of lightly's leaves the bank as it is, and lightly loads one of these with
             ``strict=False``.
-        gather_distributed: put the rows of all processes into the bank. Without a bank, negatives across processes are
-            not implemented in this version.
+        gather_distributed: take the rows of all processes, as negatives or into the bank.
+        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together, where there is no bank;
+            see :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``gather_distributed``.
 
     Source: Chen et al. 2020, arXiv:2002.05709.
 
@@ -42,8 +44,13 @@ class NTXentLoss(nn.Module):
         temperature: float = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
+        *,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
+        even_batches: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(group, strategy, grad_reduce, even_batches)
         check_gather_distributed(gather_distributed)
         self.temperature = positive_temperature(temperature)
         self.gather_distributed = gather_distributed
@@ -58,14 +65,15 @@ class NTXentLoss(nn.Module):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views [N, D] of a batch, normalised here."""
         if self.memory_bank is None:
-            if self.gather_distributed:
-                refuse_several_processes("NTXentLoss: gather_distributed without a memory bank")
-            return K.nt_xent_loss(out0, out1, self.temperature)
+            return K.nt_xent_loss(out0, out1, self.temperature, **self.how())
         query, key = fused_unit_rows(out0, name="out0"), fused_unit_rows(out1, name="out1")
         loss = K.info_nce_loss(query, key, self.memory_bank.keys, 1 / self.temperature)
         if query.requires_grad:
             self.memory_bank.enqueue(key)
         return loss
+
+    def _group(self) -> Group:
+        return world() if self.group is None and self.gather_distributed else self.group
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"

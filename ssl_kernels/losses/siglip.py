@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import Group
+from ssl_kernels.losses.in_group import LossInGroup
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(LossInGroup):
     r"""Pairwise sigmoid loss; replaces ``open_clip.loss.SigLipLoss`` argument for argument.
 
     :math:`L = \frac{1}{B} \sum_{ij} \operatorname{softplus}(-s_{ij} (t\, x_i \cdot y_j + b))`, where :math:`s_{ij}` is
@@ -21,12 +23,12 @@ class SigLipLoss(nn.Module):
 
     Args:
         cache_labels: accepted for compatibility; there are no labels to cache.
-        rank, world_size: of the process; this version computes the loss of one process.
-        dist_impl: how open_clip exchanges features between processes; unused in one process.
+        rank, world_size: of the process, among all of ``torch.distributed``.
+        dist_impl: how open_clip exchanges features: "bidir" and "shift" are the strategy "ring" here, "gather" is
+            "gather"; "reduce" and None leave the choice to ``strategy``.
         chunk_size: rows at a time in open_clip; unused, memory is linear in the batch here.
-
-    Raises:
-        NotImplementedError: if ``world_size`` > 1.
+        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
+            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``world_size`` is above 1.
 
     Source: Zhai et al. 2023, arXiv:2303.15343.
 
@@ -44,16 +46,18 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         chunk_size: int = 0,
+        *,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
+        even_batches: bool = False,
     ) -> None:
-        super().__init__()
-        if world_size > 1:
-            raise NotImplementedError(
-                f"SigLipLoss: world_size={world_size}: the exchange of features between processes is not implemented "
-                "in this version; compute the loss per process with world_size=1"
-            )
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(f"dist_impl: expected 'bidir', 'shift', 'reduce', 'gather' or None, got {dist_impl!r}")
+        if strategy == "auto":
+            strategy = {"bidir": "ring", "shift": "ring", "gather": "gather"}.get(dist_impl or "", "auto")
+        super().__init__(group, strategy, grad_reduce, even_batches, rank, world_size)
         self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
         self.dist_impl = dist_impl
         self.chunk_size = chunk_size
 
@@ -75,12 +79,13 @@ class SigLipLoss(nn.Module):
                 f"got {text_features.shape[0]}"
             )
         if overridden(self, SigLipLoss):
+            refuse_overridden(self)
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
             labels = self.get_ground_truth(image_features.device, image_features.dtype, len(image_features))
             loss = -F.logsigmoid(labels * logits).sum() / len(image_features)
         else:
             bias = 0.0 if logit_bias is None else logit_bias
-            loss = K.sigmoid_contrastive_loss(image_features, text_features, logit_scale, bias)
+            loss = K.sigmoid_contrastive_loss(image_features, text_features, logit_scale, bias, **self.how())
         return {"contrastive_loss": loss} if output_dict else loss
 
     def get_logits(
@@ -108,3 +113,12 @@ class SigLipLoss(nn.Module):
 def overridden(loss: nn.Module, base: type[nn.Module]) -> bool:
     """Whether a subclass has logits or labels of its own."""
     return any(getattr(type(loss), name) is not getattr(base, name) for name in ("get_logits", "get_ground_truth"))
+
+
+def refuse_overridden(loss: LossInGroup) -> None:
+    """Such a loss is of what this process has."""
+    if not loss.is_alone():
+        raise NotImplementedError(
+            f"{type(loss).__name__}: get_logits or get_ground_truth is overridden: the loss of what they return is not "
+            "implemented over several processes"
+        )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import Group
+from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.losses.info_nce import positive_temperature
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(LossInGroup):
     r"""Supervised contrastive loss: rows that share a label attract each other.
 
     :math:`L_i = \log \sum_{k \ne i} \exp(z_i \cdot z_k / \tau) - \frac{1}{|P_i|} \sum_{p \in P_i} z_i \cdot z_p / \tau`
@@ -17,6 +19,8 @@ class SupConLoss(nn.Module):
 
     Args:
         temperature: :math:`\tau`.
+        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together, whose labels mean the
+            same; see :mod:`ssl_kernels.distributed`. Without a group the loss is of this process alone.
 
     ``unpaired`` holds how many rows of the last batch had no positive and contributed nothing, as a tensor: reading it
     waits for the device.
@@ -32,8 +36,16 @@ class SupConLoss(nn.Module):
 
     unpaired: Tensor
 
-    def __init__(self, temperature: float = 0.07) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        *,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
+        even_batches: bool = False,
+    ) -> None:
+        super().__init__(group, strategy, grad_reduce, even_batches)
         self.temperature = positive_temperature(temperature)
         self.register_buffer("unpaired", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -42,7 +54,7 @@ class SupConLoss(nn.Module):
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels: expected a tensor of integers, got {got}")
-        loss, unpaired = K.sup_con_loss(features, labels.long(), self.temperature, return_unpaired=True)
+        loss, unpaired = K.sup_con_loss(features, labels.long(), self.temperature, return_unpaired=True, **self.how())
         self.unpaired = unpaired
         return loss
 

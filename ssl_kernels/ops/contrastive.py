@@ -57,6 +57,9 @@ class Pairs(NamedTuple):
         return positive & ~ignored, ignored
 
 
+NO_PAIRS = Pairs(None, None, False, NO_DIAGONAL, NO_DIAGONAL)
+
+
 class Result(NamedTuple):
     """Of the forward pass. Gradients that are not wanted are empty, or any number."""
 

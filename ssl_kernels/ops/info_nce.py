@@ -8,16 +8,19 @@ sigmoid(lse_i - z+_i), and the mean of the negatives less the positive are what 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_kernels.distributed import ALONE, Across, Ranks
 from ssl_kernels.ops import _checks, key_softmax
 from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.key_softmax import KERNELS, check_keys, widen
+from ssl_kernels.ops.strips import gathered
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
@@ -66,18 +69,31 @@ def info_nce_loss(
 
 
 def fused_info_nce(
-    query: Tensor, positive: Tensor, keys: Tensor, scale: Tensor | float, reduction: str, *, positive_is_key: bool
+    query: Tensor,
+    positive: Tensor,
+    keys: Tensor,
+    scale: Tensor | float,
+    reduction: str,
+    *,
+    positive_is_key: bool,
+    over: Across = ALONE,
 ) -> Tensor:
-    """The loss of features that were checked; ``positive_is_key`` tells that the positives are among the keys."""
+    """The loss of features that were checked; ``positive_is_key`` tells that the positives are among the keys.
+
+    Over several processes these keys are what each of them has, and the loss is the mean over all their rows.
+    """
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     scale = _checks.as_scalar("scale", scale, query)
     backend = choose_backend(query.device, query.dtype, KERNELS)
     if backend == "reference":
+        (query, positive, keys), (scale,), _ = gathered(over, (query, positive, keys), (scale,))
         return reference(query, positive, keys, scale, reduction, positive_is_key)
     _checks.check_transforms(query, positive, scale)
     want_mean = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
     loss: Tensor = _op(
-        Arguments(query, positive, keys, scale, positive_is_key, reduction, want_mean, workspace_bytes(), backend)
+        Arguments(
+            query, positive, keys, scale, positive_is_key, reduction, want_mean, workspace_bytes(), backend, *over
+        )
     )[0]
     return loss
 
@@ -119,12 +135,19 @@ class Arguments(NamedTuple):
     want_mean: bool
     workspace: int
     backend: str
+    group: str  # this and what follows is Across
+    strategy: str
+    grad_reduce: str
+    even_batches: bool
+    own_share: bool
 
 
 def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; and for the gradient the mean of each row's negatives less its positive, if wanted, and the slopes."""
     query, average = widen(a.query), a.reduction == "mean"
     softmax = key_softmax.Arguments(query, a.keys, a.scale, a.want_mean, a.query.dtype, a.workspace, a.backend)
+    if a.group:
+        return _forward_in_group(a, softmax)
     if a.backend == "cpu":
         stats, pull = key_softmax.statistics(softmax)
         loss, _, slope = _fake(a)
@@ -140,6 +163,35 @@ def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         rows, slope = -F.logsigmoid(z - lse) + 0 * z, torch.sigmoid(lse - z)
     pull = mean.sub_(positive) if a.want_mean else mean
     return reduce_rows(rows, a.reduction), pull, slope / max(len(slope), 1) if average else slope
+
+
+def _forward_in_group(a: Arguments, softmax: key_softmax.Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where the keys are those of all ranks: the softmax over each rank's, one after the other, and merged."""
+    ranks = Ranks(a.group, "MoCoV3Loss")
+    counts = [len(a.keys)] * ranks.size
+    if not a.even_batches:
+        alike = {
+            "features": a.keys.shape[1], "dtype": a.keys.dtype, "gradients wanted": a.want_mean,
+            "grad_reduce": a.grad_reduce, "strategy": a.strategy,
+        }  # fmt: skip
+        counts = [count for (count,) in ranks.agree([len(a.keys)], alike, a.keys.device)]
+    query = softmax.query
+    lse, mean = query.new_full((len(query),), -math.inf), torch.zeros_like(query) if a.want_mean else query[:0]
+    for _, keys in ranks.blocks(a.keys, counts, a.strategy, tag=0):
+        if len(keys) == 0:
+            continue
+        of_block, mean_of_block = key_softmax.forward(softmax._replace(keys=keys))
+        merged = torch.logaddexp(lse, of_block)
+        if a.want_mean:
+            mean.mul_((lse - merged).exp()[:, None]).addcmul_(mean_of_block, (of_block - merged).exp()[:, None])
+        lse = merged
+    positive = widen(a.positive)
+    rows = lse - a.scale * (query * positive).sum(1)
+    total = rows.sum(dtype=torch.float64)
+    divisor = sum(counts) if a.reduction == "mean" else 1
+    loss = (ranks.sum(total) / divisor).to(rows.dtype)
+    slope = torch.full_like(rows, (ranks.size if a.grad_reduce == "mean" else 1) / max(divisor, 1))
+    return loss, mean.sub_(positive) if a.want_mean else mean, slope
 
 
 def _fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +218,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     arguments = key_softmax.Gradients(upstream, slope, query, pull, scale, needs, ctx.backend)
     found = key_softmax.gradients(arguments)
     query, positive, scale = (t if needed else None for t, needed in zip(found, needs, strict=True))
-    return query, positive, None, scale, *(None,) * 5
+    return query, positive, None, scale, *(None,) * (len(Arguments._fields) - 4)
 
 
 _op = Op(

@@ -290,8 +290,8 @@ class _Passes:
                 _warm.hold(raw, self.hold_bytes)
             row, col = sides[strip.side][:, i : i + m], overall[-1 - strip.side][:, strip.first :][:, j : j + n]
             grad = self.grad_panel(raw, x_i, y_j, stats, self.scale, pairs, row, col, want_dx or want_dy)
-            if self.symmetric and i == j:  # the first tile of its rows holds every pair both ways, G each from both
-                stats /= 2
+            if self.symmetric and strip.is_own and i == j:
+                stats /= 2  # the first tile of its rows holds every pair both ways, G each from both
             return grad
 
         overall = [self.matrix.gather_vectors(vectors, side) for side, vectors in enumerate(sides)]
@@ -312,8 +312,8 @@ class _Passes:
                 add=not own,
             )
             gradients = [dx, dy] if own else gradients
-            if strip.counts:
-                moments.append(stats.sum())
+            if strip.counts:  # where the matrix is symmetric the other rank meets the same pairs, G from both ways, too
+                moments.append(stats.sum() / (2 if self.symmetric and not own else 1))
         dx, dy = gradients
         if self.triton:
             dx /= _gradient_scale(self.x.dtype)

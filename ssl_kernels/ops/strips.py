@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.distributed import Across, Ranks
-from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, NO_PAIRS, Pairs
 
 
 class Strip(NamedTuple):
@@ -132,7 +132,7 @@ class Matrix:
 
 
 def gathered(
-    over: Across, features: Sequence[Tensor], scalars: Sequence[Tensor], pairs: Pairs
+    over: Across, features: Sequence[Tensor], scalars: Sequence[Tensor], pairs: Pairs = NO_PAIRS
 ) -> tuple[list[Tensor], list[Tensor], Pairs]:
     """For a reference: the features and ids of all ranks, in whose graph are those of this one, and the scalars.
 
@@ -162,4 +162,6 @@ class _ScaledGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("ssl_kernels: a loss over several processes cannot be differentiated twice")
         return gradient * ctx.factor, None

@@ -1,4 +1,4 @@
-"""Losses over several processes: the value and the gradients of one process with the whole batch."""
+"""Losses over several processes are those of one process with the whole batch, and so are their gradients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ import pytest
 from processes import run_processes
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_losses_are_those_of_one_process(world: int, tmp_path: Path) -> None:
-    run_processes("import losses; losses.losses_are_those_of_one_process(rank, world)", tmp_path, world)
+def run(names: str, folder: Path, world: int) -> None:
+    calls = "; ".join(f"losses.{name}(rank, world)" for name in names.split())
+    run_processes(f"import losses; {calls}", folder, world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_loss_is_that_of_one_process(world: int, tmp_path: Path) -> None:
+    run("every_loss_is_that_of_one_process", tmp_path, world)
+
+
+def test_three_processes_and_groups_of_them(tmp_path: Path) -> None:
+    run("every_loss_is_that_of_one_process groups_may_be_parts modules_take_world_size", tmp_path, 3)
+
+
+def test_other_kernels_large_batches_and_graphs(tmp_path: Path) -> None:
+    run("the_reference_and_other_kernels_agree large_batches_take_many_tiles compiled", tmp_path, 2)
