@@ -131,8 +131,9 @@ class Ranks:
         told = torch.zeros(8 * _NUMBERS + _FACTS_BYTES, dtype=torch.uint8)
         told[: 8 * len(own)] = torch.tensor(own, dtype=torch.int64).view(torch.uint8)
         told[8 * _NUMBERS :][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        on_cpu = "cpu" in dist.get_backend_config(self.group)  # then nobody waits for a device
-        heard = self.gather(told.to("cpu" if on_cpu else device)).cpu()
+        if self.backend(told.device) is None:  # else nobody waits for the device
+            told = told.to(device)
+        heard = self.gather(told).cpu()
         numbers, texts = heard[:, : 8 * len(own)].contiguous().view(torch.int64), heard[:, 8 * _NUMBERS :]
         if not (texts == texts[0]).all():
             raise ValueError(self._difference([json.loads(bytes(t.tolist()).rstrip(b"\0")) for t in texts]))
@@ -169,7 +170,22 @@ class Ranks:
         if strategy == "auto":
             row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
             strategy = "gather" if sum(counts) * row_bytes <= GATHER_BYTES else "ring"
-        return _Gathered(self, rows, counts) if strategy == "gather" else _Ring(self, rows, counts, tag)
+        kind = _Gathered if strategy == "gather" else _Ring
+        return kind(self, rows, counts, tag)
+
+    def move(self, moves: Sequence[tuple[Any, Tensor, int]], tag: int) -> list[Any]:
+        """Sends and receives, (what to do, rows, the other rank), that are under way when this returns."""
+        asked = [
+            dist.P2POp(do, rows, dist.get_global_rank(self.group, peer % self.size), self.group, tag)
+            for do, rows, peer in moves
+            if rows.numel()
+        ]
+        with self._exchange():
+            return dist.batch_isend_irecv(asked) if asked else []
+
+    def backend(self, device: torch.device) -> str | None:
+        """What carries tensors of such a device."""
+        return dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(",")).get(device.type)
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -207,8 +223,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 class Blocks:
     """Rows of all ranks: those of rank, rank - 1, rank - 2 and so on, around the ring, seen from ``rank``."""
 
-    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int]) -> None:
-        self.ranks, self.counts = ranks, counts
+    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int], tag: int = 0) -> None:
+        self.ranks, self.counts, self.tag = ranks, counts, tag
         self.rows = rows.detach().contiguous()
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
@@ -218,37 +234,46 @@ class Blocks:
     def _order(self) -> list[int]:
         return [(self.ranks.rank - step) % self.ranks.size for step in range(self.ranks.size)]
 
+    def _empty(self, rank: int) -> Tensor:
+        return self.rows.new_empty(self.counts[rank], *self.rows.shape[1:])
+
 
 class _Gathered(Blocks):
     """They arrive while the first block, which is here, is looked at; and stay."""
 
-    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int]) -> None:
-        super().__init__(ranks, rows, counts)
-        self._padded: Tensor | None = None
-
-    def _arriving(self) -> dist.Work | None:
-        most, sent = max(self.counts), self.rows
-        if len(sent) < most:
-            sent = torch.cat([sent, sent.new_zeros(most - len(sent), *sent.shape[1:])])
-        self._padded = sent.new_empty(self.ranks.size, *sent.shape)
-        if sent.numel() == 0:
-            return None
-        with self.ranks._exchange():
-            work: dist.Work | None = _all_gather(
-                self._padded.view(-1), sent.view(-1), group=self.ranks.group, async_op=True
-            )
-        return work
+    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int], tag: int = 0) -> None:
+        super().__init__(ranks, rows, counts, tag)
+        self._parts: list[Tensor] = []  # by rank
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        work = self._arriving() if self._padded is None else None
+        works = [] if self._parts else self._ask()
         first, *others = self._order()
         yield first, self.rows
-        if work is not None:
-            with self.ranks._exchange():
+        with self.ranks._exchange():
+            for work in works:
                 work.wait()
-        assert self._padded is not None
         for rank in others:
-            yield rank, self._padded[rank, : self.counts[rank]]
+            yield rank, self._parts[rank][: self.counts[rank]]
+
+    def _ask(self) -> list[Any]:
+        ranks, rows = self.ranks, self.rows
+        if ranks.backend(rows.device) == "gloo":  # whose all-gather fills a copy of all parts first
+            self._parts = [self._empty(rank) for rank in range(ranks.size)]
+            self._parts[ranks.rank] = rows
+            peers = [peer for peer in range(ranks.size) if peer != ranks.rank]
+            return ranks.move(
+                [(dist.isend, rows, peer) for peer in peers]
+                + [(dist.irecv, self._parts[peer], peer) for peer in peers],
+                self.tag,
+            )
+        lacking = max(self.counts) - len(rows)
+        sent = torch.cat([rows, rows.new_zeros(lacking, *rows.shape[1:])]) if lacking else rows
+        everyones = sent.new_empty(ranks.size, *sent.shape)
+        self._parts = list(everyones)
+        if sent.numel() == 0:
+            return []
+        with ranks._exchange():
+            return [_all_gather(everyones.view(-1), sent.view(-1), group=ranks.group, async_op=True)]
 
     def by_rank(self) -> list[Tensor]:
         return [rows for _, rows in sorted(self, key=lambda block: block[0])]
@@ -257,34 +282,19 @@ class _Gathered(Blocks):
 class _Ring(Blocks):
     """Each rank passes on what it has from the one before; two blocks are here at a time, beside its own."""
 
-    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int], tag: int) -> None:
-        super().__init__(ranks, rows, counts)
-        self.tag = tag
-
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        order, held = self._order(), self.rows
+        order, held, own = self._order(), self.rows, self.ranks.rank
         for rank, after in zip(order, [*order[1:], None], strict=True):
             works: list[Any] = []
             if after is not None:
-                coming = held.new_empty(self.counts[after], *self.rows.shape[1:])
-                works = self._pass_on(held, coming)
+                coming = self._empty(after)
+                works = self.ranks.move([(dist.isend, held, own + 1), (dist.irecv, coming, own - 1)], self.tag)
             yield rank, held
             with self.ranks._exchange():
                 for work in works:
                     work.wait()
             if after is not None:
                 held = coming
-
-    def _pass_on(self, held: Tensor, coming: Tensor) -> list[Any]:
-        group, rank, size = self.ranks.group, self.ranks.rank, self.ranks.size
-        ends = (dist.isend, held, rank + 1), (dist.irecv, coming, rank - 1)
-        moves = [
-            dist.P2POp(move, rows, dist.get_global_rank(group, peer % size), group, self.tag)
-            for move, rows, peer in ends
-            if rows.numel()
-        ]
-        with self.ranks._exchange():
-            return dist.batch_isend_irecv(moves) if moves else []
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-MODULES = [str(Path(__file__).parent / "distributed")]
+MODULES = [str(Path(__file__).parent), str(Path(__file__).parent / "distributed")]
 
 START = """
 import faulthandler, sys
 sys.path[:0] = sys.argv[4:]
-faulthandler.dump_traceback_later(120, exit=True)  # rather than to hang
+faulthandler.dump_traceback_later(300, exit=True)  # rather than to hang
 import torch, torch.distributed as dist
 rank, world = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)

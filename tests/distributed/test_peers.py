@@ -1,0 +1,14 @@
+"""Which modes of the peers have exact gradients over several processes: ours has them in all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from processes import run_processes
+
+
+def test_ours_are_exact(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    pytest.importorskip("lightly")
+    run_processes("import peers; peers.ours_are_exact(rank, world)", tmp_path, 3)
