@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from ssl_kernels import SigLipLoss
 
 
-def test_several_processes_are_refused_for_now() -> None:
-    with pytest.raises(NotImplementedError, match="world_size=2"):
-        SigLipLoss(world_size=2)
+def test_what_several_processes_need_is_named() -> None:
+    features = torch.eye(3)
+    with pytest.raises(RuntimeError, match=r"SigLipLoss: world_size=2: expected torch.distributed to be initialised"):
+        SigLipLoss(world_size=2)(features, features, 10.0, -10.0)
+    with pytest.raises(ValueError, match="dist_impl: expected 'bidir', 'shift', 'reduce', 'gather' or None, got 'x'"):
+        SigLipLoss(dist_impl="x")
+    with pytest.raises(ValueError, match="strategy: expected one of 'auto', 'gather', 'ring', got 'tree'"):
+        SigLipLoss(strategy="tree")
+    with pytest.raises(ValueError, match="grad_reduce: expected one of 'mean', 'sum', got 'max'"):
+        SigLipLoss(grad_reduce="max")
 
 
 def test_every_argument_of_one_process_is_accepted() -> None:

@@ -52,9 +52,20 @@ def test_thirty_steps_of_sup_con_follow_the_reference(backend: str) -> None:
 # ---- ClipLoss
 
 
-def test_clip_refuses_several_processes_for_now() -> None:
-    with pytest.raises(NotImplementedError, match="world_size=2"):
-        ClipLoss(world_size=2)
+def test_clip_names_what_several_processes_need() -> None:
+    features = torch.eye(3)
+    with pytest.raises(RuntimeError, match=r"ClipLoss: world_size=2: expected torch.distributed to be initialised"):
+        ClipLoss(world_size=2)(features, features, 10.0)
+    with pytest.raises(NotImplementedError, match="use_horovod: expected False, for features travel"):
+        ClipLoss(world_size=2, use_horovod=True)
+
+    class WithLogits(ClipLoss):
+        def get_logits(self, *arguments: Any) -> Any:
+            return super().get_logits(*arguments)
+
+    assert WithLogits()(features, features, 10.0).isfinite()
+    with pytest.raises(NotImplementedError, match="WithLogits: get_logits or get_ground_truth is overridden"):
+        WithLogits(world_size=2)(features, features, 10.0)
 
 
 def test_clip_accepts_every_argument_of_one_process() -> None:

@@ -29,7 +29,7 @@ def replaced_losses() -> Iterator[None]:
 
     Raises:
         ImportError: if open_clip is not installed, or does not have these names there.
-        NotImplementedError: for CoCa and distillation, and of several processes.
+        NotImplementedError: for CoCa and distillation.
 
     >>> import open_clip, ssl_kernels
     >>> from argparse import Namespace
