@@ -22,6 +22,10 @@ def check_features(**features: Tensor) -> None:
     for name, value in features.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if type(value).__name__ == "DTensor":
+            raise TypeError(
+                f"{name}: expected this process's rows, as {name}.to_local() and group= give them, got a DTensor"
+            )
         if value.dim() != 2:
             raise ValueError(f"{name}: expected 2 dimensions [rows, features], got shape {tuple(value.shape)}")
         if value.dtype not in FEATURE_DTYPES:
