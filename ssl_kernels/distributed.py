@@ -36,7 +36,7 @@ Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
 GATHER_BYTES = 2**30
 _FACTS_BYTES = 1024  # what a rank has to say of a call, beside
 _NUMBERS = 4  # of its own
-_REPORT_S = 5.0  # how long a rank that met an error waits for the others to say the same
+_REPORT_S = 10.0  # how long a rank that met an error waits for the others to say the same
 
 
 # Since torch 2.14 under another name.

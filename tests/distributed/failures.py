@@ -48,32 +48,33 @@ def differences_raise_everywhere(rank: int, world: int) -> None:
 
 
 def a_rank_that_is_gone_is_named(rank: int, world: int) -> None:
-    _without_rank_1(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    _without_rank_1(rank, signal.SIGKILL, timeout_s=120)  # the connection breaks: that is seen at once
 
 
 def a_rank_that_is_stuck_is_named(rank: int, world: int) -> None:
-    _without_rank_1(rank, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    _without_rank_1(rank, signal.SIGSTOP, timeout_s=15)
 
 
-def _without_rank_1(rank: int, end: Any) -> None:
-    group = dist.new_group(timeout=timedelta(seconds=4))
+def _without_rank_1(rank: int, end: signal.Signals, timeout_s: int) -> None:
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
     x = torch.randn(6, 8, requires_grad=True)
     K.clip_loss(x, x, 10.0, group=group, strategy="ring").backward()
     if rank == 1:
         print("passed", flush=True)
-        end()
+        os.kill(os.getpid(), end)
     begun = time.monotonic()
     with pytest.raises(
         RuntimeError, match="clip_loss: rank 1 did not answer, having ended, or being stuck or elsewhere"
     ):
         K.clip_loss(x, x, 10.0, group=group, strategy="ring")
-    assert time.monotonic() - begun < 25
+    assert time.monotonic() - begun < 60
 
 
 def different_groups_are_named(rank: int, world: int) -> None:
+    timeout = timedelta(seconds=15)
     some, all_of_them = (
-        dist.new_group([0, 1], timeout=timedelta(seconds=3)),
-        dist.new_group(timeout=timedelta(seconds=3)),
+        dist.new_group([0, 1], timeout=timeout),
+        dist.new_group(timeout=timeout),
     )
     x = torch.randn(6, 8)
     with pytest.raises(

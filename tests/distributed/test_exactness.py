@@ -11,4 +11,4 @@ from processes import run_processes
 def test_ours_are_exact(tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
     pytest.importorskip("lightly")
-    run_processes("import peers; peers.ours_are_exact(rank, world)", tmp_path, 3)
+    run_processes("import exactness; exactness.ours_are_exact(rank, world)", tmp_path, 3)
