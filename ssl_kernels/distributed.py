@@ -33,13 +33,12 @@ if TYPE_CHECKING:
 
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
 
-GATHER_BYTES = 2**30
-_FACTS_BYTES = 1024  # what a rank has to say of a call, beside
-_NUMBERS = 4  # of its own
+GATHER_BYTES = 2**30  # of the features of a side, up to which "auto" gathers
+_FACTS_BYTES = 1024  # in which a rank tells of a call
+_NUMBERS = 4  # that it tells of itself alone
 _REPORT_S = 10.0  # how long a rank that met an error waits for the others to say the same
 
-
-# Since torch 2.14 under another name.
+# Its name since torch 2.14, and the one before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
@@ -75,14 +74,11 @@ def across(
 def _name_of(group: Group) -> str:
     if group is None:
         return ""
-    if not isinstance(group, dist.ProcessGroup):  # first of all, for compilers know few attributes of one
+    if not isinstance(group, dist.ProcessGroup):
         group = _of_mesh(group)
-    if torch.compiler.is_compiling():
-        name: str = group.group_name
-        return name if group.size() > 1 else ""
-    if dist.get_rank(group) < 0:
+    if not torch.compiler.is_compiling() and dist.get_rank(group) < 0:  # compilers know few questions to a group
         raise ValueError(_OF_OTHERS)
-    name = group.group_name
+    name: str = group.group_name
     return name if group.size() > 1 else ""
 
 
@@ -167,6 +163,10 @@ class Ranks:
 
     def blocks(self, rows: Tensor, counts: Sequence[int], strategy: str, tag: int) -> Blocks:
         """To be visited as often as need be, by all ranks alike."""
+        if self.backend(rows.device) == "gloo" and rows.device.type != "cpu":  # it sends what is on a CPU only
+            if strategy == "ring":
+                raise ValueError(f"strategy: expected 'gather' for {rows.device.type} tensors over gloo, got 'ring'")
+            strategy = "gather"
         if strategy == "auto":
             row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
             strategy = "gather" if sum(counts) * row_bytes <= GATHER_BYTES else "ring"
@@ -257,7 +257,7 @@ class _Gathered(Blocks):
 
     def _ask(self) -> list[Any]:
         ranks, rows = self.ranks, self.rows
-        if ranks.backend(rows.device) == "gloo":  # whose all-gather fills a copy of all parts first
+        if rows.device.type == "cpu":  # gloo's all-gather would fill a copy of all parts first
             self._parts = [self._empty(rank) for rank in range(ranks.size)]
             self._parts[ranks.rank] = rows
             peers = [peer for peer in range(ranks.size) if peer != ranks.rank]
