@@ -17,6 +17,7 @@ except ImportError as error:
 from ssl_kernels import functional
 from ssl_kernels.collapse import CollapseMonitor
 from ssl_kernels.ema import ModelEma
+from ssl_kernels.grad_cache import grad_cache
 from ssl_kernels.heads import DINOHead
 from ssl_kernels.losses import (
     ALBEFContrastiveLoss,
@@ -60,6 +61,7 @@ __all__ = [
     "VICRegLoss",
     "__version__",
     "functional",
+    "grad_cache",
     "set_defaults",
     "use_backend",
     "use_tile_budget",
