@@ -192,7 +192,6 @@ class _Passes:
                 # Not views, which would keep what they are views of.
                 found[tower].append([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
                 del leaves  # and the graph
-        torch.clear_autocast_cache()  # of weights that were cast without a graph
         return [
             (tower.joined(leaves), wanted)
             for tower, chunks in found.items()

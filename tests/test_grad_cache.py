@@ -376,7 +376,7 @@ class Wide(nn.Module):
 
 @linux_only
 @pytest.mark.parametrize(
-    ("rows", "chunk", "layers"), [(128, 16, 6), pytest.param(8192, 128, 20, marks=pytest.mark.slow)]
+    ("rows", "chunk", "layers"), [(256, 16, 3), pytest.param(8192, 128, 20, marks=pytest.mark.slow)]
 )
 def test_the_memory_is_that_of_a_chunk_and_the_embeddings(rows: int, chunk: int, layers: int) -> None:
     towers = [Wide(2**18 // chunk, layers) for _ in range(2)]
