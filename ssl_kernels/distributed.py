@@ -157,6 +157,16 @@ class Ranks:
         """Over the ranks, in their order."""
         return self.gather(tensor).sum(0)
 
+    def sum_many(self, tensor: Tensor) -> Tensor:
+        """The same of so many numbers that each rank had better add up a share of them alone, in the same order."""
+        share = -(-tensor.numel() // self.size)
+        sent = torch.nn.functional.pad(tensor.flatten(), (0, share * self.size - tensor.numel()))
+        arrived = torch.empty_like(sent)
+        with self._exchange():
+            dist.all_to_all_single(arrived, sent, group=self.group)
+        sums = self.gather(arrived.view(self.size, share).sum(0))
+        return sums.flatten()[: tensor.numel()].view(tensor.shape)
+
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Those of all ranks, of which each has so many, in their order."""
         return torch.cat(list(_Gathered(self, rows, counts).by_rank()))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import ALONE
 from ssl_kernels.ops import barlow_twins, covariance, vicreg
 from ssl_kernels.ops.covariance import off_diagonal_squares
 
@@ -311,8 +312,10 @@ def test_fp16_features_whose_squares_overflow_fp16(name: str) -> None:
 def test_opcheck(wants: tuple[bool, bool], dtype: torch.dtype, shape: tuple[int, int], backend: str) -> None:
     za, zb = views(*shape, dtype)
     leaves = [z.requires_grad_(want) for z, want in zip((za.t().contiguous().t(), zb), wants, strict=True)]
-    torch.library.opcheck(vicreg._op.in_graphs, (*leaves, 25.0, 25.0, 1.0, 1e-4, *wants, 2**26, backend == "cpu"))
-    torch.library.opcheck(barlow_twins._op.in_graphs, (*leaves, 5e-3, *wants, 2**26, backend == "cpu"))
+    torch.library.opcheck(
+        vicreg._op.in_graphs, (*leaves, 25.0, 25.0, 1.0, 1e-4, *wants, 2**26, backend == "cpu", *ALONE)
+    )
+    torch.library.opcheck(barlow_twins._op.in_graphs, (*leaves, 5e-3, *wants, 2**26, backend == "cpu", *ALONE))
 
 
 @each_loss

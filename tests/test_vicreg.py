@@ -59,7 +59,7 @@ def test_views_of_different_shapes_are_named() -> None:
 
 
 WORKER = """
-from ssl_kernels import BarlowTwinsLoss, VICRegLoss
+from ssl_kernels import VICRegLoss
 from ssl_kernels.integrations import solo
 
 torch.manual_seed(0)
@@ -89,19 +89,6 @@ else:
     for a, b in zip(torch.autograd.grad(VICRegLoss(gather_distributed=True)(*part), part), theirs):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 torch.testing.assert_close(VICRegLoss()(*part), VICRegLoss()(*(z[own] for z in everyone)))
-
-# Where the peer gathers and ours cannot yet, it says so.
-for local, name in (
-    (lambda: BarlowTwinsLoss(gather_distributed=True)(*part), "BarlowTwinsLoss: gather_distributed"),
-    (lambda: solo.barlow_loss_func(*part), "barlow_loss_func"),
-    (lambda: solo.simclr_loss_func(torch.cat(part), torch.arange(12).repeat(2)), "simclr_loss_func"),
-):
-    try:
-        local()
-    except NotImplementedError as error:
-        assert str(error) == name + " in several processes is not implemented in this version"
-    else:
-        raise AssertionError(name + " did not say that it does not gather")
 """
 
 

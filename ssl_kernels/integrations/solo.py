@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import refuse_several_processes, several_processes
+from ssl_kernels.distributed import world
 from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.losses.moco import MoCoV3Loss
-from ssl_kernels.losses.sup_con import SupConLoss
 from ssl_kernels.losses.vicreg import VICRegLoss
 from ssl_kernels.ops._checks import check_fraction
 from ssl_kernels.ops.unit_rows import fused_unit_rows
@@ -32,7 +31,8 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
     """SimCLR loss of two views of every index among the rows of ``z`` [2 B, D], normalised here.
 
-    solo-learn gathers the rows of all processes; in several processes this is not implemented.
+    The rows are those of all processes, which may have any number. As in solo-learn, ``indexes`` are to tell an image
+    of one process from those of the others, and the value is the mean over all rows on every process.
 
     Of more than two views solo-learn takes the logarithm of the positives' summed probabilities, this the mean of their
     logarithms: Khosla et al. 2020, arXiv:2004.11362, found the latter to learn better.
@@ -42,8 +42,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     >>> round(simclr_loss_func(torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2), temperature=0.5).item(), 4)
     0.5944
     """
-    refuse_several_processes("simclr_loss_func")
-    return SupConLoss(temperature)(fused_unit_rows(z), indexes)
+    return K.sup_con_loss(fused_unit_rows(z), indexes.long(), positive_temperature(temperature), group=world())
 
 
 def vicreg_loss_func(
@@ -55,27 +54,28 @@ def vicreg_loss_func(
 ) -> Tensor:
     """VICReg loss of two views [N, D], whose variance term is the sum over both.
 
-    Variance and covariance are those of the rows of all processes, whose batches must be of one size.
+    The rows are those of all processes, which may have any number.
 
     >>> import torch
     >>> from ssl_kernels.integrations.solo import vicreg_loss_func
     >>> round(vicreg_loss_func(torch.eye(4), torch.eye(4)).item(), 4)
     25.0367
     """
-    weights = (sim_loss_weight, 2 * var_loss_weight, cov_loss_weight)
-    return VICRegLoss(*weights, gather_distributed=several_processes())(z1, z2)
+    return VICRegLoss(sim_loss_weight, 2 * var_loss_weight, cov_loss_weight, group=world())(z1, z2)
 
 
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
-    """Barlow Twins loss of two views [N, D], times ``scale_loss``; in several processes it is not implemented.
+    """Barlow Twins loss of two views [N, D], times ``scale_loss``.
+
+    The rows are those of all processes. solo-learn takes means and variances of each process's own rows, and averages
+    the correlations; here they are those of all rows, as of one process that has them.
 
     >>> import torch
     >>> from ssl_kernels.integrations.solo import barlow_loss_func
     >>> round(barlow_loss_func(torch.eye(4), torch.eye(4), scale_loss=1.0).item(), 4)
     0.0067
     """
-    refuse_several_processes("barlow_loss_func")
-    return scale_loss * K.barlow_twins_loss(z1, z2, lambda_param=lamb)
+    return scale_loss * K.barlow_twins_loss(z1, z2, lambda_param=lamb, group=world())
 
 
 def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:

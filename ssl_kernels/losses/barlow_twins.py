@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import check_gather_distributed, refuse_several_processes
+from ssl_kernels.distributed import Group, check_gather_distributed, world
+from ssl_kernels.losses.in_group import LossInGroup
 
 
-class BarlowTwinsLoss(nn.Module):
+class BarlowTwinsLoss(LossInGroup):
     r"""Redundancy reduction between two views; replaces ``lightly.loss.BarlowTwinsLoss``.
 
     :math:`L = \sum_j (C_{jj} - 1)^2 + \lambda \sum_{j \ne k} C_{jk}^2` with the cross-correlation C of both views; see
@@ -16,7 +17,11 @@ class BarlowTwinsLoss(nn.Module):
 
     Args:
         lambda_param: :math:`\lambda`.
-        gather_distributed: average C over the processes; in several it is not implemented in this version.
+        gather_distributed: take the rows of all processes. Means, variances and C are of all of them, as in the paper's
+            code under SyncBatchNorm: the loss does not depend on how the rows are spread. lightly's does, for it brings
+            the rows of each process to mean 0 and variance 1 by themselves, and averages C.
+        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
+            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``gather_distributed``.
 
     Source: Zbontar et al. 2021, arXiv:2103.03230.
 
@@ -26,17 +31,27 @@ class BarlowTwinsLoss(nn.Module):
     0.0067
     """
 
-    def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        lambda_param: float = 5e-3,
+        gather_distributed: bool = False,
+        *,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
+        even_batches: bool = False,
+    ) -> None:
+        super().__init__(group, strategy, grad_reduce, even_batches)
         check_gather_distributed(gather_distributed)
         self.lambda_param = lambda_param
         self.gather_distributed = gather_distributed
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss of two views [batch, features]."""
-        if self.gather_distributed:
-            refuse_several_processes("BarlowTwinsLoss: gather_distributed")
-        return K.barlow_twins_loss(z_a, z_b, lambda_param=self.lambda_param)
+        return K.barlow_twins_loss(z_a, z_b, lambda_param=self.lambda_param, **self.how())
+
+    def _group(self) -> Group:
+        return world() if self.group is None and self.gather_distributed else self.group
 
     def extra_repr(self) -> str:
         return f"lambda_param={self.lambda_param}, gather_distributed={self.gather_distributed}"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import check_gather_distributed, several_processes
+from ssl_kernels.distributed import Group, check_gather_distributed, world
+from ssl_kernels.losses.in_group import LossInGroup
 
 
-class VICRegLoss(nn.Module):
+class VICRegLoss(LossInGroup):
     r"""Variance-invariance-covariance regularisation; replaces ``lightly.loss.VICRegLoss``.
 
     :math:`L = \lambda \operatorname{mse}(a, b) + \frac{\mu}{2} [v(a) + v(b)] + \nu [c(a) + c(b)]`; see
@@ -21,10 +18,11 @@ class VICRegLoss(nn.Module):
 
     Args:
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
-        gather_distributed: take variance and covariance over the rows of all processes, whose batches must be of one
-            size. Gradients flow back to each: after their mean over the processes, as DistributedDataParallel takes
-            it, those of variance and covariance are the gradients of one process with all rows.
+        gather_distributed: take the rows of all processes, of which each may have any number. Gradients are lightly's;
+            the value is the mean of those that lightly shows the processes, whose invariance is of their own rows.
         eps: added to the variance.
+        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
+            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``gather_distributed``.
 
     Source: Bardes et al. 2021, arXiv:2105.04906.
 
@@ -41,8 +39,13 @@ class VICRegLoss(nn.Module):
         nu_param: float = 1.0,
         gather_distributed: bool = False,
         eps: float = 0.0001,
+        *,
+        group: Group = None,
+        strategy: str = "auto",
+        grad_reduce: str = "mean",
+        even_batches: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(group, strategy, grad_reduce, even_batches)
         check_gather_distributed(gather_distributed)
         self.lambda_param = lambda_param
         self.mu_param = mu_param
@@ -62,38 +65,16 @@ class VICRegLoss(nn.Module):
         return torch.stack([self._loss(a, b) for a, b in places]).mean()
 
     def _loss(self, a: Tensor, b: Tensor) -> Tensor:
-        invariance = None
-        invariance_weight = self.lambda_param
-        if self.gather_distributed and several_processes():
-            wide = torch.promote_types(a.dtype, torch.float32)
-            invariance = self.lambda_param * F.mse_loss(a.to(wide), b.to(wide))  # of a process's own pairs
-            invariance_weight = 0.0
-            a, b = (torch.cat(_Gather.apply(z)) for z in (a, b))
-        loss = K.vicreg_loss(
-            a, b, invariance_weight=invariance_weight, variance_weight=self.mu_param,
-            covariance_weight=self.nu_param, eps=self.eps,
+        return K.vicreg_loss(
+            a, b, invariance_weight=self.lambda_param, variance_weight=self.mu_param,
+            covariance_weight=self.nu_param, eps=self.eps, **self.how(),
         )  # fmt: skip
-        return loss if invariance is None else invariance + loss
+
+    def _group(self) -> Group:
+        return world() if self.group is None and self.gather_distributed else self.group
 
     def extra_repr(self) -> str:
         return (
             f"lambda_param={self.lambda_param}, mu_param={self.mu_param}, nu_param={self.nu_param}, "
             f"gather_distributed={self.gather_distributed}, eps={self.eps}"
         )
-
-
-class _Gather(torch.autograd.Function):
-    """The rows of all processes, by rank. The gradient of a process's rows is the sum of what all have for them."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> tuple[Tensor, ...]:
-        rows = rows.contiguous()
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows)
-        return tuple(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = torch.stack(gradients)
-        dist.all_reduce(total)
-        return total[dist.get_rank()]

@@ -18,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_kernels.distributed import Group, across
 from ssl_kernels.ops import _checks, covariance
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops.covariance import Result, centered, check_views, off_diagonal_squares, wide
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
+from ssl_kernels.ops.covariance import Result, Views, check_views, off_diagonal_squares, wide
 from ssl_kernels.ops.key_softmax import widen
+from ssl_kernels.ops.strips import gathered
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 KERNELS = ("cpu",)
@@ -29,7 +32,16 @@ KERNELS = ("cpu",)
 _EPS = 1e-5  # of batch normalisation
 
 
-def barlow_twins_loss(za: Tensor, zb: Tensor, *, lambda_param: float = 5e-3) -> Tensor:
+def barlow_twins_loss(
+    za: Tensor,
+    zb: Tensor,
+    *,
+    lambda_param: float = 5e-3,
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
+    even_batches: bool = False,
+) -> Tensor:
     r"""Barlow Twins: the cross-correlation of two views' features is to be the identity.
 
     .. math:: L = \sum_j (C_{jj} - 1)^2 + \lambda \sum_{j \ne k} C_{jk}^2, \qquad
@@ -41,6 +53,8 @@ def barlow_twins_loss(za: Tensor, zb: Tensor, *, lambda_param: float = 5e-3) -> 
     Args:
         za, zb: [n, D] features of two views, as in :func:`vicreg_loss`.
         lambda_param: :math:`\lambda`.
+        group, strategy, grad_reduce, even_batches: as in :func:`vicreg_loss`. Means and variances are those of the
+            whole batch, as of the paper's code under SyncBatchNorm.
 
     Returns:
         The loss, computed and returned in float32 (float64 for float64 features).
@@ -61,15 +75,18 @@ def barlow_twins_loss(za: Tensor, zb: Tensor, *, lambda_param: float = 5e-3) -> 
     (9.797, (4, 3))
     """
     za, zb = _checks.autocast_widest(za, zb)
-    check_views(za, zb)
+    over = across(group, strategy, grad_reduce, even_batches, False, "mean")
+    check_views(za, zb, over.group)
     _checks.check_numbers(lambda_param=lambda_param)
     backend = choose_backend(za.device, za.dtype, KERNELS)
     if backend == "reference":
+        (za, zb), _, _ = gathered(over, (za, zb), (), Pairs(None, None, False, NO_DIAGONAL, NO_DIAGONAL))
         return reference(za, zb, lambda_param)
     _checks.check_transforms(za, zb)
     grad = torch.is_grad_enabled()
     wanted = grad and za.requires_grad, grad and zb.requires_grad
-    loss: Tensor = _op(Arguments(za, zb, lambda_param, *wanted, workspace_bytes(), backend == "cpu"))[0]
+    in_cpp = backend == "cpu"
+    loss: Tensor = _op(Arguments(za, zb, lambda_param, *wanted, workspace_bytes(), in_cpp, **over._asdict()))[0]
     return loss
 
 
@@ -91,12 +108,17 @@ class Arguments(NamedTuple):
     want_b: bool
     workspace: int
     in_cpp: bool  # by the kernels of the CPU
+    group: str  # this and what follows is Across
+    strategy: str
+    grad_reduce: str
+    even_batches: bool
+    own_share: bool
 
 
 def _forward(arguments: Arguments) -> Result:
     """The loss, and the gradients that are wanted."""
     with _checks.without_autocast(arguments.za):
-        return _forward_cpp(arguments) if arguments.in_cpp else _forward_eager(arguments)
+        return _forward_cpp(arguments) if arguments.in_cpp and not arguments.group else _forward_eager(arguments)
 
 
 def _forward_cpp(arguments: Arguments) -> Result:
@@ -110,28 +132,25 @@ def _forward_cpp(arguments: Arguments) -> Result:
 
 
 def _forward_eager(arguments: Arguments) -> Result:
-    (a, sigma_a), (b, sigma_b) = _standardise(arguments.za), _standardise(arguments.zb)
-    rows, width = a.shape
+    views = Views(arguments, "barlow_twins_loss", lambda_param=arguments.lambda_param)
+    sigma_a, sigma_b = views.standardise(_EPS)
+    a, b = views.own
+    rows, width = views.rows, a.shape[1]
     factor = arguments.lambda_param / rows**2
-    products = torch.linalg.vecdot(a, b, dim=0)
+    products = views.sum(torch.linalg.vecdot(a, b, dim=0))
     off_diagonal, da, db = off_diagonal_squares(
-        a, b, products, arguments.want_a, arguments.want_b, arguments.workspace, arguments.in_cpp
+        a, b, products.to(a.dtype), arguments.want_a, arguments.want_b, arguments.workspace, arguments.in_cpp, views
     )
-    loss = wide(products / rows - 1).square().sum() + factor * off_diagonal
+    missing = products / rows - 1
+    loss = wide(missing).square().sum() + factor * off_diagonal
     for gradient, own, other, sigma in ((da, a, b, sigma_a), (db, b, a, sigma_b)):
         if gradient is not None:
             gradient *= 2 * factor
-            gradient.addcmul_(other, products / rows - 1, value=2 / rows)
-            gradient.addcmul_(own, torch.linalg.vecdot(gradient, own, dim=0), value=-1 / rows)
-            gradient /= sigma
+            gradient.addcmul_(other, missing.to(a.dtype), value=2 / rows)
+            along = views.sum(torch.linalg.vecdot(gradient, own, dim=0))
+            gradient.addcmul_(own, along.to(a.dtype), value=-1 / rows)
+            gradient /= sigma / views.factor
     return covariance.result(loss.to(a.dtype), da, db, width)
-
-
-def _standardise(z: Tensor) -> tuple[Tensor, Tensor]:
-    """z with columns of mean 0 and variance 1, and by what they were divided."""
-    c = centered(z)
-    sigma = torch.sqrt(torch.linalg.vecdot(c, c, dim=0) / len(c) + _EPS)
-    return c.div_(sigma), sigma
 
 
 _op: Op[Arguments] = Op(

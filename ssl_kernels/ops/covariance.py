@@ -17,18 +17,25 @@ Either matrix exists in panels of rows only, that fit the workspace. A product w
 the full rate of the machine; symmetry, which would spare a quarter of the FLOP where b is a, costs as much in small
 tiles.
 
+Over several ranks that hold the rows together no product is repeated: by features each rank multiplies its own rows,
+and the panels of C are summed; by rows each rank makes its own rows of the n x n products, for which the rows of the
+others travel. Sums down the columns are exchanged in double precision, and gradients never: these sums are all that a
+rank takes for those of its own rows.
+
 On a CPU what surrounds the products is C++: one call centres the views, another finishes their gradients. Elsewhere,
-and in float64, it is plain PyTorch.
+in float64, and over several ranks it is plain PyTorch.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ssl_kernels.distributed import Ranks
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.contrastive import Finish, finish_gradients
 from ssl_kernels.ops.dino import unit_stride
@@ -42,47 +49,144 @@ class Squares(NamedTuple):
     db: Tensor | None
 
 
+class Views:
+    """Two views of a batch, whose rows this process holds alone or with other ranks.
+
+    Args:
+        a: the arguments of an op: za, zb, whether the gradient by either is wanted, and Across.
+        facts: what all ranks must say alike, by name.
+    """
+
+    def __init__(self, a: Any, what: str, **facts: object) -> None:
+        self.z: tuple[Tensor, Tensor] = (a.za, a.zb)
+        self.counts, self.factor, self.strategy = [len(a.za)], 1, a.strategy
+        self._ranks: Ranks | None = None
+        if a.group:
+            self._ranks = ranks = Ranks(a.group, what)
+            self.factor = ranks.size if a.grad_reduce == "mean" else 1
+            self.counts *= ranks.size
+            if not a.even_batches:
+                wanted = [name for name, want in (("za", a.want_a), ("zb", a.want_b)) if want]
+                alike = {
+                    "features": a.za.shape[1], "dtype": a.za.dtype, "gradients wanted": wanted, **facts,
+                    "grad_reduce": a.grad_reduce, "strategy": a.strategy,
+                }  # fmt: skip
+                self.counts = [count for (count,) in ranks.agree([len(a.za)], alike, a.za.device)]
+        self.rows = sum(self.counts)
+        if self.rows < 2:
+            raise ValueError(f"za: expected at least 2 rows over all ranks, which a variance needs, got {self.rows}")
+        self._means = None if self._ranks is None else self._exact_means()
+        self._sigmas: Tensor | None = None
+        self.own = [self._centered(view, z) for view, z in enumerate(self.z)]
+
+    @property
+    def are_shared(self) -> bool:
+        return self._ranks is not None
+
+    def _exact_means(self) -> Tensor:
+        """[2, 2, D] of either view: what the accumulation dtype holds of the means, and what it does not."""
+        exact = self.sum(torch.stack([widen(z).sum(0, dtype=torch.float64) for z in self.z])) / self.rows
+        means = exact.to(_checks.accumulation_dtype(self.z[0].dtype))
+        return torch.stack([means, (exact - means).to(means.dtype)], 1)
+
+    def _centered(self, view: int, z: Tensor) -> Tensor:
+        if self._means is None:
+            return centered(z)
+        mean, rest = self._means[view]
+        return torch.sub(widen(z), mean).sub_(rest)
+
+    def standardise(self, eps: float) -> list[Tensor]:
+        """Bring the columns to variance 1, and return by what those of either view are divided."""
+        squares = self.sum(torch.stack([torch.linalg.vecdot(c, c, dim=0) for c in self.own]))
+        self._sigmas = torch.sqrt(squares / self.rows + eps).to(self.own[0].dtype)
+        for c, sigma in zip(self.own, self._sigmas, strict=True):
+            c.div_(sigma)
+        return list(self._sigmas)
+
+    def sum(self, values: Any) -> Any:
+        """Over the ranks, a tensor in double precision where there are others."""
+        if self._ranks is None:
+            return values
+        return self._ranks.sum(torch.as_tensor(values, dtype=torch.float64, device=self.z[0].device))
+
+    def sum_panel(self, panel: Tensor) -> Tensor:
+        return panel if self._ranks is None else self._ranks.sum_many(panel)
+
+    def blocks(self, a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of a and b, either of which is one of ``own``: those of this rank, then those of each other."""
+        yield a, b
+        if self._ranks is None:
+            return
+        chosen = sorted({0 if t is self.own[0] else 1 for t in (a, b)})
+        blocks = [self._ranks.blocks(self.z[view], self.counts, self.strategy, view) for view in chosen]
+        for arrived in zip(*blocks, strict=True):
+            if arrived[0][0] != self._ranks.rank:
+                rows = [self._as_own(view, theirs) for view, (_, theirs) in zip(chosen, arrived, strict=True)]
+                yield rows[0], rows[-1]
+
+    def _as_own(self, view: int, z: Tensor) -> Tensor:
+        c = self._centered(view, z)
+        return c if self._sigmas is None else c.div_(self._sigmas[view])
+
+
 def off_diagonal_squares(
-    a: Tensor, b: Tensor, diagonal: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool
+    a: Tensor,
+    b: Tensor,
+    diagonal: Tensor,
+    want_a: bool,
+    want_b: bool,
+    workspace: int,
+    in_cpp: bool,
+    views: Views | None = None,
 ) -> Squares:
     """S and its gradients. ``diagonal`` [D] holds C_jj.
 
-    Where ``b`` is ``a``, so is its gradient, and what is returned for a is a quarter of that of S.
+    Where ``b`` is ``a``, so is its gradient, and what is returned for a is a quarter of that of S. With ``views``, of
+    which a and b are the own rows, S is over all ranks.
     """
-    rows, width = a.shape
+    rows, width = len(a) if views is None else views.rows, a.shape[1]
     if 2 * rows > width:
-        return _by_features(a, b, want_a, want_b, workspace, in_cpp)
-    total, da, db = _by_rows(a, b, want_a, want_b, workspace, in_cpp)
+        return _by_features(a, b, want_a, want_b, workspace, in_cpp, views)
+    total, da, db = _by_rows(a, b, want_a, want_b, workspace, in_cpp, views)
     taken_back = _inner_product(diagonal[None], diagonal[None], in_cpp)
     if a.device.type == "cpu" and 16 * taken_back > 15 * total:  # elsewhere this would wait for the device
-        return _by_features(a, b, want_a, want_b, workspace, in_cpp)
+        return _by_features(a, b, want_a, want_b, workspace, in_cpp, views)
     for gradient, other in ((da, b), (db, a)):
         if gradient is not None:
             gradient.addcmul_(other, diagonal, value=-1)
     return Squares(total - taken_back, da, db)
 
 
-def _by_rows(a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool) -> Squares:
+def _by_rows(
+    a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool, views: Views | None
+) -> Squares:
     total: Tensor | float = 0.0
     da, db = (a.new_empty(a.shape) if want else None for want in (want_a, want_b))
-    for panel in _panels(a.shape[0], a.shape[0], a, workspace):
-        gram = matmul(a[panel], a.t())
-        other = gram if b is a else matmul(b[panel], b.t())
-        total += _inner_product(gram, other, in_cpp)
-        if da is not None:
-            add_matmul(da[panel], other, a, first=True)
-        if db is not None:
-            add_matmul(db[panel], gram, b, first=True)
-    return Squares(total, da, db)
+    for number, (x, y) in enumerate([(a, b)] if views is None else views.blocks(a, b)):
+        for panel in _panels(a.shape[0], x.shape[0], a, workspace):
+            gram = matmul(a[panel], x.t())
+            other = gram if b is a else matmul(b[panel], y.t())
+            total += _inner_product(gram, other, in_cpp)
+            if da is not None:
+                add_matmul(da[panel], other, x, first=number == 0)
+            if db is not None:
+                add_matmul(db[panel], gram, y, first=number == 0)
+    return Squares(total if views is None else views.sum(total), da, db)
 
 
-def _by_features(a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool) -> Squares:
+def _by_features(
+    a: Tensor, b: Tensor, want_a: bool, want_b: bool, workspace: int, in_cpp: bool, views: Views | None
+) -> Squares:
     width = a.shape[1]
     total: Tensor | float = 0.0
     da, db = (a.new_empty(a.shape) if want else None for want in (want_a, want_b))
+    if views is not None and views.are_shared:
+        workspace //= 2  # for what other ranks have of a panel
     for panel in _panels(width, width, a, workspace):
         some = a[:, panel].t()
         covariance = matmul(some, b)
+        if views is not None:
+            covariance = views.sum_panel(covariance)
         covariance[:, panel].fill_diagonal_(0)
         total += _inner_product(covariance, covariance, in_cpp)
         if da is not None:
@@ -133,12 +237,12 @@ def wide(t: Tensor) -> Tensor:
     return t if t.device.type == "mps" else t.double()  # MPS has no float64
 
 
-def check_views(za: Tensor, zb: Tensor) -> None:
-    """Two [n, D] matrices of one dtype and device, n at least 2: there is no variance of one row."""
+def check_views(za: Tensor, zb: Tensor, group: str) -> None:
+    """Two [n, D] matrices of one dtype and device, n at least 2, or over a group: there is no variance of one row."""
     _checks.check_features(za=za, zb=zb)
     if za.shape != zb.shape:
         raise ValueError(f"zb: expected {za.shape[0]} rows as za has, got {zb.shape[0]}")
-    if za.shape[0] < 2:
+    if za.shape[0] < 2 and not group:
         raise ValueError(f"za: expected at least 2 rows, which a variance needs, got {za.shape[0]}")
     if za.shape[1] < 1:
         raise ValueError("za: expected at least 1 feature, got 0")

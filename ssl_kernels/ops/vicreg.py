@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_kernels.distributed import Group, across
 from ssl_kernels.ops import _checks, covariance
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops.covariance import Result, centered, check_views, off_diagonal_squares, wide
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
+from ssl_kernels.ops.covariance import Result, Views, check_views, off_diagonal_squares, wide
 from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.key_softmax import widen
+from ssl_kernels.ops.strips import gathered
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 KERNELS = ("cpu",)
@@ -37,6 +40,10 @@ def vicreg_loss(
     variance_weight: float = 25.0,
     covariance_weight: float = 1.0,
     eps: float = 1e-4,
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
+    even_batches: bool = False,
 ) -> Tensor:
     r"""VICReg: invariance between two views, variance and decorrelation of the features within each.
 
@@ -53,6 +60,9 @@ def vicreg_loss(
         za, zb: [n, D] features of two views, at least 2 rows, float32, bfloat16, float16 or float64, any strides.
         invariance_weight, variance_weight, covariance_weight: :math:`\lambda, \mu, \nu`.
         eps: :math:`\epsilon > 0`.
+        group, strategy, grad_reduce, even_batches: of several processes that hold the batch together, as in
+            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone. In a group any process
+            may have fewer than 2 rows.
 
     Returns:
         The loss, computed and returned in float32 (float64 for float64 features).
@@ -65,7 +75,8 @@ def vicreg_loss(
     takes D / n times fewer operations; their rounding is then relative to the sum of all squared covariances, diagonal
     included. Of either matrix no more exists at a time than ``SSL_KERNELS_WORKSPACE_MB`` megabytes. The gradients are
     made in the forward pass and kept, [n, D] each in float32. Autocast has no effect here; float32 products follow
-    ``torch.get_float32_matmul_precision()``.
+    ``torch.get_float32_matmul_precision()``. Over several processes these share the operations: either features travel
+    or panels of C do, by ``2 n <= D``, beside a few sums of D numbers in float64; gradients do not.
 
     Source: Bardes et al., VICReg: Variance-Invariance-Covariance Regularization, 2021, arXiv:2105.04906.
 
@@ -77,7 +88,8 @@ def vicreg_loss(
     (57.449, (4, 3))
     """
     za, zb = _checks.autocast_widest(za, zb)
-    check_views(za, zb)
+    over = across(group, strategy, grad_reduce, even_batches, False, "mean")
+    check_views(za, zb, over.group)
     _checks.check_numbers(
         invariance_weight=invariance_weight, variance_weight=variance_weight, covariance_weight=covariance_weight
     )
@@ -85,11 +97,13 @@ def vicreg_loss(
     weights = (invariance_weight, variance_weight, covariance_weight)
     backend = choose_backend(za.device, za.dtype, KERNELS)
     if backend == "reference":
+        (za, zb), _, _ = gathered(over, (za, zb), (), Pairs(None, None, False, NO_DIAGONAL, NO_DIAGONAL))
         return reference(za, zb, *weights, eps)
     _checks.check_transforms(za, zb)
     grad = torch.is_grad_enabled()
     wanted = grad and za.requires_grad, grad and zb.requires_grad
-    loss: Tensor = _op(Arguments(za, zb, *weights, eps, *wanted, workspace_bytes(), backend == "cpu"))[0]
+    arguments = Arguments(za, zb, *weights, eps, *wanted, workspace_bytes(), backend == "cpu", **over._asdict())
+    loss: Tensor = _op(arguments)[0]
     return loss
 
 
@@ -121,12 +135,17 @@ class Arguments(NamedTuple):
     want_b: bool
     workspace: int
     in_cpp: bool  # by the kernels of the CPU
+    group: str  # this and what follows is Across
+    strategy: str
+    grad_reduce: str
+    even_batches: bool
+    own_share: bool
 
 
 def _forward(a: Arguments) -> Result:
     """The loss, and the gradients that are wanted."""
     with _checks.without_autocast(a.za):
-        return _forward_cpp(a) if a.in_cpp else _forward_eager(a)
+        return _forward_cpp(a) if a.in_cpp and not a.group else _forward_eager(a)
 
 
 def _forward_cpp(a: Arguments) -> Result:
@@ -141,21 +160,26 @@ def _forward_cpp(a: Arguments) -> Result:
 
 
 def _forward_eager(a: Arguments) -> Result:
-    rows, width = a.za.shape
+    weights = a.invariance_weight, a.variance_weight, a.covariance_weight
+    views = Views(a, "vicreg_loss", weights=weights, eps=a.eps)
+    rows, width = views.rows, a.za.shape[1]
+    by_pair = a.invariance_weight / (rows * width)
+    by_square = a.covariance_weight / (width * (rows - 1) ** 2)
     difference = torch.sub(widen(a.za), widen(a.zb))
-    loss = a.invariance_weight / (rows * width) * wide(torch.linalg.vecdot(difference, difference)).sum()
+    sums = views.sum(torch.stack([torch.linalg.vecdot(t, t, dim=0) for t in (*views.own, difference)]))
+    loss = by_pair * wide(sums[2]).sum()
     gradients = []
-    for z, want, sign in ((a.za, a.want_a, 1), (a.zb, a.want_b, -1)):
-        c = centered(z)
-        squares = torch.linalg.vecdot(c, c, dim=0)
+    for c, squares, want, sign in zip(views.own, sums, (a.want_a, a.want_b), (1, -1), strict=False):
         sigma = torch.sqrt(squares / (rows - 1) + a.eps)
-        off_diagonal, gradient, _ = off_diagonal_squares(c, c, squares, want, False, a.workspace, a.in_cpp)
-        loss = loss + 0.5 * a.variance_weight * wide(F.relu(1 - sigma)).mean()
-        loss = loss + a.covariance_weight / (width * (rows - 1) ** 2) * off_diagonal
+        off_diagonal, gradient, _ = off_diagonal_squares(
+            c, c, squares.to(c.dtype), want, False, a.workspace, a.in_cpp, views
+        )
+        loss = loss + 0.5 * a.variance_weight * wide(F.relu(1 - sigma)).mean() + by_square * off_diagonal
         if gradient is not None:
-            gradient *= 4 * a.covariance_weight / (width * (rows - 1) ** 2)
-            gradient.addcmul_(c, (sigma < 1) / sigma, value=-0.5 * a.variance_weight / (width * (rows - 1)))
-            gradient.add_(difference, alpha=sign * 2 * a.invariance_weight / (rows * width))
+            gradient *= 4 * by_square * views.factor
+            slope = ((sigma < 1) / sigma).to(c.dtype)
+            gradient.addcmul_(c, slope, value=-0.5 * a.variance_weight * views.factor / (width * (rows - 1)))
+            gradient.add_(difference, alpha=sign * 2 * by_pair * views.factor)
         gradients.append(gradient)
     da, db = gradients
     return covariance.result(loss.to(difference.dtype), da, db, width)
