@@ -71,15 +71,23 @@ def across(
     return Across(name, strategy, grad_reduce, even_batches, own_share)
 
 
-def _name_of(group: Group) -> str:
+def process_group(group: Group) -> dist.ProcessGroup | None:
+    """That of a mesh, or None; one that this process is in."""
     if group is None:
-        return ""
+        return None
     if not isinstance(group, dist.ProcessGroup):
         group = _of_mesh(group)
     if not torch.compiler.is_compiling() and dist.get_rank(group) < 0:  # compilers know few questions to a group
         raise ValueError(_OF_OTHERS)
-    name: str = group.group_name
-    return name if group.size() > 1 else ""
+    return group
+
+
+def _name_of(group: Group) -> str:
+    found = process_group(group)
+    if found is None:
+        return ""
+    name: str = found.group_name
+    return name if found.size() > 1 else ""
 
 
 _OF_OTHERS = "group: expected a group that this process is in, got one of other processes"

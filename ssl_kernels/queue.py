@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import several_processes
+from ssl_kernels.distributed import Group
+from ssl_kernels.distributed import gather_rows as gather_rows
 from ssl_kernels.ops._checks import FEATURE_DTYPES
 from ssl_kernels.ops.unit_rows import unit_rows
 
@@ -33,6 +32,7 @@ class KeyQueue(nn.Module):
             ``DistributedDataParallel``, which broadcasts buffers, or give each process a generator of the same seed.
             Without ``gather`` each process has a queue of its own only under ``broadcast_buffers=False``; else
             ``DistributedDataParallel`` overwrites it with that of rank 0 in every forward pass.
+        group: those whose keys are gathered, a ``ProcessGroup`` or a ``DeviceMesh``; None is all processes.
         generator: of the random keys to start from.
 
     Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722.
@@ -58,6 +58,7 @@ class KeyQueue(nn.Module):
         dtype: torch.dtype = torch.float32,
         normalize: bool = False,
         gather: bool = False,
+        group: Group = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -68,12 +69,14 @@ class KeyQueue(nn.Module):
             raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
         self.normalize = normalize
         self.gather = gather
+        self.group = group
         self.register_buffer("keys", random_keys(size, dim, generator).to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     def enqueue(self, keys: Tensor) -> None:
         """Write ``keys`` [B, dim], any B, over the oldest ones."""
-        K.enqueue_(self.keys, self.pointer, gather_rows(keys) if self.gather else keys, normalize=self.normalize)
+        keys = gather_rows(keys, self.group) if self.gather else keys
+        K.enqueue_(self.keys, self.pointer, keys, normalize=self.normalize)
 
     def extra_repr(self) -> str:
         size, dim = self.keys.shape
@@ -91,20 +94,3 @@ def keep_missing_bank(module: nn.Module, state: dict[str, Tensor], prefix: str, 
 def random_keys(size: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
     """[size, dim] random unit vectors."""
     return unit_rows(torch.randn(size, dim, generator=generator))
-
-
-@torch.no_grad()
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks, without gradient; of this one where it is alone."""
-    rows = rows.detach()
-    if not several_processes():
-        return rows
-    sizes: list[int] = torch.cat(_all_gather(torch.tensor([rows.shape[0]], device=rows.device))).tolist()
-    padded = F.pad(rows, (0, 0, 0, max(sizes) - rows.shape[0])).contiguous()
-    return torch.cat([part[:size] for part, size in zip(_all_gather(padded), sizes, strict=True)])
-
-
-def _all_gather(tensor: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
-    return parts

@@ -1,23 +1,27 @@
 """The losses of DINOv3's own code, argument for argument: those of DINOv2 but for what is here.
 
-The centre and Sinkhorn-Knopp are over the processes of ``dinov3.distributed.get_process_subgroup()``, which DINOv3's
-trainer sets, in a program that has imported ``dinov3.distributed``; in another one they are over all processes. For any
-other group pass it to :class:`ssl_kernels.SinkhornKnopp`.
+The centre, Sinkhorn-Knopp and the distributed KoLeo are over the processes of
+``dinov3.distributed.get_process_subgroup()``, which DINOv3's trainer sets, in a program that has imported
+``dinov3.distributed``; in another one they are over all processes. For any other group pass it to
+:class:`ssl_kernels.SinkhornKnopp` and :class:`ssl_kernels.KoLeoLoss`.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels import losses
+from ssl_kernels.distributed import Ranks, world
 from ssl_kernels.integrations import dinov2
 from ssl_kernels.integrations.dinov2 import KoLeoLoss
 
-__all__ = ["DINOLoss", "KoLeoLoss", "SinkhornKnoppTeacher", "iBOTPatchLoss"]
+__all__ = ["DINOLoss", "KoLeoLoss", "KoLeoLossDistributed", "SinkhornKnoppTeacher", "iBOTPatchLoss"]
 
 
 def _process_subgroup() -> dist.ProcessGroup | None:
@@ -97,3 +101,57 @@ class SinkhornKnoppTeacher(nn.Module):
     ) -> Tensor:
         """Assignment of the rows [N, K] of the subgroup. Their number cancels, so it is neither needed nor written."""
         return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, group=_process_subgroup())
+
+
+class KoLeoLossDistributed(nn.Module):
+    """Replaces ``dinov3.loss.KoLeoLossDistributed``: neighbours are among the rows of several processes.
+
+    Gradients are those of DINOv3. The value is the mean over the rows of the processes, not those of one alone.
+
+    Args:
+        topk: how many neighbours; only 1 is implemented.
+        loss_group_size: rows among which neighbours are searched, those of consecutive processes with equal numbers of
+            them; None is the rows of all, of which each process may have any number.
+
+    >>> import torch
+    >>> from ssl_kernels.integrations.dinov3 import KoLeoLossDistributed
+    >>> round(KoLeoLossDistributed()(torch.eye(4)).item(), 4)
+    -0.3466
+    """
+
+    def __init__(self, topk: int = 1, loss_group_size: int | None = None) -> None:
+        super().__init__()
+        if topk != 1:
+            raise ValueError(f"topk: expected 1, the only number that is implemented, got {topk!r}")
+        self.topk = topk
+        self.loss_group_size = loss_group_size
+        self._groups: dict[tuple[int, ...], Any] = {}
+
+    def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
+        """The loss of features [B, D], normalised here."""
+        group = None if world() is None else _process_subgroup() or world()
+        if self.loss_group_size is not None:
+            group = self._part(group, self.loss_group_size, student_output)
+        return losses.KoLeoLoss(eps=eps, group=group)(student_output)
+
+    def _part(self, group: dist.ProcessGroup | None, size: int, x: Tensor) -> dist.ProcessGroup | None:
+        """The consecutive processes, this one among them, that have ``size`` rows together."""
+        rows, everyone = len(x), [0] if group is None else dist.get_process_group_ranks(group)
+        if group is not None:
+            Ranks(group.group_name, "KoLeoLossDistributed").agree(
+                [rows], {"rows": rows, "loss_group_size": size}, x.device
+            )
+        if size < 1 or rows < 1 or size % rows or rows * len(everyone) % size:
+            raise ValueError(
+                f"loss_group_size: expected a multiple of the {rows} rows of a process that divides the "
+                f"{rows * len(everyone)} of all, got {size}"
+            )
+        if group is None:
+            return None
+        number = size // rows
+        first = group.rank() // number * number
+        members = tuple(everyone[first : first + number])
+        if members not in self._groups:
+            self._groups[members] = dist.new_group(list(members), use_local_synchronization=True)
+        found: dist.ProcessGroup = self._groups[members]
+        return found

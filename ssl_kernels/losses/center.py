@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssl_kernels.distributed import Group, process_group
 from ssl_kernels.ops._checks import accumulation_dtype
 
 
@@ -20,8 +21,11 @@ class Center(nn.Module):
 
     center: Tensor
 
-    def __init__(self, size: tuple[int, ...], mode: str = "mean", momentum: float = 0.9) -> None:
+    def __init__(
+        self, size: tuple[int, ...], mode: str = "mean", momentum: float = 0.9, *, group: Group = None
+    ) -> None:
         super().__init__()
+        self.group = group
         self.momentum = checked_momentum(mode, momentum)
         self.register_buffer("center", torch.zeros(size))
 
@@ -31,8 +35,8 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Move towards the mean of logits [..., K], of all processes."""
-        step_(self.center, None, total_of(x), self.momentum)
+        """Move towards the mean of logits [..., K], of all processes of the group."""
+        step_(self.center, None, total_of(x), self.momentum, group=self.group)
 
 
 def checked_momentum(mode: str, momentum: float) -> float:
@@ -53,12 +57,14 @@ def total_of(teacher: Tensor) -> Tensor:
     return as_total(rows.sum(0, dtype=accumulation_dtype(rows.dtype)), rows.shape[0])
 
 
-def step_(center: Tensor, waiting: Tensor | None, total: Tensor, momentum: float, more: bool = False) -> Tensor | None:
+def step_(
+    center: Tensor, waiting: Tensor | None, total: Tensor, momentum: float, more: bool = False, group: Group = None
+) -> Tensor | None:
     """Add to the total that waits and return it if ``more`` is to come; else move the centre, and nothing waits."""
     total = total if waiting is None else waiting + total
     if more:
         return total
-    all_reduce_(total)
+    all_reduce_(total, group)
     move_(center, total, momentum)
     return None
 
@@ -68,11 +74,11 @@ def forget_waiting(module: Any, *_: object) -> None:
     module._waiting = None
 
 
-def all_reduce_(total: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False) -> dist.Work | None:
+def all_reduce_(total: Tensor, group: Group = None, async_op: bool = False) -> dist.Work | None:
     """Sum over the processes, in place; with ``async_op`` it is there after the ``wait()`` of what is returned."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    work: dist.Work | None = dist.all_reduce(total, group=group, async_op=async_op)
+    work: dist.Work | None = dist.all_reduce(total, group=process_group(group), async_op=async_op)
     return work
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import Group
 from ssl_kernels.losses.center import as_total, checked_momentum, forget_waiting, step_, total_of
 from ssl_kernels.schedules import linear_warmup
 
@@ -19,9 +20,9 @@ class DINOLoss(nn.Module):
     :math:`p_{tb} = \operatorname{softmax}((T_{tb} - c) / \tau_t)` over the P pairs of crops, and then
     :math:`c \leftarrow m c + (1 - m) \operatorname{mean}_{tb} T_{tb}`. See :func:`ssl_kernels.functional.dino_loss`.
 
-    The latter mean is over the samples of all ``torch.distributed`` processes, whose numbers may differ. The centre,
-    (1, 1, K), is part of ``state_dict`` and, unlike lightly's, stands still in evaluation mode. Keep it in float32: in
-    16 bits it stands still once a step is less than its rounding.
+    The latter mean is over the samples of all processes of the group, whose numbers may differ. The centre, (1, 1, K),
+    is part of ``state_dict`` and, unlike lightly's, stands still in evaluation mode. Keep it in float32: in 16 bits it
+    stands still once a step is less than its rounding.
 
     Args:
         output_dim: number of prototypes K.
@@ -30,6 +31,7 @@ class DINOLoss(nn.Module):
         student_temp: :math:`\tau_s`.
         center_momentum: m.
         center_mode: "mean".
+        group: processes that have a centre in common, a ``ProcessGroup`` or a ``DeviceMesh``; None is all of them.
 
     Raises:
         ValueError: if a temperature is not positive, m not in [0, 1] or the mode not "mean".
@@ -58,8 +60,11 @@ class DINOLoss(nn.Module):
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
         center_mode: str = "mean",
+        *,
+        group: Group = None,
     ) -> None:
         super().__init__()
+        self.group = group
         check_temperatures(
             warmup_teacher_temp=warmup_teacher_temp, teacher_temp=teacher_temp, student_temp=student_temp
         )
@@ -116,7 +121,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def _move(self, total: Tensor, more: bool = False) -> None:
-        self._waiting = step_(self.center, self._waiting, total, self.center_momentum, more)
+        self._waiting = step_(self.center, self._waiting, total, self.center_momentum, more, self.group)
 
     def extra_repr(self) -> str:
         return (

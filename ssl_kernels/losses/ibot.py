@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import Group
 from ssl_kernels.losses.center import Center, as_total, forget_waiting, step_
 from ssl_kernels.losses.dino import check_temperatures
 
@@ -23,6 +24,7 @@ class IBOTPatchLoss(nn.Module):
         teacher_temp, student_temp: :math:`\tau_t` and :math:`\tau_s`.
         center_mode: "mean".
         center_momentum: m.
+        group: processes that have a centre in common, as in :class:`ssl_kernels.DINOLoss`.
 
     Raises:
         ValueError: if a temperature is not positive, m not in [0, 1] or the mode not "mean".
@@ -44,12 +46,14 @@ class IBOTPatchLoss(nn.Module):
         student_temp: float = 0.1,
         center_mode: str = "mean",
         center_momentum: float = 0.9,
+        *,
+        group: Group = None,
     ) -> None:
         super().__init__()
         check_temperatures(teacher_temp=teacher_temp, student_temp=student_temp)
         self.teacher_temp = teacher_temp
         self.student_temp = student_temp
-        self.center = Center((1, output_dim), center_mode, center_momentum)
+        self.center = Center((1, output_dim), center_mode, center_momentum, group=group)
         self._waiting: Tensor | None = None  # of the micro-batches of an unfinished step
         self.register_load_state_dict_pre_hook(forget_waiting)
 
@@ -87,7 +91,7 @@ class IBOTPatchLoss(nn.Module):
             with torch.no_grad():
                 total = as_total(teacher_sum, teacher_out.shape[0])
                 center = self.center
-                self._waiting = step_(center.center, self._waiting, total, center.momentum, accumulate)
+                self._waiting = step_(center.center, self._waiting, total, center.momentum, accumulate, center.group)
         return loss
 
     def extra_repr(self) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.distributed import Group
 
 
 class SinkhornKnopp(nn.Module):
@@ -17,7 +17,8 @@ class SinkhornKnopp(nn.Module):
 
     Args:
         n_iterations: how often columns and rows are scaled.
-        group: processes whose samples are assigned together; None is all of them.
+        group: processes whose samples are assigned together, a ``ProcessGroup`` or a ``DeviceMesh``; None is all of
+            them.
 
     >>> import torch, ssl_kernels.functional as K
     >>> from ssl_kernels import SinkhornKnopp
@@ -28,7 +29,7 @@ class SinkhornKnopp(nn.Module):
     True
     """
 
-    def __init__(self, n_iterations: int = 3, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, n_iterations: int = 3, group: Group = None) -> None:
         super().__init__()
         self.n_iterations = n_iterations
         self.group = group

@@ -9,6 +9,10 @@ The neighbour is a constant of the gradient, so that B x B similarities serve to
 tiles are looked through, along rows and along columns, and thrown away. They are symmetric and only those on and above
 the diagonal are multiplied, half a unit (2 B^2 D FLOP). The rest is O(B D). Products are those of fp32 whatever the
 dtype of x, for neighbours that 16 bits cannot tell apart are many.
+
+Over several ranks the neighbour is among the rows of all. Each rank searches those of its own rows, as the rows of the
+others come by, and learns which neighbours the others found. Then they come by again, and it keeps the few that are
+neighbours of its own rows or have one there: with these the gradient of its own rows is made where they are.
 """
 
 from __future__ import annotations
@@ -22,20 +26,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_kernels.distributed import Blocks, Group, Ranks, across
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops.contrastive import no_double_backward
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Finish, Pairs, finish_gradients, no_double_backward
 from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.info_nce import reduce_rows
 from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
+from ssl_kernels.ops.strips import gathered
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 KERNELS = ("cpu", "triton")
 
 
-def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
+def koleo_loss(
+    x: Tensor,
+    *,
+    eps: float = 1e-8,
+    reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    grad_reduce: str = "mean",
+    even_batches: bool = False,
+) -> Tensor:
     r"""KoLeo: spreads the features of a batch by the distance of each to its nearest neighbour; in linear memory.
 
     .. math:: L_i = -\log(\lVert u_i - u_{n(i)} + \epsilon \rVert + \epsilon), \qquad
@@ -49,6 +64,9 @@ def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tens
         eps: :math:`\epsilon > 0`; it is added to every component of the difference, as by
             :class:`torch.nn.PairwiseDistance`.
         reduction: "mean" or "sum" over the rows, or "none", [B].
+        group, strategy, grad_reduce, even_batches: of several processes that hold the batch together, as in
+            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone. The neighbour may be a
+            row of any process, and its gradient reaches that row. In a group any process may have fewer than 2 rows.
 
     Returns:
         The loss, accumulated and returned in float32 (float64 for float64 features). That of two equal rows is finite,
@@ -74,16 +92,29 @@ def koleo_loss(x: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tens
     (-0.3466, (3, 2))
     """
     _checks.check_features(x=x)
-    if x.shape[0] < 2:
-        raise ValueError(f"x: expected at least 2 rows, a row and its neighbour, got {x.shape[0]}")
     _checks.check_eps(eps)
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    over = across(group, strategy, grad_reduce, even_batches, False, reduction)
+    if not over.group:
+        _check_rows(x.shape[0])
     backend = choose_backend(x.device, x.dtype, KERNELS)
     if backend == "reference":
+        (x,), _, _ = gathered(over, (x,), (), Pairs(None, None, False, NO_DIAGONAL, NO_DIAGONAL))
+        _check_rows(x.shape[0])
         return reference(x, eps, reduction)
     _checks.check_transforms(x)
-    loss: Tensor = _op(Arguments(x, eps, reduction, workspace_bytes(), backend))[0]
+    arguments = Arguments(x, eps, reduction, workspace_bytes(), backend)
+    if over.group:
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        shared: Tensor = _op_across(ArgumentsAcross(*arguments, wanted, **over._asdict()))[0]
+        return shared
+    loss: Tensor = _op(arguments)[0]
     return loss
+
+
+def _check_rows(rows: int) -> None:
+    if rows < 2:
+        raise ValueError(f"x: expected at least 2 rows, a row and its neighbour, got {rows}")
 
 
 def reference(x: Tensor, eps: float, reduction: str) -> Tensor:
@@ -145,35 +176,61 @@ _PANELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, int], None]] =
 
 def nearest_neighbors(u: Tensor, workspace: int, backend: str) -> Tensor:
     """For each of at least two unit rows [B, D] the other one with the largest dot product, [B] int64."""
-    best = u.new_full((u.shape[0],), -math.inf)
-    neighbor = torch.zeros(u.shape[0], dtype=torch.int64, device=u.device)
+    return _search(u, u, workspace, backend)[1]
+
+
+def _search(u: Tensor, v: Tensor, workspace: int, backend: str) -> tuple[Tensor, Tensor]:
+    """For each row of u the largest dot product with a row of v, and the first row that has it; where v is u, with
+    another row."""
+    symmetric = v is u
+    rows, first = u.shape[0], 0 if symmetric else u.shape[0]  # where v is not u, the rows of v come after those of u
+    best = u.new_full((first + v.shape[0],), -math.inf)
+    neighbor = torch.zeros(best.shape, dtype=torch.int64, device=u.device)
     panel_function = _PANELS[backend]
 
-    def panel(u_i: Tensor, u_j: Tensor, _: Tensor, i: int, j: int) -> None:
-        panel_function(u_i, u_j, best, neighbor, i, j)
+    def panel(u_i: Tensor, v_j: Tensor, _: Tensor, i: int, j: int) -> None:
+        panel_function(u_i, v_j, best, neighbor, i, first + j)
 
     run_panels(
-        panel, u, u, workspace=workspace, compute_dtype=u.dtype, tiles=0 if backend == "triton" else 1,
-        stats_width=0, want_dx=False, want_dy=False, symmetric=True,
+        panel, u, v, workspace=workspace, compute_dtype=u.dtype, tiles=0 if backend == "triton" else 1,
+        stats_width=0, want_dx=False, want_dy=False, symmetric=symmetric,
     )  # fmt: skip
-    return neighbor
+    return best[:rows], neighbor[:rows] - first
 
 
 def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss; and of each row what the gradient takes beside x: the neighbour, |x| and the distance."""
     with _checks.without_autocast(a.x):
-        if a.backend == "cpu":
-            loss, _, norm, distance = _fake(a)
-            x, u = unit_stride(a.x), norm.new_empty(a.x.shape)
-            torch.ops.ssl_kernels.koleo_unit_rows_(x, a.eps, norm, u)
-            neighbor = nearest_neighbors(u, a.workspace, a.backend)
-            torch.ops.ssl_kernels.koleo_loss_(x, a.eps, norm, neighbor, a.reduction == "mean", distance, loss)
-            return loss, neighbor, norm, distance
-        norm = torch.linalg.vector_norm(widen(a.x), dim=1)
-        u = _unit_rows(a.x, norm, a.eps)
-        neighbor = nearest_neighbors(_searchable(u), a.workspace, a.backend)
-        distance = torch.linalg.vector_norm(_differences(u, neighbor, a.eps), dim=1)
-        return reduce_rows(-torch.log(distance + a.eps), a.reduction), neighbor, norm, distance
+        norm, u = _normalised(a)
+        neighbor = nearest_neighbors(_as_searched(u, a), a.workspace, a.backend)
+        loss, distance = _losses(a, norm, u, neighbor)
+        return loss, neighbor, norm, distance
+
+
+def _normalised(a: Arguments) -> tuple[Tensor, Tensor]:
+    """|x| and the unit rows."""
+    if a.backend == "cpu":
+        norm = a.x.new_empty(a.x.shape[0], dtype=torch.float32)
+        u = norm.new_empty(a.x.shape)
+        torch.ops.ssl_kernels.koleo_unit_rows_(unit_stride(a.x), a.eps, norm, u)
+        return norm, u
+    norm = torch.linalg.vector_norm(widen(a.x), dim=1)
+    return norm, _unit_rows(a.x, norm, a.eps)
+
+
+def _as_searched(u: Tensor, a: Arguments) -> Tensor:
+    return u if a.backend == "cpu" else _searchable(u)  # where C++ makes them they are
+
+
+def _losses(a: Arguments, norm: Tensor, u: Tensor, neighbor: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the distances."""
+    if a.backend == "cpu":
+        loss, _, _, distance = _fake(a)
+        mean = a.reduction == "mean"
+        torch.ops.ssl_kernels.koleo_loss_(unit_stride(a.x), a.eps, norm, neighbor, mean, distance, loss)
+        return loss, distance
+    distance = torch.linalg.vector_norm(_differences(u, neighbor, a.eps), dim=1)
+    return reduce_rows(-torch.log(distance + a.eps), a.reduction), distance
 
 
 def _unit_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
@@ -250,6 +307,111 @@ def _gradient_fake(a: Gradient) -> Tensor:
     return a.x.new_empty(a.x.shape)
 
 
+# ---- over several ranks
+
+
+class ArgumentsAcross(NamedTuple):
+    x: Tensor
+    eps: float
+    reduction: str
+    workspace: int
+    backend: str
+    want_grad: bool
+    group: str  # this and what follows is Across
+    strategy: str
+    grad_reduce: str
+    even_batches: bool
+    own_share: bool
+
+
+def _forward_across(a: ArgumentsAcross) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient by the rows of this rank."""
+    ranks, rows = Ranks(a.group, "koleo_loss"), len(a.x)
+    counts = [rows] * ranks.size
+    if not a.even_batches:
+        facts = {
+            "features": a.x.shape[1], "dtype": a.x.dtype, "gradients wanted": a.want_grad, "eps": a.eps,
+            "reduction": a.reduction, "grad_reduce": a.grad_reduce, "strategy": a.strategy,
+        }  # fmt: skip
+        counts = [count for (count,) in ranks.agree([rows], facts, a.x.device)]
+    _check_rows(sum(counts))
+    own = Arguments(a.x, a.eps, "none", a.workspace, a.backend)
+    with _checks.without_autocast(a.x):
+        blocks = ranks.blocks(a.x, counts, a.strategy, tag=0)
+        neighbor = _nearest_of_all(own, blocks)
+        x, neighbor = _with_those_met(a, blocks, neighbor)
+        met = own._replace(x=widen(x))  # the gradient is in its dtype
+        norm, u = _normalised(met)
+        losses, distance = _losses(met, norm, u, neighbor)
+        divisor = sum(counts) if a.reduction == "mean" else 1
+        loss = ranks.sum(losses[:rows].sum(dtype=torch.float64)) / divisor
+        dx = met.x[:0]
+        if a.want_grad:
+            unit = met.x.new_full((), (ranks.size if a.grad_reduce == "mean" else 1) / divisor)
+            whole = _gradient(Gradient(unit, met.x, neighbor, norm, distance, a.eps, False, a.backend))
+            dx = whole[:rows]
+        return loss.to(met.x.dtype), dx.clone()
+
+
+def _nearest_of_all(own: Arguments, blocks: Blocks) -> Tensor:
+    """For each own row the place of its neighbour among the rows of all ranks, the first of equal ones."""
+    u = _as_searched(_normalised(own)[1], own)
+    best = u.new_full((len(u),), -math.inf)
+    neighbor = torch.zeros(len(u), dtype=torch.int64, device=u.device)
+    for rank, rows in blocks:
+        theirs = own._replace(x=rows)
+        v = u if rank == blocks.ranks.rank else _as_searched(_normalised(theirs)[1], theirs)
+        found, place = _search(u, v, own.workspace, own.backend)
+        place += sum(blocks.counts[:rank])
+        nearer = (found > best) | ((found == best) & (place < neighbor) & (found > -math.inf))
+        best, neighbor = torch.where(nearer, found, best), torch.where(nearer, place, neighbor)
+    return neighbor
+
+
+def _with_those_met(a: ArgumentsAcross, blocks: Blocks, neighbor: Tensor) -> tuple[Tensor, Tensor]:
+    """The own rows, then the rows of others that are neighbours of these or, for a gradient, whose neighbours are among
+    these; and where the neighbours are in this list. A row whose neighbour is not there stands for it itself."""
+    ranks, counts = blocks.ranks, blocks.counts
+    start = sum(counts[: ranks.rank])
+    own = slice(start, start + counts[ranks.rank])
+    neighbors = ranks.gather_rows(neighbor, counts)
+    pushes = (neighbors >= own.start) & (neighbors < own.stop) & a.want_grad
+    met = pushes.index_fill(0, neighbor, True)
+    met[own] = False
+    parts = {}
+    for rank, rows in blocks:
+        first = sum(counts[:rank])
+        parts[rank] = rows[met[first : first + counts[rank]]]
+    parts[ranks.rank] = a.x
+    others = met.nonzero().flatten()
+    place = torch.zeros_like(neighbors)
+    place[own] = torch.arange(len(a.x), device=place.device)
+    place[others] = torch.arange(len(a.x), len(a.x) + len(others), device=place.device)
+    x = torch.cat([parts.pop(ranks.rank), *(parts[rank] for rank in sorted(parts))])
+    theirs = torch.where(pushes[others], neighbors[others], others)
+    return x, place[torch.cat([neighbor, theirs])]
+
+
+def _fake_across(a: ArgumentsAcross) -> tuple[Tensor, Tensor]:
+    new = functools.partial(a.x.new_empty, dtype=_checks.accumulation_dtype(a.x.dtype))
+    return new(()), new(len(a.x) if a.want_grad else 0, a.x.shape[1])
+
+
+def _setup_context_across(ctx: Any, a: ArgumentsAcross, output: tuple[Tensor, Tensor]) -> None:
+    ctx.dtype = a.x.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _backward_across(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * (len(ArgumentsAcross._fields) - 1)
+    if upstream is None:
+        return None, *rest
+    (dx,) = ctx.saved_tensors
+    found, *_ = finish_gradients(Finish(None, upstream, upstream.new_ones(3), dx, dx[:0], ctx.dtype))
+    return found, *rest
+
+
 _op = Op(
     "koleo",
     Arguments,
@@ -267,4 +429,13 @@ gradient = Op(
     forward=_gradient,
     fake=_gradient_fake,
     backward=no_double_backward,
+)
+_op_across = Op(
+    "koleo_across",
+    ArgumentsAcross,
+    "(Tensor loss, Tensor dx)",
+    forward=_forward_across,
+    fake=_fake_across,
+    setup_context=_setup_context_across,
+    backward=_backward_across,
 )

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssl_kernels.distributed import Group, process_group
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.dino import softmax_of, unit_stride
@@ -38,7 +39,7 @@ def sinkhorn_knopp(
     teacher_temp: Tensor | float,
     *,
     n_iterations: int = 3,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     r"""The Sinkhorn-Knopp assignment itself, [..., K] probabilities in float32: rows sum to 1, columns nearly to N / K.
 
@@ -59,7 +60,7 @@ def sinkhorn_center(
     teacher_temp: Tensor | float,
     *,
     n_iterations: int = 3,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     r"""The centre c with which softmax((T - c) / tau) is the Sinkhorn-Knopp assignment of samples to prototypes.
 
@@ -73,8 +74,9 @@ def sinkhorn_center(
         teacher: [..., K] logits without gradient, one row to a sample, float32, bfloat16, float16 or float64.
         teacher_temp: :math:`\tau`, a positive float or a floating tensor of one element.
         n_iterations: how often columns and rows are scaled.
-        group: processes whose samples are assigned together, by all-reduces of K elements; None is all processes where
-            ``torch.distributed`` is initialised. Their numbers of samples may differ.
+        group: processes whose samples are assigned together, by all-reduces of K elements, a ``ProcessGroup`` or a
+            ``DeviceMesh`` of one dimension; None is all processes where ``torch.distributed`` is initialised. Their
+            numbers of samples may differ.
 
     Returns:
         [K], float32 (float64 for float64 logits), the same on all processes. Without samples it is 0.
@@ -97,17 +99,16 @@ def sinkhorn_center(
     rows, temp = _checked(teacher, teacher_temp)
     if not isinstance(n_iterations, int) or isinstance(n_iterations, bool) or n_iterations < 1:
         raise ValueError(f"n_iterations: expected an int, at least 1, got {n_iterations!r}")
-    if group is not None and dist.get_rank(group) < 0:  # torch would warn, and exchange nothing
-        raise ValueError("group: expected a group that this process is in, got one of other processes")
+    processes = process_group(group)
     backend = choose_backend(rows.device, rows.dtype, KERNELS)
     if backend == "reference":
-        return reference(rows, temp, n_iterations, group)
+        return reference(rows, temp, n_iterations, processes)
     maximum, total = _column_lse(Arguments(rows, None, temp, backend))
-    overall = _all_reduce(maximum, "max", group)
-    total = _all_reduce(total * torch.exp(torch.where(total == 0, 0, maximum - overall) / temp), "sum", group)
+    overall = _all_reduce(maximum, "max", processes)
+    total = _all_reduce(total * torch.exp(torch.where(total == 0, 0, maximum - overall) / temp), "sum", processes)
     center = torch.where(total == 0, 0, overall + temp * total.log())  # no rows anywhere: no preference
     for _ in range(n_iterations - 1):
-        total = _all_reduce(_column_sums(Arguments(rows, center, temp, backend)), "sum", group)
+        total = _all_reduce(_column_sums(Arguments(rows, center, temp, backend)), "sum", processes)
         center = center + torch.where(total == 0, 0, temp * total.log())
     return center
 
