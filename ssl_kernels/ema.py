@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels.ops._checks import check_fraction
+from ssl_kernels.ops.ema import is_sharded, sharding
 
 
 class ModelEma(nn.Module):
@@ -28,7 +29,9 @@ class ModelEma(nn.Module):
     ``_orig_mod.`` of wrappers in their names load as well. Parts that are compiled are paired likewise, but stay.
 
     Shard it as the model: make it first, then ``fully_shard`` both ``model`` and ``ema.module``, and each process
-    averages its own part.
+    averages its own part. One of both may also be whole, or sharded in another way: what the average follows is then
+    brought to its own layout, in an update that all processes call. Parameters that are made after sharding, from the
+    meta device, reach the average by an update with a momentum of 0.
 
     Args:
         model: what to follow; the copy starts as its equal, in the same mode. Put it into ``eval()`` where needed.
@@ -40,7 +43,8 @@ class ModelEma(nn.Module):
             a step is less than its rounding. None keeps the model's.
 
     Raises:
-        ValueError: if a momentum is outside of [0, 1], or if the model no longer has the copy's names and shapes.
+        ValueError: if a momentum is outside of [0, 1], if the model no longer has the copy's names and shapes, or if it
+            is to be copied once ``fully_shard`` has sharded it.
 
     Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722; Tarvainen & Valpola, Mean teachers, 2017,
     arXiv:1703.01780.
@@ -69,6 +73,11 @@ class ModelEma(nn.Module):
             raise ValueError(f"buffers: expected 'average' or 'copy', got {buffers!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
+        if any(_sharded_parts(model)):
+            raise ValueError(
+                "model: expected one that fully_shard has not sharded yet, got one that it has: make the average "
+                "first, then shard model and average.module"
+            )
         self.momentum, self.buffers_are = _checked(momentum), buffers
         self.module = copy.deepcopy(_unwrapped(model)).to(dtype=dtype).requires_grad_(False)
         self.register_load_state_dict_pre_hook(_leave_out_wrappers)
@@ -95,7 +104,8 @@ class ModelEma(nn.Module):
         self, model: nn.Module, momentum: float | Tensor, copies_to: nn.Module | None, average_buffers: bool
     ) -> None:
         for module in (self.module, model, *([] if copies_to is None else [copies_to])):
-            _reshard(module)
+            for part in _sharded_parts(module):
+                part.reshard()  # what was gathered for a forward pass is a copy, and writing to it would be lost
         ours, theirs = _tensors(self.module), _tensors(model)
         others = None if copies_to is None else _tensors(copies_to)
         _check_alike("model", ours, theirs)
@@ -103,7 +113,8 @@ class ModelEma(nn.Module):
             _check_alike("copies_to", ours, others)
         averaged: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor | None]]] = {}
         for name, target in ours.saved.items():
-            source, beside = theirs.saved[name], None if others is None else others.saved[name]
+            source = _laid_out_as(target, theirs.saved[name])
+            beside = None if others is None else others.saved[name]
             if name in ours.parameters or (average_buffers and target.is_floating_point()):
                 targets, sources, copies = averaged.setdefault(target.device, ([], [], []))
                 targets.append(target)
@@ -240,12 +251,26 @@ def _leave_out_wrappers(average: nn.Module, state: dict[str, Any], prefix: str, 
                 state[ours[name]] = state.pop(key)
 
 
-def _reshard(module: nn.Module) -> None:
-    """Parameters that FSDP2 gathered for a forward pass are copies, and writing to these would be lost."""
+def _sharded_parts(module: nn.Module) -> Iterator[Any]:
+    """Those that FSDP2 shards."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever uses it has imported it
     for part in module.modules() if fsdp is not None else ():
         if isinstance(part, fsdp.FSDPModule):
-            part.reshard()
+            yield part
+
+
+def _laid_out_as(target: Any, source: Any) -> Tensor:
+    """The source, spread over processes as the target is: whole, or in the same shards."""
+    if sharding(source) == sharding(target):
+        laid_out: Tensor = source
+    elif not is_sharded(target):
+        laid_out = source.full_tensor()
+    else:
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = source.full_tensor() if is_sharded(source) else source.detach()
+        laid_out = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+    return laid_out
 
 
 def _checked(momentum: float | Tensor) -> float | Tensor:

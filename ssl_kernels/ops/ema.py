@@ -75,7 +75,7 @@ def ema_update_(
         into, towards, beside = ([tensors[i] for i in order] for tensors in (into, towards, beside))
     with torch.no_grad():
         beside = [t for t in beside if t is not None]
-        if any(_is_sharded(t) for t in into):
+        if any(is_sharded(t) for t in into):
             into, towards, beside = ([_local(t) for t in tensors] for tensors in (into, towards, beside))
         double = any(t.dtype == torch.float64 for t in (*into, *towards, *beside))
         backend = choose_backend(device, torch.float64 if double else torch.float32, KERNELS)
@@ -131,7 +131,7 @@ def _check(targets: list[Any], sources: list[Any], copies: list[Any]) -> torch.d
                 or value.dtype not in _checks.FEATURE_DTYPES
                 or value.device != device
                 or (value is not target and value.shape != target.shape)
-                or not (plain or _sharding(value) == _sharding(target))
+                or not (plain or sharding(value) == sharding(target))
             ):
                 raise _mismatch(f"{name}[{i}]", value, f"targets[{i}]", target, device)
     written: set[int] = set()
@@ -159,21 +159,21 @@ def _mismatch(name: str, value: Any, target_name: str, target: Tensor, device: t
     if value.shape != target.shape:
         shapes = f"expected shape {tuple(target.shape)} as {target_name} has, got {tuple(value.shape)}"
         return ValueError(f"{name}: {shapes}")
-    return ValueError(f"{name}: expected {_sharding(target)} as {target_name} is, got {_sharding(value)}")
+    return ValueError(f"{name}: expected {sharding(target)} as {target_name} is, got {sharding(value)}")
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, without the half second of importing that class."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
 
 
-def _sharding(tensor: Any) -> str:
-    return f"a DTensor of {tensor.placements} on {tensor.device_mesh}" if _is_sharded(tensor) else "a plain tensor"
+def sharding(tensor: Any) -> str:
+    return f"a DTensor of {tensor.placements} on {tensor.device_mesh}" if is_sharded(tensor) else "a plain tensor"
 
 
 def _local(tensor: Any) -> Tensor:
     """What this process holds of it."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _as_momentum(momentum: Tensor | float, device: torch.device) -> Tensor:
