@@ -330,12 +330,6 @@ def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     return ranks.gather_rows(rows, [count for (count,) in counts])
 
 
-def refuse_several_processes(what: str) -> None:
-    """Where a peer gathers rows and a loss does not yet: another value must not pass for the peer's."""
-    if several_processes():
-        raise NotImplementedError(f"{what} in several processes is not implemented in this version")
-
-
 def check_gather_distributed(gather_distributed: bool) -> None:
     if gather_distributed and not dist.is_available():
         raise ValueError("gather_distributed: expected False, for this build of torch has no torch.distributed")

@@ -8,6 +8,7 @@ import ssl_kernels.functional as K
 from ssl_kernels.distributed import world
 from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.losses.moco import MoCoV3Loss
+from ssl_kernels.losses.sup_con import SupConLoss
 from ssl_kernels.losses.vicreg import VICRegLoss
 from ssl_kernels.ops._checks import check_fraction
 from ssl_kernels.ops.unit_rows import fused_unit_rows
@@ -42,7 +43,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     >>> round(simclr_loss_func(torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2), temperature=0.5).item(), 4)
     0.5944
     """
-    return K.sup_con_loss(fused_unit_rows(z), indexes.long(), positive_temperature(temperature), group=world())
+    return SupConLoss(temperature, group=world())(fused_unit_rows(z), indexes)
 
 
 def vicreg_loss_func(

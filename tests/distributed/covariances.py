@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from shards import Whole, shares
 from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels import BarlowTwinsLoss, VICRegLoss, use_backend, use_workspace
+from ssl_kernels import BarlowTwinsLoss, KoLeoLoss, VICRegLoss, use_backend, use_workspace
 from ssl_kernels.integrations import solo
 
 LOSSES = {"vicreg": K.vicreg_loss, "barlow_twins": K.barlow_twins_loss}
@@ -98,6 +99,17 @@ def modules_and_peers(rank: int, world: int) -> None:
     places = Whole([t[:, :10].reshape(-1, 5, 2) for t in whole.tensors], counts)
     _whole_against("VICReg of places", places, VICRegLoss(gather_distributed=True), VICRegLoss(), rank)
 
+    # SimCLR as solo-learn writes it: the positives' share of a row's sum, of all rows; two views on each rank.
+    images = [list(range(10 * r, 10 * r + count)) * 2 for r, count in enumerate(counts)]
+    indexes = torch.cat([torch.tensor(of_rank) for of_rank in images])
+    views = _one_view([2 * count for count in counts])
+    views.check(
+        "solo's SimCLR",
+        lambda z, own=None: _simclr(z, indexes) if own is None else solo.simclr_loss_func(z, own, 0.3),
+        rank,
+        own=indexes[views.rows_of(rank)],
+    )
+
     # However the rows are spread, Barlow Twins is one loss. That of lightly is not, where the processes' rows differ.
     even = batch([6] * world, 12)
     even.tensors = [torch.cat([part + r for r, part in enumerate(t.split(6))]) for t in even.tensors]
@@ -111,6 +123,16 @@ def modules_and_peers(rank: int, world: int) -> None:
     expected, theirs = Theirs()(*all_of_them), Theirs(gather_distributed=True)(*own)
     torch.testing.assert_close(BarlowTwinsLoss(gather_distributed=True)(*own), expected)
     assert abs(theirs - expected) > 0.05 * expected
+
+
+def _one_view(counts: list[int]) -> Whole:
+    return Whole(batch(counts, 12).tensors[:1], counts)
+
+
+def _simclr(z: Tensor, indexes: Tensor) -> Tensor:
+    similarity = (F.normalize(z) @ F.normalize(z).t() / 0.3).exp() * ~torch.eye(len(z), dtype=torch.bool)
+    same = indexes[:, None] == indexes
+    return -((similarity * same).sum(1) / similarity.sum(1)).log().mean()
 
 
 def _whole_against(name: str, whole: Whole, ours: Any, alone: Any, rank: int) -> None:
@@ -158,3 +180,31 @@ def parts_of_the_world_and_errors(rank: int, world: int) -> None:
 def _raises(message: str, loss: Any, *arguments: Any, **options: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         loss(*arguments, **options)
+
+
+def compiled(rank: int, world: int) -> None:
+    """In one graph, and as without it to the last bit."""
+    group = dist.group.WORLD
+    for loss, whole in (
+        *((loss, batch([5 + 2 * r for r in range(world)], width)) for loss in LOSSES.values() for width in WIDTHS),
+        (
+            K.koleo_loss,
+            Whole(batch([5 + 2 * r for r in range(world)], 12).tensors[:1], [5 + 2 * r for r in range(world)]),
+        ),
+    ):
+        torch._dynamo.reset()
+        rows, graph = whole.rows_of(rank), torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for a, b in zip(
+            whole.run(graph, torch.float32, rows, group=group),
+            whole.run(loss, torch.float32, rows, group=group),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+    z = torch.randn(5, 4)
+    for module, arguments in (
+        (VICRegLoss(gather_distributed=True), (z, z.flip(0))),
+        (BarlowTwinsLoss(group=group), (z, z.flip(0))),
+        (KoLeoLoss(gather_distributed=True), (z,)),
+    ):
+        graph = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert torch.equal(graph(*arguments), module(*arguments))

@@ -52,9 +52,9 @@ def ties_hubs_and_options(rank: int, world: int) -> None:
     signs[::4] = signs[1]  # a multiple of the norm of the others
     distinct = Whole([signs[torch.randperm(len(signs), generator=generator)]], counts)
     distinct.tensors[0][:, 0] *= 3
-    alone = distinct.run(K.koleo_loss, torch.float64)
+    expected = distinct.run(K.koleo_loss, torch.float64)
     shared = distinct.run(K.koleo_loss, torch.float64, rows, group=group)
-    torch.testing.assert_close(shared[1] / world, alone[1][rows], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(shared[1] / world, expected[1][rows], rtol=1e-9, atol=1e-9)
     # One row, of rank 0, is the neighbour of all.
     hub = torch.eye(sum(counts), 40, dtype=torch.float64) + 2 * torch.eye(40, dtype=torch.float64)[39]
     hub[0] = torch.eye(40, dtype=torch.float64)[39]
@@ -70,6 +70,9 @@ def ties_hubs_and_options(rank: int, world: int) -> None:
     torch.testing.assert_close(KoLeoLoss(group=group)(x[rows]), expected)
     torch.testing.assert_close(dinov3.KoLeoLossDistributed()(x[rows]), expected)
     assert torch.equal(KoLeoLoss()(x[rows]), K.koleo_loss(x[rows]))
+    alone = [dist.new_group([r]) for r in range(world)][rank]
+    assert torch.equal(KoLeoLoss(group=alone)(x[rows]), K.koleo_loss(x[rows]))
+    assert torch.equal(KoLeoLoss(group=alone)(x[:1]), KoLeoLoss()(x[:1]))
     leaf = x[:1].repeat(4, 1).requires_grad_()
     collapsed = K.koleo_loss(leaf, group=group)
     (gradient,) = torch.autograd.grad(collapsed, leaf)

@@ -8,8 +8,7 @@ import pytest
 from processes import run_processes
 
 CALLS = {
-    1: "losses_are_those_of_one_process",
-    2: "losses_are_those_of_one_process panels_backends_and_numerics modules_and_peers",
+    2: "losses_are_those_of_one_process panels_backends_and_numerics modules_and_peers compiled",
     3: "losses_are_those_of_one_process modules_and_peers parts_of_the_world_and_errors",
 }
 
