@@ -137,7 +137,7 @@ def _forward_eager(arguments: Arguments) -> Result:
     a, b = views.own
     rows, width = views.rows, a.shape[1]
     factor = arguments.lambda_param / rows**2
-    products = views.sum(torch.linalg.vecdot(a, b, dim=0))
+    (products,) = views.sums(torch.linalg.vecdot(a, b, dim=0))
     off_diagonal, da, db = off_diagonal_squares(
         a, b, products.to(a.dtype), arguments.want_a, arguments.want_b, arguments.workspace, arguments.in_cpp, views
     )
@@ -145,11 +145,11 @@ def _forward_eager(arguments: Arguments) -> Result:
     loss = wide(missing).square().sum() + factor * off_diagonal
     for gradient, own, other, sigma in ((da, a, b, sigma_a), (db, b, a, sigma_b)):
         if gradient is not None:
-            gradient *= 2 * factor
-            gradient.addcmul_(other, missing.to(a.dtype), value=2 / rows)
-            along = views.sum(torch.linalg.vecdot(gradient, own, dim=0))
+            gradient *= 2 * factor * views.factor
+            gradient.addcmul_(other, missing.to(a.dtype), value=2 / rows * views.factor)
+            (along,) = views.sums(torch.linalg.vecdot(gradient, own, dim=0))
             gradient.addcmul_(own, along.to(a.dtype), value=-1 / rows)
-            gradient /= sigma / views.factor
+            gradient /= sigma
     return covariance.result(loss.to(a.dtype), da, db, width)
 
 

@@ -29,7 +29,7 @@ in float64, and over several ranks it is plain PyTorch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ class Views:
         if self.rows < 2:
             raise ValueError(f"za: expected at least 2 rows over all ranks, which a variance needs, got {self.rows}")
         self._means = None if self._ranks is None else self._exact_means()
-        self._sigmas: Tensor | None = None
+        self._sigmas: list[Tensor] | None = None
         self.own = [self._centered(view, z) for view, z in enumerate(self.z)]
 
     @property
@@ -85,7 +85,7 @@ class Views:
 
     def _exact_means(self) -> Tensor:
         """[2, 2, D] of either view: what the accumulation dtype holds of the means, and what it does not."""
-        exact = self.sum(torch.stack([widen(z).sum(0, dtype=torch.float64) for z in self.z])) / self.rows
+        exact = torch.stack(list(self.sums(*(z.sum(0, dtype=torch.float64) for z in self.z)))) / self.rows
         means = exact.to(_checks.accumulation_dtype(self.z[0].dtype))
         return torch.stack([means, (exact - means).to(means.dtype)], 1)
 
@@ -97,32 +97,36 @@ class Views:
 
     def standardise(self, eps: float) -> list[Tensor]:
         """Bring the columns to variance 1, and return by what those of either view are divided."""
-        squares = self.sum(torch.stack([torch.linalg.vecdot(c, c, dim=0) for c in self.own]))
-        self._sigmas = torch.sqrt(squares / self.rows + eps).to(self.own[0].dtype)
+        squares = self.sums(*(torch.linalg.vecdot(c, c, dim=0) for c in self.own))
+        self._sigmas = [torch.sqrt(s / self.rows + eps).to(c.dtype) for s, c in zip(squares, self.own, strict=True)]
         for c, sigma in zip(self.own, self._sigmas, strict=True):
             c.div_(sigma)
-        return list(self._sigmas)
+        return self._sigmas
 
-    def sum(self, values: Any) -> Any:
-        """Over the ranks, a tensor in double precision where there are others."""
+    def sums(self, *values: Any) -> Sequence[Any]:
+        """Of each over the ranks: a tensor in double precision where there are others."""
         if self._ranks is None:
             return values
-        return self._ranks.sum(torch.as_tensor(values, dtype=torch.float64, device=self.z[0].device))
+        device = self.z[0].device
+        wide_ones = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
+        return self._ranks.sum(torch.stack(wide_ones)).unbind()
 
     def sum_panel(self, panel: Tensor) -> Tensor:
         return panel if self._ranks is None else self._ranks.sum_many(panel)
 
     def blocks(self, a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows of a and b, either of which is one of ``own``: those of this rank, then those of each other."""
-        yield a, b
         if self._ranks is None:
+            yield a, b
             return
         chosen = sorted({0 if t is self.own[0] else 1 for t in (a, b)})
         blocks = [self._ranks.blocks(self.z[view], self.counts, self.strategy, view) for view in chosen]
         for arrived in zip(*blocks, strict=True):
-            if arrived[0][0] != self._ranks.rank:
-                rows = [self._as_own(view, theirs) for view, (_, theirs) in zip(chosen, arrived, strict=True)]
-                yield rows[0], rows[-1]
+            if arrived[0][0] == self._ranks.rank:
+                yield a, b
+                continue
+            rows = [self._as_own(view, theirs) for view, (_, theirs) in zip(chosen, arrived, strict=True)]
+            yield rows[0], rows[-1]
 
     def _as_own(self, view: int, z: Tensor) -> Tensor:
         c = self._centered(view, z)
@@ -171,7 +175,7 @@ def _by_rows(
                 add_matmul(da[panel], other, x, first=number == 0)
             if db is not None:
                 add_matmul(db[panel], gram, y, first=number == 0)
-    return Squares(total if views is None else views.sum(total), da, db)
+    return Squares(total if views is None else views.sums(total)[0], da, db)
 
 
 def _by_features(

@@ -78,8 +78,9 @@ def koleo_loss(
         RuntimeError: on double backward, which only the reference backend supports.
 
     Autocast has no effect here: 16-bit features are compared as float32, whose products follow
-    ``torch.get_float32_matmul_precision()``. Each pair is multiplied once. Nothing of B x B elements is kept: beside a
-    few times [B, D] in float32, a tile of similarities takes at most ``SSL_KERNELS_WORKSPACE_MB`` megabytes.
+    ``torch.get_float32_matmul_precision()``. Each pair is multiplied once, by both processes if it is of two. Nothing
+    of B x B elements is kept: beside a few times [B, D] in float32, a tile of similarities takes at most
+    ``SSL_KERNELS_WORKSPACE_MB`` megabytes.
 
     Source: Sablayrolles et al., Spreading Vectors for Similarity Search, 2018, arXiv:1806.03198; Oquab et al., DINOv2,
     2023, arXiv:2304.07193.
@@ -180,10 +181,12 @@ def nearest_neighbors(u: Tensor, workspace: int, backend: str) -> Tensor:
 
 
 def _search(u: Tensor, v: Tensor, workspace: int, backend: str) -> tuple[Tensor, Tensor]:
-    """For each row of u the largest dot product with a row of v, and the first row that has it; where v is u, with
-    another row."""
+    """For each row of u, and then of v, the largest dot product with a row of the other, and the first that has it.
+
+    Where v is u, there are no rows after those of u, and a row is not compared with itself.
+    """
     symmetric = v is u
-    rows, first = u.shape[0], 0 if symmetric else u.shape[0]  # where v is not u, the rows of v come after those of u
+    first = 0 if symmetric else u.shape[0]  # of v
     best = u.new_full((first + v.shape[0],), -math.inf)
     neighbor = torch.zeros(best.shape, dtype=torch.int64, device=u.device)
     panel_function = _PANELS[backend]
@@ -195,7 +198,7 @@ def _search(u: Tensor, v: Tensor, workspace: int, backend: str) -> tuple[Tensor,
         panel, u, v, workspace=workspace, compute_dtype=u.dtype, tiles=0 if backend == "triton" else 1,
         stats_width=0, want_dx=False, want_dy=False, symmetric=symmetric,
     )  # fmt: skip
-    return best[:rows], neighbor[:rows] - first
+    return best, neighbor
 
 
 def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -225,7 +228,7 @@ def _as_searched(u: Tensor, a: Arguments) -> Tensor:
 def _losses(a: Arguments, norm: Tensor, u: Tensor, neighbor: Tensor) -> tuple[Tensor, Tensor]:
     """The loss and the distances."""
     if a.backend == "cpu":
-        loss, _, _, distance = _fake(a)
+        distance, loss = norm.new_empty(norm.shape), norm.new_empty(norm.shape if a.reduction == "none" else ())
         mean = a.reduction == "mean"
         torch.ops.ssl_kernels.koleo_loss_(unit_stride(a.x), a.eps, norm, neighbor, mean, distance, loss)
         return loss, distance
@@ -359,10 +362,15 @@ def _nearest_of_all(own: Arguments, blocks: Blocks) -> Tensor:
     best = u.new_full((len(u),), -math.inf)
     neighbor = torch.zeros(len(u), dtype=torch.int64, device=u.device)
     for rank, rows in blocks:
-        theirs = own._replace(x=rows)
-        v = u if rank == blocks.ranks.rank else _as_searched(_normalised(theirs)[1], theirs)
-        found, place = _search(u, v, own.workspace, own.backend)
-        place += sum(blocks.counts[:rank])
+        first = sum(blocks.counts[:rank])
+        if rank == blocks.ranks.rank:
+            found, place = _search(u, u, own.workspace, own.backend)
+        else:
+            theirs = own._replace(x=rows)
+            v = _as_searched(_normalised(theirs)[1], theirs)
+            found, place = (t[: len(u)] for t in _search(u, v, own.workspace, own.backend))
+            first -= len(u)
+        place = place + first
         nearer = (found > best) | ((found == best) & (place < neighbor) & (found > -math.inf))
         best, neighbor = torch.where(nearer, found, best), torch.where(nearer, place, neighbor)
     return neighbor

@@ -166,7 +166,7 @@ def _forward_eager(a: Arguments) -> Result:
     by_pair = a.invariance_weight / (rows * width)
     by_square = a.covariance_weight / (width * (rows - 1) ** 2)
     difference = torch.sub(widen(a.za), widen(a.zb))
-    sums = views.sum(torch.stack([torch.linalg.vecdot(t, t, dim=0) for t in (*views.own, difference)]))
+    sums = views.sums(*(torch.linalg.vecdot(t, t, dim=0) for t in (*views.own, difference)))
     loss = by_pair * wide(sums[2]).sum()
     gradients = []
     for c, squares, want, sign in zip(views.own, sums, (a.want_a, a.want_b), (1, -1), strict=False):
