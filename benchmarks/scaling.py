@@ -2,7 +2,8 @@
 
 `python benchmarks/scaling.py` prints the tables of docs/scaling.md. Nothing in them was measured: products run at a
 share of the tensor cores' peak, and elementwise passes at the memory's bandwidth. A collective uses the network of all
-GPUs of a node at once; of a ring, one GPU's, wherever a block passes from node to node.
+GPUs of a node at once; of a ring, one GPU's, wherever a block passes from node to node. Each block that is looked at
+costs the host some launches, and no step is shorter than these.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Machine:
     memory_bytes_per_s: float = 3.0e12
     node_bytes_per_s: float = 350e9
     network_bytes_per_s: float = 45e9
+    block_s: float = 150e-6  # of the host
 
     def link(self, gpus: int, is_ring: bool) -> float:
         if gpus <= NODE:
@@ -45,32 +47,34 @@ class Way:
     kept: str  # what a rank holds beside its own rows: features in bf16 and, of B N, a matrix in fp32
     is_ring: bool
     overlaps: bool
+    blocks: tuple[int, int]  # that are looked at: so many, and so many to each other rank
+    vectors: int = 0  # floats of each row and each column, that travel and are held
 
 
 WAYS = {
     "CLIP": (
-        Way("ours, gather", 6, 2, 0, 0, 0, "2 N D", False, True),
-        Way("ours, ring", 6, 4, 0, 0, 0, "4 B D", True, True),
-        Way("open_clip, local_loss and gather_with_grad", 6, 2, 2, BF16, 16, "2 N D + 4 B N", False, False),
+        Way("ours, gather", 6, 2, 0, 0, 0, "2 N D", False, True, (10, 0), 8),
+        Way("ours, ring", 6, 4, 0, 0, 0, "4 B D", True, True, (2, 4), 8),
+        Way("open_clip, local_loss and gather_with_grad", 6, 2, 2, BF16, 16, "2 N D + 4 B N", False, False, (4, 0)),
     ),
     "SigLIP": (
-        Way("ours, gather", 4, 2, 0, 0, 0, "2 N D", False, True),
-        Way("ours, ring", 4, 2, 0, 0, 0, "4 B D", True, True),
-        Way("open_clip, bidir", 3, 1, 1, BF16, 12, "N D + 2 B N", True, False),
-        Way("chunks kept, gradients passed on in bf16", 3, 1, 1, BF16, 0, "2 N D", True, False),
+        Way("ours, gather", 4, 2, 0, 0, 0, "2 N D", False, True, (5, 0)),
+        Way("ours, ring", 4, 2, 0, 0, 0, "4 B D", True, True, (1, 2)),
+        Way("open_clip, bidir", 3, 1, 1, BF16, 12, "N D + 2 B N", True, False, (1, 1)),
+        Way("chunks kept, gradients passed on in bf16", 3, 1, 1, BF16, 0, "2 N D", True, False, (1, 1)),
     ),
 }
 
 
 def held_bytes(way: Way, rows: int, gpus: int, width: int) -> float:
-    """What is kept, and two gradients in fp32."""
+    """What is kept, and two gradients in fp32. Beside them is one tile: at most 64 MB unless it is asked for."""
     total = rows * gpus
     sizes = {"N D": total * width * BF16, "B D": rows * width * BF16, "B N": rows * total * FP32}
     kept = 0.0
     for term in way.kept.split(" + "):
         number, _, what = term.partition(" ") if term[0].isdigit() else ("1", "", term)
         kept += int(number) * sizes[what]
-    return kept + 2 * rows * width * FP32
+    return kept + 2 * rows * width * FP32 + way.vectors * total * FP32
 
 
 def step_seconds(way: Way, rows: int, gpus: int, width: int, machine: Machine) -> tuple[float, float, float]:
@@ -79,18 +83,20 @@ def step_seconds(way: Way, rows: int, gpus: int, width: int, machine: Machine) -
     work = way.units * 2 * rows * total * width / machine.flop_per_s
     work += way.passes * rows * total * FP32 / machine.memory_bytes_per_s
     moved = travelling_bytes(way, rows, gpus, width) / machine.link(gpus, way.is_ring)
-    if not way.overlaps:
-        return work, moved, work + moved
     own = work / gpus  # the block that is there already
-    if way.is_ring:  # each block but the last travels while another is worked on
-        return work, moved, own + max(work - own, moved)
-    return work, moved, max(own, moved) + work - own
+    if not way.overlaps:
+        step = work + moved
+    elif way.is_ring:  # each block but the last travels while another is worked on
+        step = own + max(work - own, moved)
+    else:
+        step = max(own, moved) + work - own
+    return work, moved, max(step, (way.blocks[0] + way.blocks[1] * (gpus - 1)) * machine.block_s)
 
 
 def travelling_bytes(way: Way, rows: int, gpus: int, width: int) -> float:
     """That come to a rank, or leave it, the larger."""
-    others = rows * (gpus - 1) * width
-    return others * (way.features * BF16 + way.gradients * way.gradient_bytes)
+    others = rows * (gpus - 1)
+    return others * (width * (way.features * BF16 + way.gradients * way.gradient_bytes) + way.vectors * FP32)
 
 
 def table(loss: str, rows: int, width: int = 768, machine: Machine | None = None) -> list[str]:

@@ -5,21 +5,27 @@ process with all rows, and so are its gradients: features travel, in their own d
 rank computes does not depend on what the network does first, so that a run on the same ranks repeats bit for bit.
 
 * ``strategy="gather"`` takes the features of all ranks at once; ``"ring"`` passes them on from rank to rank, while the
-  block before is computed, and holds two blocks at a time. Both visit the blocks in one order and give the same bits.
-  ``"auto"`` gathers as long as the features of all ranks take at most 1 GiB.
+  block before is computed, and holds two blocks at a time. ``"auto"`` gathers as long as the features of a side, of all
+  ranks, take at most 1 GiB.
 * ``grad_reduce="mean"``: the mean of the ranks' gradients, which ``DistributedDataParallel`` and FSDP take, is the
   gradient of the loss: the gradients of a rank's features are W times it. ``"sum"`` is for trainers that add.
 * ``even_batches=True`` promises that all ranks call alike and have equal numbers of rows, and spares the exchange of
-  these that comes before features travel.
+  these that comes before features travel, and that CUDA graphs do not record. What follows if that is not so depends on
+  the backend, which may end the process.
 
-A call in which the ranks differ raises on all of them. Where a rank does not answer, the others raise once the group
-gives up, after its timeout at most, and name it.
+Scales, temperatures and biases must be equal on all ranks, and so must the upstream gradient; they are not compared. A
+call in which the ranks differ otherwise raises on all of them. Where a rank does not answer, the others raise once the
+group gives up, after its timeout at most, and name it. Of that, gloo tells, which carries the exchange before features
+where the group has it for the CPU (``init_process_group()`` or ``"cpu:gloo,cuda:nccl"``); NCCL ends the process by its
+own watchdog.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -36,6 +42,7 @@ Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
 GATHER_BYTES = 2**30  # of the features of a side, up to which "auto" gathers
 _FACTS_BYTES = 1024  # in which a rank tells of a call
 _NUMBERS = 4  # that it tells of itself alone
+_TAG = 0x55C0  # of messages, which must not meet those of a trainer
 _REPORT_S = 10.0  # how long a rank that met an error waits for the others to say the same
 
 # Its name since torch 2.14, and the one before.
@@ -132,8 +139,8 @@ class Ranks:
         text = json.dumps({"function": self.what, **facts}, default=str).encode()
         if len(text) > _FACTS_BYTES:
             raise ValueError(f"{self.what}: expected facts of at most {_FACTS_BYTES} bytes, got {text!r}")
-        told = torch.zeros(8 * _NUMBERS + _FACTS_BYTES, dtype=torch.uint8)
-        told[: 8 * len(own)] = torch.tensor(own, dtype=torch.int64).view(torch.uint8)
+        told = torch.zeros(8 * _NUMBERS + _FACTS_BYTES, dtype=torch.uint8, device="cpu")
+        told[: 8 * len(own)] = torch.tensor(own, dtype=torch.int64, device="cpu").view(torch.uint8)
         told[8 * _NUMBERS :][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         if self.backend(told.device) is None:  # else nobody waits for the device
             told = told.to(device)
@@ -177,19 +184,17 @@ class Ranks:
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Those of all ranks, of which each has so many, in their order."""
-        return torch.cat(list(_Gathered(self, rows, counts).by_rank()))
+        return _Gathered(self, rows, counts, _TAG).whole()
 
-    def blocks(self, rows: Tensor, counts: Sequence[int], strategy: str, tag: int) -> Blocks:
-        """To be visited as often as need be, by all ranks alike."""
-        if self.backend(rows.device) == "gloo" and rows.device.type != "cpu":  # it sends what is on a CPU only
-            if strategy == "ring":
-                raise ValueError(f"strategy: expected 'gather' for {rows.device.type} tensors over gloo, got 'ring'")
-            strategy = "gather"
+    def blocks(self, rows: Tensor, counts: Sequence[int], strategy: str, side: int = 0) -> Blocks:
+        """To be visited as often as need be, by all ranks alike; ``side`` tells apart what is visited at a time."""
+        if self.backend(rows.device) == "gloo" and rows.device.type != "cpu":
+            strategy = "gather"  # by way of the CPU
         if strategy == "auto":
             row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
             strategy = "gather" if sum(counts) * row_bytes <= GATHER_BYTES else "ring"
         kind = _Gathered if strategy == "gather" else _Ring
-        return kind(self, rows, counts, tag)
+        return kind(self, rows, counts, _TAG + 1 + side)
 
     def move(self, moves: Sequence[tuple[Any, Tensor, int]], tag: int) -> list[Any]:
         """Sends and receives, (what to do, rows, the other rank), that are under way when this returns."""
@@ -214,11 +219,24 @@ class Ranks:
             raise RuntimeError(f"{self.what}: {self._missing()}: {error}") from error
 
     def _missing(self) -> str:
-        """Ranks that do not report an error, too, by the store that all have in common."""
+        """Ranks that do not report an error, too. The store that all have in common may be gone, or not answer."""
         everyone = dist.get_process_group_ranks(self.group)
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(self._ask_store(everyone)), daemon=True)
+        asking.start()
+        asking.join(_REPORT_S + 5)
+        if found and found[0]:
+            return found[0]
+        host = "rank 0, unless torchrun holds it"
+        return (
+            f"a rank of {_ranks(everyone)} did not answer, nor does the store that they share: {host}, is stuck or gone"
+        )
+
+    def _ask_store(self, everyone: Sequence[int]) -> str:
+        """Empty if it does not answer."""
+        key = f"ssl_kernels/failure {next(_failures)} of rank {{}}"  # of which earlier ones are no sign
         try:
             store = dist.distributed_c10d._get_default_store()
-            key = "ssl_kernels/error of rank {}"
             store.set(key.format(dist.get_rank()), f"{self.what} over {_ranks(everyone)}")
             until, silent = time.monotonic() + _REPORT_S, everyone
             while silent and time.monotonic() < until:
@@ -226,7 +244,7 @@ class Ranks:
                 time.sleep(0.05)
             calls = {rank: store.get(key.format(rank)).decode() for rank in everyone if rank not in silent}
         except (RuntimeError, OSError):
-            return f"a rank of {_ranks(everyone)} has ended, and with it what the ranks had in common"
+            return ""
         if silent:
             return f"{_ranks(silent)} did not answer, having ended, or being stuck or elsewhere"
         if len(set(calls.values())) > 1:
@@ -234,85 +252,92 @@ class Ranks:
         return f"an exchange between {_ranks(everyone)} failed on all of them"
 
 
+_failures = itertools.count(1)
+
+
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 class Blocks:
-    """Rows of all ranks: those of rank, rank - 1, rank - 2 and so on, around the ring, seen from ``rank``."""
+    """The rows of all ranks, in blocks; those of this rank first. Each iteration visits them again, on all ranks."""
 
-    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int], tag: int = 0) -> None:
+    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int], tag: int) -> None:
         self.ranks, self.counts, self.tag = ranks, counts, tag
         self.rows = rows.detach().contiguous()
+        self.start = self._first(ranks.rank)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """A rank, and its rows. They may be overwritten once the next ones are asked for."""
+        """The place of the first row of a block among all rows, and the block, perhaps of no rows."""
         raise NotImplementedError
 
-    def _order(self) -> list[int]:
-        return [(self.ranks.rank - step) % self.ranks.size for step in range(self.ranks.size)]
+    def _first(self, rank: int) -> int:
+        return sum(self.counts[:rank])
 
-    def _empty(self, rank: int) -> Tensor:
-        return self.rows.new_empty(self.counts[rank], *self.rows.shape[1:])
+    def _empty(self, count: int) -> Tensor:
+        return self.rows.new_empty(count, *self.rows.shape[1:])
 
 
 class _Gathered(Blocks):
-    """They arrive while the first block, which is here, is looked at; and stay."""
+    """Those of others arrive while the first block is looked at, and stay: one block after it, one before it."""
 
-    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int], tag: int = 0) -> None:
+    def __init__(self, ranks: Ranks, rows: Tensor, counts: Sequence[int], tag: int) -> None:
         super().__init__(ranks, rows, counts, tag)
-        self._parts: list[Tensor] = []  # by rank
+        self._all: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        works = [] if self._parts else self._ask()
-        first, *others = self._order()
-        yield first, self.rows
+        works: list[Any] = []
+        if self._all is None:
+            self._all, works = self._ask()
+        yield self.start, self.rows
         with self.ranks._exchange():
             for work in works:
                 work.wait()
-        for rank in others:
-            yield rank, self._parts[rank][: self.counts[rank]]
+        end = self.start + len(self.rows)
+        yield end, self._all[end:]
+        yield 0, self._all[: self.start]
 
-    def _ask(self) -> list[Any]:
+    def whole(self) -> Tensor:
+        """All rows, in the order of the ranks."""
+        for _ in self:
+            pass
+        assert self._all is not None
+        self._all[self.start :][: len(self.rows)] = self.rows
+        return self._all
+
+    def _ask(self) -> tuple[Tensor, list[Any]]:
         ranks, rows = self.ranks, self.rows
-        if rows.device.type == "cpu":  # gloo's all-gather would fill a copy of all parts first
-            self._parts = [self._empty(rank) for rank in range(ranks.size)]
-            self._parts[ranks.rank] = rows
-            peers = [peer for peer in range(ranks.size) if peer != ranks.rank]
-            return ranks.move(
-                [(dist.isend, rows, peer) for peer in peers]
-                + [(dist.irecv, self._parts[peer], peer) for peer in peers],
-                self.tag,
-            )
-        lacking = max(self.counts) - len(rows)
-        sent = torch.cat([rows, rows.new_zeros(lacking, *rows.shape[1:])]) if lacking else rows
-        everyones = sent.new_empty(ranks.size, *sent.shape)
-        self._parts = list(everyones)
-        if sent.numel() == 0:
-            return []
-        with ranks._exchange():
-            return [_all_gather(everyones.view(-1), sent.view(-1), group=ranks.group, async_op=True)]
-
-    def by_rank(self) -> list[Tensor]:
-        return [rows for _, rows in sorted(self, key=lambda block: block[0])]
+        on_cpu = rows.device.type == "cpu"
+        if ranks.backend(rows.device) == "gloo" and not on_cpu:  # it sends what is on a CPU only
+            return _Gathered(ranks, rows.cpu(), self.counts, self.tag).whole().to(rows.device), []
+        everyones = self._empty(sum(self.counts))
+        if not on_cpu and len(set(self.counts)) == 1 and rows.numel():
+            with ranks._exchange():
+                work = _all_gather(everyones.view(-1), rows.view(-1), group=ranks.group, async_op=True)
+            return everyones, [work]
+        # One by one, for any numbers of rows; and gloo's all-gather would fill a copy of all of them first.
+        peers = [peer for peer in range(ranks.size) if peer != ranks.rank]
+        parts = everyones.split(list(self.counts))
+        sends = [(dist.isend, rows, peer) for peer in peers]
+        return everyones, ranks.move(sends + [(dist.irecv, parts[peer], peer) for peer in peers], self.tag)
 
 
 class _Ring(Blocks):
     """Each rank passes on what it has from the one before; two blocks are here at a time, beside its own."""
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        order, held, own = self._order(), self.rows, self.ranks.rank
-        for rank, after in zip(order, [*order[1:], None], strict=True):
+        own, size = self.ranks.rank, self.ranks.size
+        held = self.rows
+        for step in range(size):
             works: list[Any] = []
-            if after is not None:
-                coming = self._empty(after)
+            if step + 1 < size:
+                coming = self._empty(self.counts[(own - step - 1) % size])
                 works = self.ranks.move([(dist.isend, held, own + 1), (dist.irecv, coming, own - 1)], self.tag)
-            yield rank, held
+            yield self._first((own - step) % size), held
             with self.ranks._exchange():
                 for work in works:
                     work.wait()
-            if after is not None:
-                held = coming
+            held = coming if step + 1 < size else held
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ faulthandler.dump_traceback_later(300, exit=True)  # rather than to hang
 import torch, torch.distributed as dist
 rank, world = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=world)
+dist.init_process_group("gloo", init_method=sys.argv[3], rank=rank, world_size=world)
 """
 
 END = """
@@ -35,24 +36,33 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def run_processes(code: str, folder: Path, world: int = 2) -> None:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_processes(code: str, folder: Path, world: int = 2, *, rank_0_holds_the_store: bool = False) -> None:
     """``code`` in processes of one group that know ``rank`` and ``world``; each must reach its end.
+
+    They meet through a file, or through rank 0.
 
     They are killed only when all have: on its way out, gloo breaks off what others still wait for, or aborts.
     """
     errors = [folder / f"stderr of rank {rank}" for rank in range(world)]
     workers = []
+    meeting = f"tcp://127.0.0.1:{free_port()}" if rank_0_holds_the_store else f"file://{folder / 'store'}"
     try:
         for rank in range(world):
             with errors[rank].open("w") as stderr:
-                command = [
-                    sys.executable, "-c", START + code + END, str(rank), str(world), str(folder / "store"), *MODULES
-                ]  # fmt: skip
+                command = [sys.executable, "-c", START + code + END, str(rank), str(world), meeting, *MODULES]
                 pipe = subprocess.PIPE
                 workers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True))
-        for worker, error in zip(workers, errors, strict=True):
+        for rank, worker in enumerate(workers):
             assert worker.stdout is not None
-            assert worker.stdout.readline() == "passed\n", error.read_text()
+            if worker.stdout.readline() != "passed\n":  # perhaps for what another one did
+                raise AssertionError(f"rank {rank}:\n" + "\n".join(error.read_text()[-4000:] for error in errors))
     finally:
         for worker in workers:
             worker.kill()

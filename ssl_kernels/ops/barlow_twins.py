@@ -21,7 +21,6 @@ from torch import Tensor
 from ssl_kernels.distributed import Group, across
 from ssl_kernels.ops import _checks, covariance
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
 from ssl_kernels.ops.covariance import Result, Views, check_views, off_diagonal_squares, wide
 from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.strips import gathered
@@ -80,7 +79,7 @@ def barlow_twins_loss(
     _checks.check_numbers(lambda_param=lambda_param)
     backend = choose_backend(za.device, za.dtype, KERNELS)
     if backend == "reference":
-        (za, zb), _, _ = gathered(over, (za, zb), (), Pairs(None, None, False, NO_DIAGONAL, NO_DIAGONAL))
+        (za, zb), _, _ = gathered(over, (za, zb), (), what="barlow_twins_loss", lambda_param=lambda_param)
         return reference(za, zb, lambda_param)
     _checks.check_transforms(za, zb)
     grad = torch.is_grad_enabled()

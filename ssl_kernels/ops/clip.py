@@ -93,7 +93,9 @@ def clip_loss(
     pairs = Pairs(x_ids, y_ids, same_id == "ignore", offset, NO_DIAGONAL)
     backend = choose_backend(x.device, x.dtype, KERNELS)
     if backend == "reference":
-        (x, y), (scale,), pairs = gathered(over, (x, y), (scale,), pairs)
+        (x, y), (scale,), pairs = gathered(
+            over, (x, y), (scale,), pairs, what="clip_loss", reduction=reduction, label_smoothing=label_smoothing
+        )
         return reference(x, y, scale, pairs, label_smoothing, reduction)
     return softmax_contrastive(
         x, y, scale, pairs, label_smoothing=label_smoothing, reduction=reduction, backend=backend, over=over,

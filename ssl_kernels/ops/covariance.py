@@ -37,10 +37,11 @@ from torch import Tensor
 
 from ssl_kernels.distributed import Ranks
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops.contrastive import Finish, finish_gradients
+from ssl_kernels.ops.contrastive import NO_PAIRS, Finish, finish_gradients
 from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.matmul import add_matmul, matmul
+from ssl_kernels.ops.strips import agree
 
 
 class Squares(NamedTuple):
@@ -64,14 +65,8 @@ class Views:
         if a.group:
             self._ranks = ranks = Ranks(a.group, what)
             self.factor = ranks.size if a.grad_reduce == "mean" else 1
-            self.counts *= ranks.size
-            if not a.even_batches:
-                wanted = [name for name, want in (("za", a.want_a), ("zb", a.want_b)) if want]
-                alike = {
-                    "features": a.za.shape[1], "dtype": a.za.dtype, "gradients wanted": wanted, **facts,
-                    "grad_reduce": a.grad_reduce, "strategy": a.strategy,
-                }  # fmt: skip
-                self.counts = [count for (count,) in ranks.agree([len(a.za)], alike, a.za.device)]
+            wanted = [name for name, want in (("za", a.want_a), ("zb", a.want_b)) if want]
+            (self.counts,) = agree(ranks, [a.za], a, NO_PAIRS, **{"gradients wanted": wanted, **facts})
         self.rows = sum(self.counts)
         if self.rows < 2:
             raise ValueError(f"za: expected at least 2 rows over all ranks, which a variance needs, got {self.rows}")
@@ -121,8 +116,8 @@ class Views:
             return
         chosen = sorted({0 if t is self.own[0] else 1 for t in (a, b)})
         blocks = [self._ranks.blocks(self.z[view], self.counts, self.strategy, view) for view in chosen]
-        for arrived in zip(*blocks, strict=True):
-            if arrived[0][0] == self._ranks.rank:
+        for number, arrived in enumerate(zip(*blocks, strict=True)):
+            if number == 0:
                 yield a, b
                 continue
             rows = [self._as_own(view, theirs) for view, (_, theirs) in zip(chosen, arrived, strict=True)]

@@ -18,9 +18,10 @@ from torch import Tensor
 from ssl_kernels.distributed import ALONE, Across, Ranks
 from ssl_kernels.ops import _checks, key_softmax
 from ssl_kernels.ops._op import Op
+from ssl_kernels.ops.contrastive import NO_PAIRS
 from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.key_softmax import KERNELS, check_keys, widen
-from ssl_kernels.ops.strips import gathered
+from ssl_kernels.ops.strips import agree, gathered
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 
@@ -86,7 +87,9 @@ def fused_info_nce(
     scale = _checks.as_scalar("scale", scale, query)
     backend = choose_backend(query.device, query.dtype, KERNELS)
     if backend == "reference":
-        (query, positive, keys), (scale,), _ = gathered(over, (query, positive, keys), (scale,))
+        (query, positive, keys), (scale,), _ = gathered(
+            over, (query, positive, keys), (scale,), what="MoCoV3Loss", reduction=reduction
+        )
         return reference(query, positive, keys, scale, reduction, positive_is_key)
     _checks.check_transforms(query, positive, scale)
     want_mean = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
@@ -168,16 +171,10 @@ def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_in_group(a: Arguments, softmax: key_softmax.Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The same where the keys are those of all ranks: the softmax over each rank's, one after the other, and merged."""
     ranks = Ranks(a.group, "MoCoV3Loss")
-    counts = [len(a.keys)] * ranks.size
-    if not a.even_batches:
-        alike = {
-            "features": a.keys.shape[1], "dtype": a.keys.dtype, "gradients wanted": a.want_mean,
-            "grad_reduce": a.grad_reduce, "strategy": a.strategy,
-        }  # fmt: skip
-        counts = [count for (count,) in ranks.agree([len(a.keys)], alike, a.keys.device)]
+    (counts,) = agree(ranks, [a.keys], a, NO_PAIRS, gradients_wanted=a.want_mean, reduction=a.reduction)
     query = softmax.query
     lse, mean = query.new_full((len(query),), -math.inf), torch.zeros_like(query) if a.want_mean else query[:0]
-    for _, keys in ranks.blocks(a.keys, counts, a.strategy, tag=0):
+    for _, keys in ranks.blocks(a.keys, counts, a.strategy):
         if len(keys) == 0:
             continue
         of_block, mean_of_block = key_softmax.forward(softmax._replace(keys=keys))

@@ -29,13 +29,13 @@ from torch import Tensor
 from ssl_kernels.distributed import Blocks, Group, Ranks, across
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops.contrastive import NO_DIAGONAL, Finish, Pairs, finish_gradients, no_double_backward
+from ssl_kernels.ops.contrastive import NO_PAIRS, Finish, finish_gradients, no_double_backward
 from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.info_nce import reduce_rows
 from ssl_kernels.ops.key_softmax import widen
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
-from ssl_kernels.ops.strips import gathered
+from ssl_kernels.ops.strips import agree, gathered
 from ssl_kernels.settings import choose_backend, workspace_bytes
 
 KERNELS = ("cpu", "triton")
@@ -100,7 +100,7 @@ def koleo_loss(
         _check_rows(x.shape[0])
     backend = choose_backend(x.device, x.dtype, KERNELS)
     if backend == "reference":
-        (x,), _, _ = gathered(over, (x,), (), Pairs(None, None, False, NO_DIAGONAL, NO_DIAGONAL))
+        (x,), _, _ = gathered(over, (x,), (), what="koleo_loss", eps=eps, reduction=reduction)
         _check_rows(x.shape[0])
         return reference(x, eps, reduction)
     _checks.check_transforms(x)
@@ -330,17 +330,12 @@ class ArgumentsAcross(NamedTuple):
 def _forward_across(a: ArgumentsAcross) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient by the rows of this rank."""
     ranks, rows = Ranks(a.group, "koleo_loss"), len(a.x)
-    counts = [rows] * ranks.size
-    if not a.even_batches:
-        facts = {
-            "features": a.x.shape[1], "dtype": a.x.dtype, "gradients wanted": a.want_grad, "eps": a.eps,
-            "reduction": a.reduction, "grad_reduce": a.grad_reduce, "strategy": a.strategy,
-        }  # fmt: skip
-        counts = [count for (count,) in ranks.agree([rows], facts, a.x.device)]
+    facts = {"gradients wanted": a.want_grad, "eps": a.eps, "reduction": a.reduction}
+    (counts,) = agree(ranks, [a.x], a, NO_PAIRS, **facts)
     _check_rows(sum(counts))
     own = Arguments(a.x, a.eps, "none", a.workspace, a.backend)
     with _checks.without_autocast(a.x):
-        blocks = ranks.blocks(a.x, counts, a.strategy, tag=0)
+        blocks = ranks.blocks(a.x, counts, a.strategy)
         neighbor = _nearest_of_all(own, blocks)
         x, neighbor = _with_those_met(a, blocks, neighbor)
         met = own._replace(x=widen(x))  # the gradient is in its dtype
@@ -361,9 +356,8 @@ def _nearest_of_all(own: Arguments, blocks: Blocks) -> Tensor:
     u = _as_searched(_normalised(own)[1], own)
     best = u.new_full((len(u),), -math.inf)
     neighbor = torch.zeros(len(u), dtype=torch.int64, device=u.device)
-    for rank, rows in blocks:
-        first = sum(blocks.counts[:rank])
-        if rank == blocks.ranks.rank:
+    for number, (first, rows) in enumerate(blocks):
+        if number == 0:
             found, place = _search(u, u, own.workspace, own.backend)
         else:
             theirs = own._replace(x=rows)
@@ -380,22 +374,17 @@ def _with_those_met(a: ArgumentsAcross, blocks: Blocks, neighbor: Tensor) -> tup
     """The own rows, then the rows of others that are neighbours of these or, for a gradient, whose neighbours are among
     these; and where the neighbours are in this list. A row whose neighbour is not there stands for it itself."""
     ranks, counts = blocks.ranks, blocks.counts
-    start = sum(counts[: ranks.rank])
-    own = slice(start, start + counts[ranks.rank])
+    own = slice(blocks.start, blocks.start + len(blocks.rows))
     neighbors = ranks.gather_rows(neighbor, counts)
     pushes = (neighbors >= own.start) & (neighbors < own.stop) & a.want_grad
     met = pushes.index_fill(0, neighbor, True)
     met[own] = False
-    parts = {}
-    for rank, rows in blocks:
-        first = sum(counts[:rank])
-        parts[rank] = rows[met[first : first + counts[rank]]]
-    parts[ranks.rank] = a.x
+    parts = [(first, rows[met[first : first + len(rows)]]) for first, rows in blocks]
     others = met.nonzero().flatten()
     place = torch.zeros_like(neighbors)
     place[own] = torch.arange(len(a.x), device=place.device)
     place[others] = torch.arange(len(a.x), len(a.x) + len(others), device=place.device)
-    x = torch.cat([parts.pop(ranks.rank), *(parts[rank] for rank in sorted(parts))])
+    x = torch.cat([a.x, *(rows for _, rows in sorted(parts[1:], key=lambda part: part[0]))])
     theirs = torch.where(pushes[others], neighbors[others], others)
     return x, place[torch.cat([neighbor, theirs])]
 

@@ -69,7 +69,7 @@ def nt_xent_loss(
     rows = z0.shape[0]
     pairs = Pairs(None, None, False, positive=rows, excluded=0)
     if backend == "reference":
-        views, (scale,), _ = gathered(over, (z[:rows], z[rows:]), (scale,), pairs)
+        views, (scale,), _ = gathered(over, (z[:rows], z[rows:]), (scale,), what="nt_xent_loss", reduction=reduction)
         return reference(torch.cat(views), scale, reduction)
     return softmax_contrastive(
         z, None, scale, pairs, seam=rows, reduction=reduction, backend=backend, over=over, what="nt_xent_loss"

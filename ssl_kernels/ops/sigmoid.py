@@ -96,7 +96,9 @@ def sigmoid_contrastive_loss(
     pairs = Pairs(x_ids, y_ids, same_id == "ignore", offset, NO_DIAGONAL)
     backend = choose_backend(x.device, x.dtype, KERNELS)
     if backend == "reference":
-        (x, y), (scale, bias), pairs = gathered(over, (x, y), (scale, bias), pairs)
+        (x, y), (scale, bias), pairs = gathered(
+            over, (x, y), (scale, bias), pairs, what="sigmoid_contrastive_loss", reduction=reduction
+        )
         return reference(x, y, scale, bias, pairs, reduction)
     _checks.check_transforms(x, y, scale, bias)
     grad = torch.is_grad_enabled()
@@ -241,7 +243,7 @@ def _forward(a: Arguments) -> Result:
                 add=not own,
             )
             gradients = [dx, dy] if own else gradients
-            counted += [stats] if strip.counts else []
+            counted += [stats] if strip.is_counted else []
     dx, dy = gradients
     if triton:
         dx /= _gradient_scale(a.x.dtype)

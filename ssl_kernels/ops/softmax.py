@@ -312,7 +312,9 @@ class _Passes:
                 add=not own,
             )
             gradients = [dx, dy] if own else gradients
-            if strip.counts:  # where the matrix is symmetric the other rank meets the same pairs, G from both ways, too
+            if (
+                strip.is_counted
+            ):  # where the matrix is symmetric the other rank meets the same pairs, G from both ways, too
                 moments.append(stats.sum() / (2 if self.symmetric and not own else 1))
         dx, dy = gradients
         if self.triton:

@@ -29,7 +29,7 @@ class Strip(NamedTuple):
     side: int  # 0 for rows of the matrix, 1 for columns of it: then the strip is one of the transpose
     first: int  # the place of the first of y among those of all ranks
     is_own: bool  # of rows and columns of this rank: it gives what both sides ask for
-    counts: bool  # whether its pairs count in sums over all ranks, which must meet each once
+    is_counted: bool  # whether its pairs count in sums over all ranks, which must meet each once
 
 
 class Matrix:
@@ -52,26 +52,20 @@ class Matrix:
         self._ranks = ranks = Ranks(a.group, what)
         self.size, self.own_share = ranks.size, a.own_share
         self.factor = ranks.size if a.grad_reduce == "mean" else 1
-        if a.even_batches:
-            self.counts = [count * ranks.size for count in self.counts]
-        else:
-            wanted = [name for name, needed in zip(("x", "y", "scale", "bias"), a.needs_grad, strict=False) if needed]
-            alike = {
-                "features": a.x.shape[1], "dtype": a.x.dtype, "gradients wanted": wanted,
-                "ids": self.pairs.row_ids is not None, "ignore_same_id": a.ignore_same_id, "offset": a.positive,
-                **facts, "grad_reduce": a.grad_reduce, "strategy": a.strategy, "own_share": a.own_share,
-            }  # fmt: skip
-            if self.symmetric:
-                del alike["offset"]  # which is the number of rows
-            rows = ranks.agree([count for (count,) in self.counts], alike, a.x.device)
-            self.counts = [list(counts) for counts in zip(*rows, strict=True)]
+        wanted = [name for name, needed in zip(("x", "y", "scale", "bias"), a.needs_grad, strict=False) if needed]
+        if not self.symmetric:  # else a diagonal is the number of rows
+            facts["offset"] = a.positive
+        facts |= {"gradients wanted": wanted, "own_share": a.own_share}
+        self.counts = agree(ranks, self.sides, a, self.pairs, **facts)
         ids = self.pairs[:2]
         if self.pairs.row_ids is not None:
             ids = [ranks.gather_rows(i, counts) for i, counts in zip(ids, self.counts, strict=False)]
         self._whole = self.pairs._replace(row_ids=ids[0], col_ids=ids[-1])
+        if self.symmetric:  # the diagonals are of a rank's own rows
+            self._whole = self._whole._replace(positive=NO_DIAGONAL, excluded=NO_DIAGONAL)
         self._blocks = [
-            ranks.blocks(side, counts, a.strategy, tag)
-            for tag, (side, counts) in enumerate(zip(self.sides, self.counts, strict=True))
+            ranks.blocks(side, counts, a.strategy, number)
+            for number, (side, counts) in enumerate(zip(self.sides, self.counts, strict=True))
         ]
 
     def count(self, side: int) -> int:
@@ -79,38 +73,30 @@ class Matrix:
         return sum(self.counts[side])
 
     def strips(self, rows: bool, cols: bool) -> Iterator[Strip]:
-        """The own block first; then, as wanted, what the rank's rows and its columns meet of each other rank."""
-        x, y = self.sides[0], self.sides[-1]
+        """The own block first; then, as wanted, what the rank's rows and its columns meet of others'."""
         if self._ranks is None:
-            yield Strip(x, y, self.pairs, 0, 0, True, True)
+            yield Strip(self.sides[0], self.sides[-1], self.pairs, 0, 0, True, True)
             return
         wanted = [side for side, want in enumerate((rows, cols)) if want]
-        own_rank = self._ranks.rank
-        for arrived in zip(*(self._blocks[-1 - side] for side in wanted), strict=True):
-            rank = arrived[0][0]
-            if rank == own_rank:
-                yield Strip(x, y, self._pairs(0, rank), 0, self._first(-1, rank), True, True)
+        for number, arrived in enumerate(zip(*(self._blocks[self._other(side)] for side in wanted), strict=True)):
+            if number == 0:
+                first, y = self._blocks[-1].start, self.sides[-1]
+                pairs = self.pairs if self.symmetric else self._pairs(0, first, len(y))
+                yield Strip(self.sides[0], y, pairs, 0, first, True, True)
                 continue
-            for side, (_, theirs) in zip(wanted, arrived, strict=True):
-                pairs, first, counts = self._pairs(side, rank), self._first(-1 - side, rank), side == wanted[0]
-                yield Strip(self.sides[side], theirs, pairs, side, first, False, counts)
+            for side, (first, theirs) in zip(wanted, arrived, strict=True):
+                pairs = self._pairs(side, first, len(theirs))
+                yield Strip(self.sides[side], theirs, pairs, side, first, False, side == wanted[0])
 
-    def _first(self, side: int, rank: int) -> int:
-        return sum(self.counts[side][:rank])
+    def _other(self, side: int) -> int:
+        """Whose rows those of a side meet."""
+        return 0 if self.symmetric else 1 - side
 
-    def _pairs(self, side: int, rank: int) -> Pairs:
-        """Of the rows of this rank, on a side, and what they meet of another rank."""
-        assert self._ranks is not None
-        own = self._ranks.rank
-        if self.symmetric and rank == own:
-            return self.pairs
-        whole = self._whole
-        if self.symmetric:  # the diagonals are of a rank's own rows
-            whole = whole._replace(positive=NO_DIAGONAL, excluded=NO_DIAGONAL)
-        if side == 1:
-            whole = whole.transposed()
-        row, col = self._first(side, own), self._first(-1 - side, rank)
-        return whole.part(row, self.counts[side][own], col, self.counts[-1 - side][rank])
+    def _pairs(self, side: int, first: int, count: int) -> Pairs:
+        """Of this rank's rows, on a side, and so many on the other side."""
+        own = self._blocks[side]
+        whole = self._whole if side == 0 else self._whole.transposed()
+        return whole.part(own.start, len(own.rows), first, count)
 
     def sum(self, totals: Tensor) -> Tensor:
         """Over the ranks."""
@@ -131,22 +117,42 @@ class Matrix:
         return shown.to(dtype), torch.stack([*overall[1:] / self.size, unit * self.factor]).to(dtype)
 
 
+def agree(ranks: Ranks, sides: Sequence[Tensor], over: Any, pairs: Pairs, **facts: object) -> list[list[int]]:
+    """How many rows each rank has of each side, once all of them call alike; ``over`` has the fields of Across."""
+    if over.even_batches:
+        return [[len(side)] * ranks.size for side in sides]
+    alike = {
+        "features": sides[0].shape[1], "dtype": sides[0].dtype, "ids": pairs.row_ids is not None,
+        "ignore_same_id": pairs.ignore_same_id, **facts, "grad_reduce": over.grad_reduce, "strategy": over.strategy,
+    }  # fmt: skip
+    rows = ranks.agree([len(side) for side in sides], alike, sides[0].device)
+    return [list(counts) for counts in zip(*rows, strict=True)]
+
+
 def gathered(
-    over: Across, features: Sequence[Tensor], scalars: Sequence[Tensor], pairs: Pairs = NO_PAIRS
+    over: Across,
+    features: Sequence[Tensor],
+    scalars: Sequence[Tensor],
+    pairs: Pairs = NO_PAIRS,
+    *,
+    what: str,
+    **facts: object,
 ) -> tuple[list[Tensor], list[Tensor], Pairs]:
-    """For a reference: the features and ids of all ranks, in whose graph are those of this one, and the scalars.
+    """For the reference of ``what``: the features and ids of all ranks, in whose graph are those of this one, and the
+    scalars.
 
     The gradients that flow back are those that the ranks are to have. It cannot be differentiated twice, for what other
     ranks hold is constant.
     """
     if not over.group:
         return list(features), list(scalars), pairs
-    ranks = Ranks(over.group, "reference")
-    rows = [len(feature) for feature in features]
-    counts = list(zip(*ranks.agree(rows, {"features": features[0].shape[1]}, features[0].device), strict=True))
+    if over.own_share:
+        raise NotImplementedError("own_share: the reference gives the loss of all ranks; expected False, got True")
+    ranks = Ranks(over.group, f"{what}, reference")
+    counts = agree(ranks, features, over, pairs, **facts)
     everyones = []
     for own, count in zip(features, counts, strict=True):
-        parts = list(ranks.gather_rows(own.detach(), count).split(list(count)))
+        parts = list(ranks.gather_rows(own.detach(), count).split(count))
         parts[ranks.rank] = _ScaledGradient.apply(own, ranks.size if over.grad_reduce == "mean" else 1)
         everyones.append(torch.cat(parts))
     shares = [_ScaledGradient.apply(t, 1 if over.grad_reduce == "mean" else 1 / ranks.size) for t in scalars]

@@ -99,7 +99,7 @@ def sup_con_loss(
     pairs = Pairs(ids, ids, False, NO_DIAGONAL, excluded=0)
     backend = choose_backend(z.device, z.dtype, KERNELS)
     if backend == "reference":
-        (z,), (scale,), pairs = gathered(over, (z,), (scale,), pairs)
+        (z,), (scale,), pairs = gathered(over, (z,), (scale,), pairs, what="sup_con_loss", reduction=reduction)
         loss, unpaired = reference(z, pairs, scale, reduction)
     else:
         loss, unpaired = softmax_contrastive(

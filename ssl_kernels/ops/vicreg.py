@@ -22,7 +22,6 @@ from torch import Tensor
 from ssl_kernels.distributed import Group, across
 from ssl_kernels.ops import _checks, covariance
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
 from ssl_kernels.ops.covariance import Result, Views, check_views, off_diagonal_squares, wide
 from ssl_kernels.ops.dino import unit_stride
 from ssl_kernels.ops.key_softmax import widen
@@ -97,7 +96,7 @@ def vicreg_loss(
     weights = (invariance_weight, variance_weight, covariance_weight)
     backend = choose_backend(za.device, za.dtype, KERNELS)
     if backend == "reference":
-        (za, zb), _, _ = gathered(over, (za, zb), (), Pairs(None, None, False, NO_DIAGONAL, NO_DIAGONAL))
+        (za, zb), _, _ = gathered(over, (za, zb), (), what="vicreg_loss", weights=weights, eps=eps)
         return reference(za, zb, *weights, eps)
     _checks.check_transforms(za, zb)
     grad = torch.is_grad_enabled()

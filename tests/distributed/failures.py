@@ -48,24 +48,40 @@ def differences_raise_everywhere(rank: int, world: int) -> None:
 
 
 def a_rank_that_is_gone_is_named(rank: int, world: int) -> None:
-    _without_rank_1(rank, signal.SIGKILL, timeout_s=120)  # the connection breaks: that is seen at once
+    """Also where another failure, of which all knew, came before."""
+    x = torch.randn(6, 8)
+    short = dist.new_group(timeout=timedelta(seconds=10))
+    if rank != 1:
+        with pytest.raises(RuntimeError, match="nt_xent_loss: rank 1 did not answer"):
+            K.nt_xent_loss(x, x, 0.1, group=short)
+    dist.barrier()
+    # The connection breaks: that is seen at once.
+    _without(
+        1, rank, signal.SIGKILL, 120, "clip_loss: rank 1 did not answer, having ended, or being stuck or elsewhere"
+    )
 
 
 def a_rank_that_is_stuck_is_named(rank: int, world: int) -> None:
-    _without_rank_1(rank, signal.SIGSTOP, timeout_s=15)
+    _without(1, rank, signal.SIGSTOP, 15, "clip_loss: rank 1 did not answer, having ended, or being stuck or elsewhere")
 
 
-def _without_rank_1(rank: int, end: signal.Signals, timeout_s: int) -> None:
+def the_rank_that_holds_the_store_is_gone(rank: int, world: int) -> None:
+    _without(0, rank, signal.SIGKILL, 120, "nor does the store that they share: rank 0, unless torchrun holds it")
+
+
+def the_rank_that_holds_the_store_is_stuck(rank: int, world: int) -> None:
+    _without(0, rank, signal.SIGSTOP, 10, "nor does the store that they share: rank 0, unless torchrun holds it")
+
+
+def _without(one: int, rank: int, end: signal.Signals, timeout_s: int, message: str) -> None:
     group = dist.new_group(timeout=timedelta(seconds=timeout_s))
     x = torch.randn(6, 8, requires_grad=True)
     K.clip_loss(x, x, 10.0, group=group, strategy="ring").backward()
-    if rank == 1:
+    if rank == one:
         print("passed", flush=True)
         os.kill(os.getpid(), end)
     begun = time.monotonic()
-    with pytest.raises(
-        RuntimeError, match="clip_loss: rank 1 did not answer, having ended, or being stuck or elsewhere"
-    ):
+    with pytest.raises(RuntimeError, match=message):
         K.clip_loss(x, x, 10.0, group=group, strategy="ring")
     assert time.monotonic() - begun < 60
 

@@ -15,7 +15,9 @@ from processes import run_processes
         "a_rank_that_is_gone_is_named",
         "a_rank_that_is_stuck_is_named",
         "different_groups_are_named",
+        "the_rank_that_holds_the_store_is_gone",
+        "the_rank_that_holds_the_store_is_stuck",
     ],
 )
 def test_failures(name: str, tmp_path: Path) -> None:
-    run_processes(f"import failures; failures.{name}(rank, world)", tmp_path, 3)
+    run_processes(f"import failures; failures.{name}(rank, world)", tmp_path, 3, rank_0_holds_the_store="store" in name)
