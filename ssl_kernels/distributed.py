@@ -216,9 +216,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(f"{self.what}: {self._missing()}: {error}") from error
+            raise RuntimeError(f"{self.what}: {self.missing()}: {error}") from error
 
-    def _missing(self) -> str:
+    def missing(self) -> str:
         """Ranks that do not report an error, too. The store that all have in common may be gone, or not answer."""
         everyone = dist.get_process_group_ranks(self.group)
         found: list[str] = []

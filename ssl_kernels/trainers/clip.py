@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels import ClipLoss
+from ssl_kernels.distributed import world
 from ssl_kernels.trainers import command, two_towers
 from ssl_kernels.trainers.models import ImageTower
 from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
@@ -53,7 +54,7 @@ class Clip(TwoTowerModel):
     """Two towers and a learned scale."""
 
     def __init__(
-        self, image: ImageTower, text: nn.Module, loss: nn.Module, backend: str = "auto", check: bool = False,
+        self, image: ImageTower, text: nn.Module, loss: ClipLoss, backend: str = "auto", check: bool = False,
         label_smoothing: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(image, text, loss, backend, check)
@@ -65,7 +66,8 @@ class Clip(TwoTowerModel):
         if ids is None and self.label_smoothing == 0:
             loss: Tensor = self.loss(x, y, scale)
         else:  # pairs that share a caption or an image are each other's positives: no false negatives
-            loss = K.clip_loss(x, y, scale, x_ids=ids, y_ids=ids, label_smoothing=self.label_smoothing)
+            smoothing = self.label_smoothing
+            loss = K.clip_loss(x, y, scale, x_ids=ids, y_ids=ids, label_smoothing=smoothing, **self.loss.how())
         return loss
 
     @torch.no_grad()
@@ -75,9 +77,8 @@ class Clip(TwoTowerModel):
 
 
 def train(config: ClipConfig, console: Console) -> None:
-    loss = two_towers.make_loss(ClipLoss)
-
     def model(image: ImageTower, text: nn.Module) -> Clip:
+        loss = ClipLoss(group=world())
         return Clip(image, text, loss, config.loss_backend, config.check_loss, config.label_smoothing)
 
     two_towers.train("CLIP", model, config, console)

@@ -13,7 +13,8 @@ import tyro
 from rich.console import Console
 
 from ssl_kernels.trainers import checkpoints, loop
-from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, UserError, one_line
+from ssl_kernels.trainers.errors import InterruptedRunError, LostRankError, NonFiniteError, UserError, one_line
+from ssl_kernels.trainers.processes import own_share
 
 Config = TypeVar("Config", bound=loop.LoopConfig)
 
@@ -26,11 +27,16 @@ def run(kind: type[Config], train: Callable[[Config, Console], None], argv: Sequ
         # A pipe or a log file has no width of its own, and 80 columns would wrap every line of the table.
         train(config, Console(width=None if sys.stdout.isatty() else 150))
     except UserError as error:
-        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, NonFiniteError) else 2
+        rank = own_share().rank
+        if not (rank and isinstance(error, NonFiniteError)):  # which all processes meet together
+            print(f"{prog}: error: {f'rank {rank}: ' if rank else ''}{one_line(error)}", file=sys.stderr)
+        return 1 if isinstance(error, NonFiniteError | LostRankError) else 2
     except InterruptedRunError as stop:
-        resume = f"{prog} --resume {shlex.quote(str(Path(stop.checkpoint).parent))}"
-        print(f"{stop.signal_name}: stopped after saving {stop.checkpoint}; continue with: {resume}", file=sys.stderr)
+        if own_share().rank == 0:
+            resume = f"{prog} --resume {shlex.quote(str(Path(stop.checkpoint).parent))}"
+            print(
+                f"{stop.signal_name}: stopped after saving {stop.checkpoint}; continue with: {resume}", file=sys.stderr
+            )
         return stop.exit_code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted outside of training; a written checkpoint still resumes", file=sys.stderr)

@@ -39,6 +39,8 @@ from torch import Tensor
 
 import ssl_kernels.functional as K
 from ssl_kernels import CollapseMonitor, DINOHead, DINOLoss
+from ssl_kernels.distributed import across, gather_rows, world
+from ssl_kernels.ops.strips import gathered
 from ssl_kernels.schedules import linear_warmup
 from ssl_kernels.trainers import command, loop, self_supervised
 from ssl_kernels.trainers.data.batches import Batch
@@ -46,6 +48,7 @@ from ssl_kernels.trainers.data.views import ImageData
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation.probes import spread
 from ssl_kernels.trainers.masking import PatchMask, block_masks, mask_weights
+from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, require
 from ssl_kernels.trainers.self_supervised import Encoder, MomentumMethod, SelfSupervisedConfig
 
@@ -104,6 +107,10 @@ class DINOConfig(SelfSupervisedConfig):
     """Weight of KoLeo (version 2)."""
     separate_heads: bool = False
     """A head of their own for patches, as large models want it (version 2)."""
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        return super().leaves_parameters_unused or self.freeze_last_layer > 0
 
     def check(self) -> None:
         super().check()
@@ -221,10 +228,12 @@ class DINO(MomentumMethod):
 
     def metrics(self, features: Tensor, t: Tensor, loss: Tensor, center: Tensor) -> dict[str, Any]:
         center = center - center.mean()  # what all prototypes share teaches nothing
-        watched = self.monitor(t, loss.detach(), self.teacher_temp, center)
+        rows, most = t.flatten(0, 1), self.monitor.max_rows
+        few = rows[:: math.ceil(own_share().world * len(rows) / most)]  # no more than are watched need travel
+        watched = self.monitor(gather_rows(few), loss.detach(), self.teacher_temp, center)
         for name in ("teacher_entropy", "marginal_entropy"):
             watched[f"{name}_share"] = watched[name] / math.log(t.shape[-1])
-        return {**watched, **spread(features[: t.shape[1]].detach()), **self.logged}
+        return {**watched, **spread(gather_rows(features[: t.shape[1]])), **self.logged}
 
     def after_step(self, number: int) -> None:
         super().after_step(number)
@@ -237,7 +246,11 @@ class DINOv2(DINO):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         views, config = batch["views"], self.config
         grid = cast(Any, self.encoder.trunk).patch_embed.grid_size
-        masks = block_masks(2 * len(views[0]), grid, config.mask_share, config.mask_probability).to(views[0].device)
+        share, n = own_share(), len(views[0])
+        everyones = block_masks(2 * n * share.world, grid, config.mask_share, config.mask_probability)
+        masked = int(everyones.any(2).any(1).sum())
+        masks = everyones.unflatten(0, (2, -1))[:, share.of(n * share.world)].flatten(0, 1).to(views[0].device)
+        weights = mask_weights(masks, masked / share.world)
         with torch.no_grad():
             _, t, t_patches = self.teacher(views[:2], masks, hide=False)
             patch_center = K.sinkhorn_center(t_patches, self.teacher_temp)
@@ -245,12 +258,19 @@ class DINOv2(DINO):
         loss, center = self.distill(s, t)
         terms = {
             "dino": loss,
-            "ibot": K.ibot_patch_loss(s_patches, t_patches, mask_weights(masks), center=patch_center, **self.temps),
-            "koleo": torch.stack([K.koleo_loss(view) for view in features[: len(masks)].chunk(2)]).sum(),
+            "ibot": K.ibot_patch_loss(s_patches, t_patches, weights, center=patch_center, **self.temps),
+            "koleo": torch.stack([koleo(view) for view in features[: 2 * n].chunk(2)]).sum(),
         }
         total = loss + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]
         metrics = self.metrics(features, t, loss, center)
         return total, {**{name: term.detach() for name, term in terms.items()}, **metrics}
+
+
+def koleo(features: Tensor) -> Tensor:
+    """KoLeo, which looks for neighbours among the images of all processes."""
+    over = across(world(), "gather", "mean", True, False, "mean")
+    (everyones,), _, _ = gathered(over, [features], [])
+    return K.koleo_loss(everyones)
 
 
 def make_method(config: DINOConfig, data: ImageData, steps: int) -> DINO:

@@ -18,6 +18,14 @@ class NonFiniteError(UserError):
         )
 
 
+class LostRankError(UserError):
+    """Another process of the run does not answer."""
+
+    def __init__(self, step: int, lost: str, checkpoint: str | None) -> None:
+        rescue = f"--resume {checkpoint} continues" if checkpoint else "no checkpoint had been written yet"
+        super().__init__(f"step {step}: {lost}; {rescue}")
+
+
 class InterruptedRunError(Exception):
     """SIGINT or SIGTERM arrived; the checkpoint at `checkpoint` continues the run."""
 

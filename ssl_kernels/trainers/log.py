@@ -37,19 +37,21 @@ def json_line(record: dict[str, Any]) -> str:
 
 @dataclass
 class RunLog:
-    """The open log of a run of `total` steps in `epochs` epochs."""
+    """The open log of a run of `total` steps in `epochs` epochs; only the first of several processes has files."""
 
     console: Console
     progress: Progress
     bar: TaskID
-    board: SummaryWriter
-    file: TextIO
+    board: SummaryWriter | None
+    file: TextIO | None
     total: int
     epochs: int
     last: str = ""  # record, as the console shows it
 
     def write(self, record: dict[str, Any]) -> None:
         """Keep a record of a step."""
+        if self.file is None or self.board is None:
+            return
         self.file.write(json_line(record))
         self.file.flush()
         for name, value in record.items():
@@ -69,11 +71,14 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def open_log(folder: Path, console: Console, *, done: int, total: int, epochs: int) -> Iterator[RunLog]:
-    """The log of a run that has come to the step `done`."""
+def open_log(folder: Path | None, console: Console, *, done: int, total: int, epochs: int) -> Iterator[RunLog]:
+    """The log of a run that has come to the step `done`; without a folder, of a process that does not log."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    bar = progress.add_task("", total=total, completed=done)
+    if folder is None:
+        yield RunLog(console, progress, bar, None, None, total, epochs)
+        return
     with progress, SummaryWriter(folder / "tensorboard", purge_step=done + 1) as board, \
             open(folder / METRICS, "a") as file:  # fmt: skip
-        bar = progress.add_task("", total=total, completed=done)
         yield RunLog(console, progress, bar, board, file, total, epochs)

@@ -7,12 +7,17 @@ A trainer hands over its module, an optimizer, batches and three functions:
   its first forward pass, what a schedule needs; after it, what a momentum teacher needs. Steps count from 1.
 
 Everything a run consists of is either a function of (seed, epoch, batch number) or in the checkpoint.
+
+In several processes, each with a device of its own, every batch is split among them and is what it is in one process:
+`--batch-size` counts what all of them hold. What is logged is of the whole batch. The first process alone logs and
+writes, and any number of processes resumes what any other number has written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -24,17 +29,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.wrappers import _FabricModule
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ssl_kernels.trainers import checkpoints
+from ssl_kernels.trainers import checkpoints, processes
 from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
-from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, UserError
+from ssl_kernels.trainers.errors import InterruptedRunError, LostRankError, NonFiniteError, UserError
 from ssl_kernels.trainers.log import METRICS, json_line, open_log, read_records
 from ssl_kernels.trainers.ranges import NOT_NEGATIVE, SHARE, Range, at_least, require
 
@@ -69,7 +77,7 @@ class LoopConfig:
     epochs: int = 40
     """Passes over the training pairs."""
     batch_size: int = 256
-    """Pairs per forward pass; each is contrasted with the others of its own batch."""
+    """Pairs per forward pass, over all processes; each is contrasted with the others of its own batch."""
     accumulate: int = 1
     """Batches whose gradients are averaged per optimizer step. This saves memory in the nets; but where a loss compares
     the images of a batch it still sees one batch at a time, so 4 x 256 is not 1,024."""
@@ -87,16 +95,29 @@ class LoopConfig:
     """Fabric's precision: of the arithmetic, and with -true of the weights too."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on."""
+    devices: int = 1
+    """Processes on each machine, with a device of its own each, among which batches are split. torchrun starts them
+    instead if it runs the command: `torchrun --nproc-per-node 8 -m ssl_kernels.cli train ...`."""
+    num_nodes: int = 1
+    """Machines, on each of which the command is started, or torchrun with --nnodes. They share --output-dir."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How several processes hold the weights: `ddp`, which `auto` is, gives all of them to each."""
     workers: int = 0
-    """Processes that prepare batches."""
+    """Processes that prepare batches, beside each that trains."""
     log_every: int = 1
     """Steps between two lines of the log."""
     checkpoint_every: int = 100
     """Steps between two checkpoints; one is also written at the end and on SIGINT or SIGTERM."""
 
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether trained parameters may have no part in some step, for which several processes have to look then."""
+        return False
+
     def check(self) -> None:
         """Refuse values that cannot work."""
         require(self, at_least(1), "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every")
+        require(self, at_least(1), "devices", "num_nodes")
         require(self, at_least(0), "workers", "seed")
         require(self, NOT_NEGATIVE, "lr", "weight_decay", "clip")
         require(self, Range("a share of the steps in [0, 1]", SHARE.holds), "warmup")
@@ -106,7 +127,9 @@ class LoopConfig:
 
 # Settings that a resumed run may change: they do not touch the arithmetic. (Where the data depends on the workers, its
 # fingerprint does too.)
-RESUMABLE = {"output_dir", "resume", "overwrite", "workers", "log_every", "checkpoint_every"}
+RESUMABLE = {
+    "output_dir", "resume", "overwrite", "workers", "log_every", "checkpoint_every", "devices", "num_nodes", "strategy",
+}  # fmt: skip
 
 
 @dataclass
@@ -120,17 +143,34 @@ class Result:
 
 
 def make_fabric(config: LoopConfig) -> Fabric:
-    """One device with the asked precision, and every seed set."""
+    """One device, or several processes with one each, with the asked precision, and every seed set.
+
+    All processes have the same seeds, and draw alike.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written twice
     torch.backends.cudnn.benchmark = False
     if config.precision == "16-mixed" and (config.accelerator == "cpu" or not torch.accelerator.is_available()):
         raise UserError("--precision: 16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")
+    devices, num_nodes = processes.counts(config.devices, config.num_nodes)
+    world = devices * num_nodes
+    require(config, Range(f"a multiple of the {world} processes", lambda size: size % world == 0), "batch_size")
+    # Buffers are alike without. The name is that since torch 2.14.
+    named = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
+    ddp: dict[str, Any] = {sync: False, "find_unused_parameters": config.leaves_parameters_unused}
     try:
-        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+        fabric = Fabric(
+            accelerator=config.accelerator, devices=devices, num_nodes=num_nodes, precision=config.precision,
+            strategy=DDPStrategy(**ddp) if world > 1 else "auto",
+        )  # fmt: skip
+        fabric.launch()
     except Exception as error:  # Fabric raises its own kinds for a missing device
-        raise UserError(f"--accelerator {config.accelerator} --precision {config.precision}: {error}") from None
+        several = f" --devices {devices} --num-nodes {num_nodes}" if world > 1 else ""
+        raise UserError(
+            f"--accelerator {config.accelerator} --precision {config.precision}{several}: {error}"
+        ) from None
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)  # noqa: NPY002 (for whoever uses the global generator)
     torch.manual_seed(config.seed)
@@ -208,17 +248,12 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def _own_name(parameter: str) -> str:
-    """A parameter's name as its author knows it, without Fabric's wrapper."""
-    return parameter.removeprefix("_forward_module.")
-
-
 @dataclass
 class _Training:
     """What `fit` was given, and how far it has come."""
 
     fabric: Fabric
-    model: nn.Module
+    model: _FabricModule
     optimizer: torch.optim.Optimizer
     data: EpochBatches
     config: LoopConfig
@@ -236,20 +271,26 @@ class _Training:
         self.warmup = round(self.config.warmup * self.total)
         self.checkpoint = self.config.output_dir / CHECKPOINT
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)  # of 16-mixed
+        self.inner = self.model.module  # whose names are not those of wrappers
 
     def begin(self) -> None:
         """Come to where the resumed run stood, or see that the folder is free, and write what is known of the run."""
         config, folder = self.config, self.config.output_dir
         if config.resume is not None:
             self._restore(checkpoints.checkpoint_path(config.resume))
-        elif config.overwrite and folder.is_dir():
-            for name in (CHECKPOINT, "summary.json", "curves.png", "retrieval.png", "features.png"):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        elif self.checkpoint.exists():
+        elif self.checkpoint.exists() and not config.overwrite:
             raise UserError(
                 f"--output-dir: {folder} already holds a run; --resume {folder} continues it, --overwrite starts over"
             )
+        if self.fabric.is_global_zero:
+            self._prepare(folder)
+
+    def _prepare(self, folder: Path) -> None:
+        config = self.config
+        if config.resume is None and folder.is_dir():
+            for name in (CHECKPOINT, "summary.json", "curves.png", "retrieval.png", "features.png"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -265,7 +306,9 @@ class _Training:
                 f"--output-dir: {self.config.output_dir} already holds another run than the one in {self.config.resume}"
             )
         if (state["total"], state["data"]) != (self.total, self.data.fingerprint):
-            raise UserError("--resume: the data is not what the run was trained on (other pairs, files or workers)")
+            raise UserError(
+                "--resume: the data is not what the run was trained on (other pairs, files, workers or processes)"
+            )
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -286,12 +329,14 @@ class _Training:
         if self.before_step is not None:
             self.before_step(self.done + 1)
         metrics: dict[str, float] = {}
-        for _ in range(self.config.accumulate):
-            loss, extra = self.step(self.fabric.to_device(next(batches)))
-            self._check_finite(loss.detach(), extra)
-            self.fabric.backward(loss / self.config.accumulate)
-            for name, value in {"loss": loss.detach(), **extra}.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value) / self.config.accumulate
+        for left in reversed(range(self.config.accumulate)):
+            with self.fabric.no_backward_sync(self.model, enabled=left > 0):
+                loss, extra = self.step(self.fabric.to_device(next(batches)))
+                values = processes.mean_of_ranks({"loss": loss.detach(), **extra}, self.fabric.device)
+                self._check_finite(values)
+                self.fabric.backward(loss / self.config.accumulate)
+            for name, value in values.items():
+                metrics[name] = metrics.get(name, 0.0) + value / self.config.accumulate
         norm = self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -300,11 +345,11 @@ class _Training:
             self.after_step(self.done)
         return {**metrics, "lr": self.config.lr * rate, "grad_norm": norm}
 
-    def _check_finite(self, loss: Tensor, extra: dict[str, Any]) -> None:
-        if not bool(torch.isfinite(loss)):
-            others = [name for name, value in extra.items() if not math.isfinite(value)]
+    def _check_finite(self, values: dict[str, float]) -> None:
+        if not math.isfinite(values["loss"]):
+            others = [name for name, value in values.items() if name != "loss" and not math.isfinite(value)]
             terms = f"the loss (with {', '.join(others)})" if others else "the loss"
-            raise NonFiniteError(self.done + 1, terms, self._last_good())
+            raise NonFiniteError(self.done + 1, terms, self.last_good())
 
     def _clip_gradients(self) -> float:
         """The norm of the gradients before they are clipped."""
@@ -314,10 +359,10 @@ class _Training:
                 self.model, self.optimizer, max_norm=limit, error_if_nonfinite=self.scaler is None
             )
         except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be named
-            gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+            gradients = ((name, p.grad) for name, p in self.inner.named_parameters() if p.grad is not None)
             bad = (name for name, gradient in gradients if not gradient.isfinite().all())
-            term = f"the gradient of {_own_name(next(bad, 'all parameters together'))}"
-            raise NonFiniteError(self.done + 1, term, self._last_good()) from None
+            term = f"the gradient of {next(bad, 'all parameters together')}"
+            raise NonFiniteError(self.done + 1, term, self.last_good()) from None
         assert norm is not None
         return float(norm)
 
@@ -333,22 +378,23 @@ class _Training:
 
     def save(self) -> None:
         """Write a checkpoint: one on disk is a good one."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.inner.named_parameters():
             if not bool(parameter.isfinite().all()):
-                raise NonFiniteError(self.done, f"the updated parameter {_own_name(name)}", self._last_good())
-        for name, buffer in self.model.named_buffers():
+                raise NonFiniteError(self.done, f"the updated parameter {name}", self.last_good())
+        for name, buffer in self.inner.named_buffers():
             if bool(buffer.isnan().any()):  # an infinity may be meant, as in a mask
-                raise NonFiniteError(self.done, f"the buffer {_own_name(name)}", self._last_good())
+                raise NonFiniteError(self.done, f"the buffer {name}", self.last_good())
         state = {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.done,
             "elapsed_s": self.elapsed_s, "total": self.total, "data": self.data.fingerprint,
             "rng": checkpoints.rng_state(), "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "config": plain(self.config),
         }  # fmt: skip
-        write_atomically(self.checkpoint, lambda path: self.fabric.save(path, state))
+        if self.fabric.is_global_zero:
+            write_atomically(self.checkpoint, lambda path: torch.save(state, path))
         self.has_saved = True
 
-    def _last_good(self) -> str | None:
+    def last_good(self) -> str | None:
         """The checkpoint that is left when something goes wrong; what lies there before the first may be another's."""
         is_own = self.has_saved or (self.config.resume is not None and self.checkpoint.exists())
         return str(self.checkpoint) if is_own else None
@@ -361,15 +407,29 @@ def fit(
 ) -> Result:  # fmt: skip
     """Train `model`, set up by `fabric.setup` together with `optimizer`, for `config.epochs` epochs.
 
-    `step` defaults to calling the model. Raises `NonFiniteError` where the loss or a gradient is not finite and
-    `InterruptedRunError` after SIGINT or SIGTERM, both with the path of the checkpoint to continue from.
+    `step` defaults to calling the model. Raises `NonFiniteError` where the loss or a gradient is not finite,
+    `LostRankError` where another process does not answer, and `InterruptedRunError` after SIGINT or SIGTERM, all with
+    the path of the checkpoint to continue from.
     """
-    run = _Training(fabric, model, optimizer, data, config, step or model, before_step, after_step)
+    run = _Training(fabric, cast(_FabricModule, model), optimizer, data, config, step or model, before_step, after_step)
     run.begin()
+    try:
+        _fit(run, console or Console())
+    except RuntimeError as error:
+        lost = processes.lost_ranks(error)
+        if lost is None:
+            raise
+        raise LostRankError(run.done + 1, lost, run.last_good()) from error
+    return Result(run.records, run.done, run.elapsed_s, peak_memory_mb(fabric.device))
+
+
+def _fit(run: _Training, console: Console) -> None:
+    config, data = run.config, run.data
     started = time.perf_counter() - run.elapsed_s
-    model.train()
+    run.model.train()
     with _Signals() as signals, open_log(
-        config.output_dir, console or Console(), done=run.done, total=run.total, epochs=config.epochs
+        config.output_dir if run.fabric.is_global_zero else None, console,
+        done=run.done, total=run.total, epochs=config.epochs,
     ) as log:  # fmt: skip
         for epoch in range(run.done // run.epoch_steps, config.epochs):
             batches = data.batches(epoch, start=(run.done % run.epoch_steps) * config.accumulate)
@@ -382,9 +442,9 @@ def fit(
                 if run.done % config.log_every == 0 or run.done == 1 or is_last:
                     log.write(run.record(epoch, metrics, now - begun))
                 log.show(run.done, run.elapsed_s)
-                stop = signals.received  # read once: a signal between here and the raise waits for the next step
+                # Read once: a signal between here and the raise waits for the next step. All stop in the same one.
+                stop = processes.highest_of_ranks(signals.received or 0, run.fabric.device)
                 if run.done % config.checkpoint_every == 0 or is_last or stop:
                     run.save()
                 if stop and not is_last:
-                    raise InterruptedRunError(stop.name, 128 + stop, str(run.checkpoint))
-    return Result(run.records, run.done, run.elapsed_s, peak_memory_mb(fabric.device))
+                    raise InterruptedRunError(signal.Signals(stop).name, 128 + stop, str(run.checkpoint))

@@ -29,10 +29,13 @@ def block_masks(n: int, grid: tuple[int, int], share: tuple[float, float], proba
     return inside[0][:, :, None] & inside[1][:, None] & masked[:, None, None]
 
 
-def mask_weights(masks: Tensor) -> Tensor:
-    """Of each patch in `masks` [n, h, w], so that every masked image counts as much, and all together 1."""
+def mask_weights(masks: Tensor, masked: float | None = None) -> Tensor:
+    """Of each patch in `masks` [n, h, w], so that every masked image counts as much, and all together 1.
+
+    Of the masked images of several processes, that have as many images each, `masked` is the mean number.
+    """
     counts = masks.sum((1, 2))
-    return (1 / counts / (counts > 0).sum()).repeat_interleave(counts)
+    return (1 / counts / ((counts > 0).sum() if masked is None else masked)).repeat_interleave(counts)
 
 
 class PatchMask(nn.Module):

@@ -17,6 +17,11 @@ that both carry rather than by what it shows; the queue's keys, of other batches
 the keys among GPUs. Here each pass is cut into groups that are normalised on their own, as GPUs would, and keys are
 shuffled among the groups: `--groups`. Version 3 has no queue: its negatives carry the same statistics as its positives.
 
+Several processes compute what one does. The groups are those of the whole batch, so their number is a multiple of the
+processes', each of which then normalises some on its own, or a divisor: then consecutive processes normalise one
+together. Keys are shuffled among all processes either way, for a query's process has its key's group too. The queue is
+the same everywhere. Running statistics, which are not trained with, are the mean of those of the processes.
+
 Run it: `ssl-kernels train moco` or `python -m ssl_kernels.trainers.moco`. With no arguments it learns 4,000 digits
 without their labels, in a minute or two on a laptop; the settings were chosen on a validation split of these digits
 (`--evaluate-on validation`).
@@ -28,20 +33,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels import KeyQueue, MoCoV3Loss
+from ssl_kernels.distributed import gather_rows, world
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers import command, self_supervised
+from ssl_kernels.trainers import batch_norm, command, self_supervised
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageData
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation.probes import spread
+from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import SHARE, Range, at_least, require
 from ssl_kernels.trainers.self_supervised import Encoder, Method, MomentumMethod, SelfSupervisedConfig, mlp
 
@@ -63,7 +71,7 @@ class MoCoConfig(SelfSupervisedConfig):
     its own negatives."""
     groups: int = 4
     """Parts of a batch that BatchNorm normalises apart, with the keys shuffled among them, so that no query finds its
-    key by the statistics of its batch (version 2)."""
+    key by the statistics of its batch (version 2). A multiple or a divisor of the number of processes."""
 
     def check(self) -> None:
         super().check()
@@ -88,18 +96,42 @@ class MoCo(MomentumMethod):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = batch["views"]
-        q = unit_rows(in_groups(self.encoder, first, self.groups))
-        k = self.keys(second)
+        q = unit_rows(in_groups(self.encoder, first, self.own_groups))
+        keys = self.keys(second)
+        k = keys[own_share().of(len(keys))]
         loss = K.info_nce_loss(q, k, self.queue.keys, 1 / self.temperature)
-        self.fresh.append(k)
-        return loss, {"similarity": (q.detach() * k).sum(1).mean(), **spread(q)}
+        self.fresh.append(keys)
+        return loss, {"similarity": (q.detach() * k).sum(1).mean(), **spread(gather_rows(q))}
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
-        """Normalised keys [B, D] by the teacher, each batch-normalised with other images than its query was."""
+        """Normalised keys [B, D] by the teacher, each batch-normalised with other images than its query was.
+
+        They are those of all processes, each of which makes some of any.
+        """
+        images = gather_rows(images)
         order = torch.randperm(len(images)).to(images.device)
-        shuffled = unit_rows(in_groups(self.teacher, images[order], self.groups))
+        own = images[order[own_share().of(len(images))]]
+        shuffled = gather_rows(unit_rows(in_groups(self.teacher, own, self.own_groups)))
         return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
+
+    @property
+    def own_groups(self) -> int:
+        """Groups that this process normalises, one of them perhaps together with others."""
+        return max(1, self.groups // own_share().world)
+
+    def synchronise(self, device: torch.device) -> None:
+        rank, processes = own_share()
+        fits = Range(
+            f"a multiple or a divisor of the {processes} processes",
+            lambda groups: groups % processes == 0 or processes % groups == 0,
+        )
+        require(self, fits, "groups")
+        together = processes // self.groups
+        for first in range(0, processes, together) if together > 1 else ():
+            group = dist.new_group(list(range(first, first + together)))  # which all processes have a part in making
+            if rank // together == first // together:
+                batch_norm.synchronise(self, device, cast(dist.ProcessGroup, group))
 
     def before_training(self, batches: Iterator[Batch]) -> None:
         """Fill the queue with keys of images: against random vectors the first lesson is that all images are alike."""
@@ -110,6 +142,8 @@ class MoCo(MomentumMethod):
             missing -= len(keys)
 
     def after_step(self, number: int) -> None:
+        if self.groups > 1:
+            batch_norm.average_statistics(self)
         super().after_step(number)
         self.queue.enqueue(torch.cat(self.fresh))
         self.fresh.clear()
@@ -122,14 +156,14 @@ class MoCoV3(MomentumMethod):
         self, encoder: Encoder, predictor: nn.Module, *, temperature: float, momentum: float, steps: int
     ) -> None:
         super().__init__(encoder, momentum, steps)
-        self.predictor, self.loss = predictor, MoCoV3Loss(temperature)
+        self.predictor, self.loss = predictor, MoCoV3Loss(temperature, group=world())
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         q1, q2 = (self.predictor(self.encoder(view)) for view in batch["views"])
         with torch.no_grad():
             k1, k2 = (self.teacher(view) for view in batch["views"])
         similarity = (unit_rows(q1.detach()) * unit_rows(k2)).sum(1).mean()
-        return self.loss(q1, q2, k1, k2), {"similarity": similarity, **spread(q1)}
+        return self.loss(q1, q2, k1, k2), {"similarity": similarity, **spread(gather_rows(q1))}
 
 
 def in_groups(net: nn.Module, images: Tensor, groups: int) -> Tensor:

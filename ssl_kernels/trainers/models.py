@@ -23,6 +23,7 @@ from ssl_kernels.trainers.ranges import SHARE, Range, at_least, require
 
 TINY = "tiny-resnet"
 TINY_VIT = "tiny-vit"
+BUILT_IN = (TINY, TINY_VIT)
 
 
 class TinyResNet(nn.Module):
@@ -185,7 +186,7 @@ class ImageTower(nn.Module):
 def _trunk(
     name: str, size: int, pretrained: bool, any_size: bool
 ) -> tuple[nn.Module, dict[str, Sequence[float]]]:  # fmt: skip
-    if name in (TINY, TINY_VIT):
+    if name in BUILT_IN:
         if pretrained:
             raise UserError(f"--pretrained: {name} has no pretrained weights; name a timm model in --image-model")
         trunk = TinyResNet(size) if name == TINY else tiny_vit(size, any_size)

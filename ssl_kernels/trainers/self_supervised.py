@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 
 from ssl_kernels.ema import ModelEma
 from ssl_kernels.schedules import cosine_momentum
-from ssl_kernels.trainers import loop
+from ssl_kernels.trainers import batch_norm, loop
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
-from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import probes, report
-from ssl_kernels.trainers.models import TINY, ImageTower
+from ssl_kernels.trainers.models import BUILT_IN, TINY, ImageTower
+from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import POSITIVE, at_least, require
 
 
@@ -47,14 +46,16 @@ class SelfSupervisedConfig(ImageConfig, loop.LoopConfig):
     temperature: float = 0.2
     """Divides the cosines of embeddings."""
 
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        return self.image_model not in BUILT_IN
+
     def check(self) -> None:
         super().check()
         self.check_data()
         require(self, at_least(2, "images to tell apart"), "batch_size")
         require(self, at_least(1), "hidden", "dim")
         require(self, POSITIVE, "temperature")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("WORLD_SIZE: this trainer runs in one process; features are not exchanged between several")
 
 
 class Encoder(ImageTower):
@@ -94,6 +95,10 @@ class Method(nn.Module):
         """Whose features are the run's result."""
         return self.encoder
 
+    def synchronise(self, device: torch.device) -> None:
+        """Normalise over several processes as over one."""
+        batch_norm.synchronise(self, device)
+
     def before_training(self, batches: Iterator[Batch]) -> None:
         """What a new run starts with; the batches are an epoch's."""
 
@@ -131,9 +136,13 @@ def train(
     """
     begun = time.perf_counter()
     fabric = loop.make_fabric(config)
-    data = load(config, batch_size=config.batch_size, seed=config.seed, workers=config.workers, crops=crops)
+    console.quiet = not fabric.is_global_zero
+    data = load(
+        config, batch_size=config.batch_size, seed=config.seed, workers=config.workers, crops=crops, share=own_share()
+    )
     method = make_method(data, loop.steps_per_epoch(data.batches, config) * config.epochs)
     initial = copy.deepcopy(method.evaluated)
+    method.synchronise(fabric.device)
     optimizer = torch.optim.AdamW(loop.parameter_groups(method, config.lr, config.weight_decay), betas=config.betas)
     wrapped, wrapped_optimizer = fabric.setup(method, optimizer)
     if config.resume is None:
@@ -144,6 +153,8 @@ def train(
         fabric, wrapped, wrapped_optimizer, data.batches, config, console=console, after_step=method.after_step,
         before_step=lambda number: method.before_step(number, optimizer.param_groups),
     )  # fmt: skip
+    if not fabric.is_global_zero:
+        return
 
     folder = config.output_dir
     report.plot_curves(folder / "curves.png", result.records)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import ssl_kernels.functional as K
 from ssl_kernels import SigLipLoss
+from ssl_kernels.distributed import world
 from ssl_kernels.trainers import command, two_towers
 from ssl_kernels.trainers.models import ImageTower
 from ssl_kernels.trainers.two_towers import TwoTowerConfig, TwoTowerModel
@@ -37,7 +38,7 @@ class SigLip(TwoTowerModel):
     """Two towers, a learned scale and a learned bias."""
 
     def __init__(
-        self, image: ImageTower, text: nn.Module, loss: nn.Module, backend: str = "auto", check: bool = False
+        self, image: ImageTower, text: nn.Module, loss: SigLipLoss, backend: str = "auto", check: bool = False
     ) -> None:
         super().__init__(image, text, loss, backend, check)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -48,7 +49,7 @@ class SigLip(TwoTowerModel):
         if ids is None:
             loss: Tensor = self.loss(x, y, scale, self.bias)
         else:  # pairs that share a caption or an image are each other's positives: no false negatives
-            loss = K.sigmoid_contrastive_loss(x, y, scale, self.bias, x_ids=ids, y_ids=ids)
+            loss = K.sigmoid_contrastive_loss(x, y, scale, self.bias, x_ids=ids, y_ids=ids, **self.loss.how())
         return loss
 
     def scalars(self) -> dict[str, Tensor]:
@@ -56,10 +57,8 @@ class SigLip(TwoTowerModel):
 
 
 def train(config: SigLipConfig, console: Console) -> None:
-    loss = two_towers.make_loss(SigLipLoss)
-
     def model(image: ImageTower, text: nn.Module) -> SigLip:
-        return SigLip(image, text, loss, config.loss_backend, config.check_loss)
+        return SigLip(image, text, SigLipLoss(group=world()), config.loss_backend, config.check_loss)
 
     two_towers.train("SigLIP", model, config, console)
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ssl_kernels import NTXentLoss
+from ssl_kernels.distributed import gather_rows, world
 from ssl_kernels.trainers import command, self_supervised
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.evaluation.probes import spread
@@ -41,11 +42,11 @@ class SimCLR(Method):
 
     def __init__(self, encoder: Encoder, temperature: float) -> None:
         super().__init__()
-        self.encoder, self.loss = encoder, NTXentLoss(temperature)
+        self.encoder, self.loss = encoder, NTXentLoss(temperature, group=world())
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         z0, z1 = self.encoder(torch.cat(batch["views"])).chunk(2)
-        return self.loss(z0, z1), spread(z0)
+        return self.loss(z0, z1), spread(gather_rows(z0))
 
 
 def train(config: SimClrConfig, console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,12 +15,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ssl_kernels import use_backend
+from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers import loop
+from ssl_kernels.trainers import batch_norm, loop
 from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
+from ssl_kernels.trainers.data.shards import ids_of_keys
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import image_text, report
-from ssl_kernels.trainers.models import ImageTower, TowerConfig, image_tower, text_tower, tokenizer
+from ssl_kernels.trainers.models import BUILT_IN, ImageTower, TowerConfig, image_tower, text_tower, tokenizer
+from ssl_kernels.trainers.processes import own_share
 
 
 @dataclass
@@ -33,6 +35,10 @@ class TwoTowerConfig(TowerConfig, DataConfig, loop.LoopConfig):
     check_loss: bool = True
     """Compare every batch's loss, over its first 1,024 pairs, with the reference (and the reference, where it trains,
     with `auto`) and log both."""
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        return self.image_model not in BUILT_IN
 
     def check(self) -> None:
         super().check()
@@ -46,7 +52,7 @@ class TwoTowerModel(nn.Module, ABC):
     log_scale: nn.Parameter
 
     def __init__(
-        self, image: ImageTower, text: nn.Module, loss: nn.Module, backend: str = "auto", check: bool = False
+        self, image: ImageTower, text: nn.Module, loss: LossInGroup, backend: str = "auto", check: bool = False
     ) -> None:
         super().__init__()
         self.image, self.text, self.loss, self.backend, self.check = image, text, loss, backend, check
@@ -70,11 +76,14 @@ class TwoTowerModel(nn.Module, ABC):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x, y, ids = self.encode_image(batch["images"]), self.encode_text(batch["text"]), batch["ids"]
+        if ids is not None and ids.ndim == 2:
+            ids = ids_of_keys(ids)
         loss = self.contrast_by(self.backend, x, y, ids)
         metrics = self.scalars()
         if self.check:
             with torch.no_grad():
-                x, y, ids = x[:1024], y[:1024], None if ids is None else ids[:1024]
+                own = max(0, 1024 - own_share().rank * len(x))  # of the first 1,024 pairs of the batch
+                x, y, ids = x[:own], y[:own], None if ids is None else ids[:own]
                 checked = "auto" if self.backend == "reference" else self.backend
                 metrics["loss_check"] = self.contrast_by(checked, x, y, ids)
                 metrics["loss_reference"] = self.contrast_by("reference", x, y, ids)
@@ -87,15 +96,6 @@ class TwoTowerModel(nn.Module, ABC):
 
 def _backend(name: str) -> AbstractContextManager[None]:
     return nullcontext() if name == "auto" else use_backend(name)  # `auto` leaves SSL_KERNELS_BACKEND in force
-
-
-def make_loss(kind: Callable[..., nn.Module]) -> nn.Module:
-    """The loss of this process."""
-    try:
-        # From torchrun rather than from Fabric, which runs one device here: W processes would be W runs in one folder.
-        return kind(rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    except NotImplementedError as error:
-        raise UserError(str(error)) from None
 
 
 def try_loss(model: TwoTowerModel, config: TwoTowerConfig, fabric: Fabric) -> None:
@@ -126,20 +126,26 @@ def train(
     """Train the model that `make_model` puts together from its two towers, evaluate it and report on both."""
     begun = time.perf_counter()
     fabric = loop.make_fabric(config)
+    console.quiet = not fabric.is_global_zero
     # Drawings are mostly white: a tower that was not trained on photographs sees their ground as zero.
     image = image_tower(config, config.image_size, inverted=config.data == "openmoji" and not config.pretrained)
     model = make_model(image, text_tower(config))
+    batch_norm.synchronise(model, fabric.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas)
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     try_loss(model, config, fabric)
     tokenize = tokenizer(config)
-    data = load(config, tokenize, batch_size=config.batch_size, seed=config.seed, workers=config.workers)
+    data = load(
+        config, tokenize, batch_size=config.batch_size, seed=config.seed, workers=config.workers, share=own_share()
+    )
 
     if config.image_locked and not config.pretrained:
         console.print("note: the image tower is locked at random weights; --pretrained loads learned ones")
     result = loop.fit(
         fabric, wrapped, wrapped_optimizer, data.batches, config, after_step=model.after_step, console=console
     )
+    if not fabric.is_global_zero:
+        return
 
     folder = config.output_dir
     figures: list[image_text.PairFigure] = []

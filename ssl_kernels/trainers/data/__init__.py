@@ -11,6 +11,7 @@ from ssl_kernels.trainers.data import files, openmoji, shards
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs, Tokenize
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.processes import ALONE, Share
 from ssl_kernels.trainers.ranges import SHARE, at_least, require
 
 __all__ = ["Batch", "Batches", "Data", "DataConfig", "ImageTextPairs", "load"]
@@ -63,14 +64,16 @@ class Data:
     held_out: ImageTextPairs | None
 
 
-def load(config: DataConfig, tokenize: Tokenize, *, batch_size: int, seed: int, workers: int) -> Data:
+def load(
+    config: DataConfig, tokenize: Tokenize, *, batch_size: int, seed: int, workers: int, share: Share = ALONE
+) -> Data:
     """The data that a configuration names, split into what is trained on and what is held out."""
     size = config.image_size
     held_out, marks = _read_held_out(config)
     if _is_shards(config.data):
         stream = shards.ShardBatches(
             config.data, tokenize, size=size, batch_size=batch_size, seed=seed, workers=workers,
-            augment=config.augment, epoch_pairs=config.epoch_pairs, held_out=marks,
+            augment=config.augment, epoch_pairs=config.epoch_pairs, held_out=marks, share=share,
         )  # fmt: skip
         return Data(stream, None, held_out)
     if config.data == "openmoji":
@@ -95,7 +98,7 @@ def load(config: DataConfig, tokenize: Tokenize, *, batch_size: int, seed: int, 
         )
     batches = Batches(
         train, tokenize, size=size, batch_size=batch_size, seed=seed,
-        augment=config.augment, label_captions=config.label_captions, workers=workers,
+        augment=config.augment, label_captions=config.label_captions, workers=workers, share=share,
     )  # fmt: skip
     return Data(batches, train, held_out if held_out else None)
 

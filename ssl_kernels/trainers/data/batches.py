@@ -2,7 +2,7 @@
 
 A batch is a pure function of (seed, epoch, number of the batch): order, augmentation and caption choice are drawn
 from a generator seeded with these three alone. That is what lets a run continue bit-exactly in mid-epoch, with any
-number of loader workers.
+number of loader workers. Each of several processes makes its own part of the batch that one process would make.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_kernels.trainers.processes import Share
+
 Batch = dict[str, Any]  # what a kind of data makes of it
 
 
 class ShuffledBatches(Dataset[Batch], ABC):
-    """Batches of `count` examples; an item is the batch `number` of the epoch `epoch`."""
+    """Batches out of `count` examples; an item is this process's share of the batch `number` of the epoch `epoch`."""
 
-    def __init__(self, count: int, *, batch_size: int, seed: int, workers: int) -> None:
-        self.count, self.batch_size, self.seed, self.workers = count, batch_size, seed, workers
+    def __init__(self, count: int, *, batch_size: int, seed: int, workers: int, share: Share) -> None:
+        self.count, self.batch_size, self.seed, self.workers, self.share = count, batch_size, seed, workers, share
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch that is being read
 
     @property
@@ -33,8 +35,8 @@ class ShuffledBatches(Dataset[Batch], ABC):
         """What a resumed run must find again."""
 
     @abstractmethod
-    def make(self, indices: list[int], rng: np.random.Generator) -> Batch:
-        """The batch of these examples, in which all that is random is drawn from `rng`."""
+    def make(self, indices: list[int], own: slice, rng: np.random.Generator) -> Batch:
+        """The part `own` of the batch of these examples. All that is random is drawn from `rng`, for all parts."""
 
     def __len__(self) -> int:
         return self.count // self.batch_size
@@ -47,7 +49,8 @@ class ShuffledBatches(Dataset[Batch], ABC):
 
     def __getitem__(self, item: tuple[int, int]) -> Batch:
         epoch, number = item
-        return self.make(self.indices(epoch, number), np.random.default_rng((self.seed, epoch, number + 1)))
+        rng = np.random.default_rng((self.seed, epoch, number + 1))
+        return self.make(self.indices(epoch, number), self.share.of(self.batch_size), rng)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; `workers` processes prepare them ahead."""

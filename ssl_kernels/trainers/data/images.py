@@ -44,17 +44,23 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
     return cropped
 
 
-def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Tensor:
+def random_crop(image: Image.Image, size: int, seed: int) -> Tensor:
     """A random resized crop, uint8 [3, size, size]."""
     crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.6, 1.0)), v2.PILToTensor()])
-    with torch_draws_from(rng):
+    with torch_draws_from(seed):
         cropped: Tensor = crop(image)
     return cropped
 
 
+def image_seeds(rng: np.random.Generator, n: int) -> list[int]:
+    """One for each image of a batch: whoever makes some of them only need not see the others."""
+    seeds: list[int] = rng.integers(2**62, size=n).tolist()
+    return seeds
+
+
 @contextlib.contextmanager
-def torch_draws_from(rng: np.random.Generator) -> Iterator[None]:
-    """Seeds torch's global generator, from which torchvision draws, by `rng`, and in the end leaves it as it was."""
+def torch_draws_from(seed: int) -> Iterator[None]:
+    """Seeds torch's global generator, from which torchvision draws, and in the end leaves it as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(rng.integers(2**62)))
+        torch.default_generator.manual_seed(seed)
         yield

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
-from ssl_kernels.trainers.data.images import load_images, open_image, random_crop
+from ssl_kernels.trainers.data.images import image_seeds, load_images, open_image, random_crop
+from ssl_kernels.trainers.processes import ALONE, Share
 
 Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -49,15 +50,20 @@ class ImageTextPairs:
         return load_images(self.images, indices, size)
 
 
-def jitter(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
-    """Rotate, scale and shift every image of a uint8 batch by its own small amount, on a white ground."""
-    n = len(images)
+def jitter(
+    images: Tensor, size: int, rng: np.random.Generator, *, n: int | None = None, own: slice = slice(None)
+) -> Tensor:
+    """Rotate, scale and shift every image of a uint8 batch by its own small amount, on a white ground.
+
+    The images are the part `own` of a batch of `n`.
+    """
+    n = len(images) if n is None else n
     angle = np.deg2rad(rng.uniform(-_ROTATION_DEGREES, _ROTATION_DEGREES, n))
     zoom = rng.uniform(1 - _SCALE, 1 + _SCALE, n)
     shift = rng.uniform(-_SHIFT, _SHIFT, (n, 2))
     cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
     theta = np.stack([np.stack([cos, -sin, shift[:, 0]], 1), np.stack([sin, cos, shift[:, 1]], 1)], 1)  # [n, 2, 3]
-    grid = F.affine_grid(torch.from_numpy(theta).float(), [n, 3, size, size], align_corners=False)
+    grid = F.affine_grid(torch.from_numpy(theta[own]).float(), [len(images), 3, size, size], align_corners=False)
     inverted = 255.0 - images.float()  # zero padding is white then
     return (255.0 - F.grid_sample(inverted, grid, align_corners=False)).round().to(torch.uint8)
 
@@ -72,9 +78,9 @@ class Batches(ShuffledBatches):
 
     def __init__(
         self, pairs: ImageTextPairs, tokenize: Tokenize, *, size: int, batch_size: int, seed: int,
-        augment: bool = True, label_captions: float = 0.0, workers: int = 0,
+        augment: bool = True, label_captions: float = 0.0, workers: int = 0, share: Share = ALONE,
     ) -> None:  # fmt: skip
-        super().__init__(len(pairs), batch_size=batch_size, seed=seed, workers=workers)
+        super().__init__(len(pairs), batch_size=batch_size, seed=seed, workers=workers, share=share)
         self.pairs, self.tokenize, self.size = pairs, tokenize, size
         self.augment, self.label_captions = augment, label_captions
 
@@ -84,12 +90,12 @@ class Batches(ShuffledBatches):
         names = [str(path) for path in self.pairs.images] if isinstance(self.pairs.images, list) else []
         return hashlib.sha256("\0".join([*self.pairs.captions, *names]).encode()).hexdigest()
 
-    def make(self, indices: list[int], rng: np.random.Generator) -> Batch:
+    def make(self, indices: list[int], own: slice, rng: np.random.Generator) -> Batch:
         captions = self._captions(indices, rng)
         sources: Sequence[Hashable] = indices
         if isinstance(self.pairs.images, list):
             sources = [self.pairs.images[i] for i in indices]
-        return make_batch(self._images(indices, rng), captions, sources, self.tokenize)
+        return make_batch(self._images(indices, own, rng), captions, sources, self.tokenize, own)
 
     def _captions(self, indices: Sequence[int], rng: np.random.Generator) -> list[str]:
         captions = [self.pairs.captions[i] for i in indices]
@@ -102,13 +108,16 @@ class Batches(ShuffledBatches):
                 named.add(category)
         return captions
 
-    def _images(self, indices: list[int], rng: np.random.Generator) -> Tensor:
+    def _images(self, indices: list[int], own: slice, rng: np.random.Generator) -> Tensor:
+        chosen = indices[own]
         if not self.augment:
-            return self.pairs.load(indices, self.size)
+            return self.pairs.load(chosen, self.size)
         if isinstance(self.pairs.images, Tensor):
-            return jitter(self.pairs.images[indices], self.size, rng)
-        paths = self.pairs.images
-        return torch.stack([random_crop(open_image(paths[i]), self.size, rng) for i in indices])
+            return jitter(self.pairs.images[chosen], self.size, rng, n=len(indices), own=own)
+        paths, seeds = self.pairs.images, image_seeds(rng, len(indices))[own]
+        return torch.stack(
+            [random_crop(open_image(paths[i]), self.size, seed) for i, seed in zip(chosen, seeds, strict=True)]
+        )
 
 
 def link(*keys: Sequence[Hashable]) -> list[int]:
@@ -152,8 +161,18 @@ class Fingerprints:
         return hashlib.sha256(content).digest() in self.digests
 
 
-def make_batch(images: Tensor, captions: Sequence[str], sources: Sequence[Hashable], tokenize: Tokenize) -> Batch:
-    """Collate. `ids` is None unless pairs of the batch share a caption or an image: those are not negatives."""
-    ids = link(captions, sources)
-    repeated = len(set(ids)) < len(ids)
-    return {"images": images, "text": tokenize(captions), "ids": torch.tensor(ids) if repeated else None}
+def make_batch(
+    images: Tensor, captions: Sequence[str], sources: Sequence[Hashable], tokenize: Tokenize, own: slice = slice(None)
+) -> Batch:
+    """Collate the part `own` of a batch, of which there are the images, and captions and sources of the whole.
+
+    `ids` is None unless pairs of the batch share a caption or an image: those are not negatives.
+    """
+    ids = shared_ids(captions, sources)
+    return {"images": images, "text": tokenize(captions[own]), "ids": None if ids is None else ids[own]}
+
+
+def shared_ids(*keys: Sequence[Hashable]) -> Tensor | None:
+    """Numbers [n] of n items that `link` has given, None if no two share any."""
+    ids = link(*keys)
+    return torch.tensor(ids) if len(set(ids)) < len(ids) else None

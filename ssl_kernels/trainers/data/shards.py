@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import random
@@ -11,12 +12,15 @@ import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ssl_kernels.distributed import gather_rows
 from ssl_kernels.trainers.data.batches import Batch, loader
-from ssl_kernels.trainers.data.images import centre_crop, random_crop
-from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, make_batch
+from ssl_kernels.trainers.data.images import centre_crop, image_seeds, random_crop
+from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, make_batch, shared_ids
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.processes import ALONE, Share, own_share
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEYS = ("txt", "caption")
@@ -83,15 +87,19 @@ class ShardBatches(IterableDataset[Batch]):
     Worker w of W makes the batches w, w + W, ... of an epoch from its own share of the shards. To start in mid-epoch it
     reads past what it had delivered without decoding it. A stream that ends before the epoch does starts over in a new
     order. Samples that share a caption or an image with the held-out pairs are passed over.
+
+    Each worker of several processes has shards of its own likewise, and makes its process's part of a batch. The parts
+    know nothing of each other: instead of ids they have keys, from which `ids_of_keys` makes those of the whole.
     """
 
     def __init__(
         self, urls: str, tokenize: Tokenize, *, size: int, batch_size: int, seed: int, workers: int, augment: bool,
-        epoch_pairs: int, held_out: Fingerprints,
+        epoch_pairs: int, held_out: Fingerprints, share: Share = ALONE,
     ) -> None:  # fmt: skip
-        self.names = expand(urls)
-        if workers > len(self.names):
-            raise UserError(f"--workers: {workers} is more than the {len(self.names)} shards of --data {urls}")
+        self.names, self.share = expand(urls), share
+        if max(1, workers) * share.world > len(self.names):
+            several = f" in each of {share.world} processes" if share.world > 1 else ""
+            raise UserError(f"--workers: {workers}{several} is more than the {len(self.names)} shards of --data {urls}")
         self.tokenize, self.size, self.batch_size, self.seed = tokenize, size, batch_size, seed
         self.workers, self.augment, self.held_out = workers, augment, held_out
         self.epoch_pairs = epoch_pairs or sum(not held_out.match(c, image) for image, c, _ in read(self.names))
@@ -103,8 +111,9 @@ class ShardBatches(IterableDataset[Batch]):
 
     @property
     def fingerprint(self) -> str:
-        """What a resumed run must find again: the shards, and the workers among which they are dealt."""
-        return f"{self.workers} workers: {' '.join(self.names)}"
+        """What a resumed run must find again: the shards, and the processes' workers among which they are dealt."""
+        several = f"{self.share.world} processes, " if self.share.world > 1 else ""
+        return f"{several}{self.workers} workers: {' '.join(self.names)}"
 
     def __len__(self) -> int:
         return self.epoch_pairs // self.batch_size
@@ -118,31 +127,50 @@ class ShardBatches(IterableDataset[Batch]):
         workers = info.num_workers if info else 1
         # The loader asks its workers in turn from the first: renumbering them makes that the one whose turn it is.
         worker = ((info.id if info else 0) + self.start) % workers
-        stream = self._stream(worker, workers)
+        rank, world = self.share
+        stream = self._stream(worker * world + rank, workers * world)
         for number in range(worker, len(self), workers):
-            samples = list(itertools.islice(stream, self.batch_size))
+            samples = list(itertools.islice(stream, self.batch_size // world))
             if number >= self.start:
-                yield self._batch(samples, np.random.default_rng((self.seed, self.epoch, number + 1)))
+                seeds = (self.seed, self.epoch, number + 1, *([rank] if rank else []))
+                yield self._batch(samples, np.random.default_rng(seeds))
 
-    def _stream(self, worker: int, workers: int) -> Iterator[Sample]:
+    def _stream(self, place: int, places: int) -> Iterator[Sample]:
         fruitless = 0
         for again in itertools.count():
             names = [
                 self.names[i]
                 for i in np.random.default_rng((self.seed, self.epoch, again)).permutation(len(self.names))
             ]
-            chance = random.Random(f"{self.seed} {self.epoch} {again} {worker}")
-            fresh = (s for s in read(names[worker::workers]) if not self.held_out.match(s[1], s[0]))
+            chance = random.Random(f"{self.seed} {self.epoch} {again} {place}")
+            fresh = (s for s in read(names[place::places]) if not self.held_out.match(s[1], s[0]))
             for sample in wds.filters.shuffle(_BUFFER, rng=chance)(fresh):
                 fruitless = 0
                 yield sample
             # A share may be held out whole; the next pass deals the shards anew.
             fruitless += 1
-            if fruitless > 20 * workers:
+            if fruitless > 20 * places:
                 raise UserError("--data: the shards hold no pair that is not held out")
 
     def _batch(self, samples: list[Sample], rng: np.random.Generator) -> Batch:
         pictures = [decode(image, key) for image, _, key in samples]
-        images = [random_crop(p, self.size, rng) if self.augment else centre_crop(p, self.size) for p in pictures]
-        captions = [caption for _, caption, _ in samples]
-        return make_batch(torch.stack(images), captions, [image for image, _, _ in samples], self.tokenize)
+        images = [
+            random_crop(picture, self.size, seed) if self.augment else centre_crop(picture, self.size)
+            for picture, seed in zip(pictures, image_seeds(rng, len(pictures)), strict=True)
+        ]
+        captions, sources = [caption for _, caption, _ in samples], [image for image, _, _ in samples]
+        batch = make_batch(torch.stack(images), captions, sources, self.tokenize)
+        if self.share.world > 1:
+            batch["ids"] = torch.tensor([[_key(caption.encode()), _key(image)] for image, caption, _ in samples])
+        return batch
+
+
+def _key(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+
+
+def ids_of_keys(keys: Tensor) -> Tensor | None:
+    """Of this process's part of a batch whose captions and images have these keys [n, 2]; None where nobody has any."""
+    everyones = gather_rows(keys)
+    ids = shared_ids(*everyones.t().tolist())
+    return None if ids is None else ids[own_share().of(len(ids))].to(keys.device)

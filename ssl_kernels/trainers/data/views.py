@@ -18,8 +18,9 @@ from torchvision.transforms import v2
 
 from ssl_kernels.trainers.data import digits, openmoji
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
-from ssl_kernels.trainers.data.images import load_images, open_image, torch_draws_from
+from ssl_kernels.trainers.data.images import image_seeds, load_images, open_image, torch_draws_from
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.processes import ALONE, Share
 from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
 
 
@@ -69,9 +70,14 @@ class Images:
 
 
 class View(Protocol):
-    """Random views of the chosen images, uint8 [n, 3, size, size], drawn from `rng` alone."""
+    """Random views of the part `own` of the chosen images, uint8 [n, 3, size, size].
 
-    def __call__(self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator) -> Tensor: ...
+    They are drawn from `rng` alone, and each part is as it is among all.
+    """
+
+    def __call__(
+        self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator, own: slice = slice(None)
+    ) -> Tensor: ...
 
     def local(self) -> View: ...
 
@@ -96,18 +102,21 @@ class DrawingView:
         """Views of half the width, from anywhere in the image."""
         return dataclasses.replace(self, window=0.5, shift=0.25)
 
-    def __call__(self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator) -> Tensor:
+    def __call__(
+        self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator, own: slice = slice(None)
+    ) -> Tensor:
         assert isinstance(images.images, Tensor)
-        x = images.images[list(indices)].float() - self.ground  # zero padding is the ground then
-        n = len(x)
+        x = images.images[list(indices)[own]].float() - self.ground  # zero padding is the ground then
+        n = len(indices)
         angle = np.deg2rad(rng.uniform(-self.degrees, self.degrees, n))
         # The map goes from places in the view to places in the image; a logarithm makes growing as likely as shrinking.
         zoom = self.window * np.exp(rng.uniform(-np.log(self.scale), np.log(self.scale), n))
         shear, shift = rng.uniform(-self.shear, self.shear, n), rng.uniform(-2 * self.shift, 2 * self.shift, (n, 2))
         cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
         theta = np.stack([cos, shear * cos - sin, shift[:, 0], sin, shear * sin + cos, shift[:, 1]], 1)
-        grid = F.affine_grid(torch.from_numpy(theta).float().view(n, 2, 3), [n, 3, size, size], align_corners=False)
-        factor = torch.from_numpy(rng.uniform(1 - self.brightness, 1, n)).float().view(n, 1, 1, 1)
+        theta = theta.reshape(n, 2, 3)[own]
+        grid = F.affine_grid(torch.from_numpy(theta).float(), [len(x), 3, size, size], align_corners=False)
+        factor = torch.from_numpy(rng.uniform(1 - self.brightness, 1, n)[own]).float().view(-1, 1, 1, 1)
         warped = F.grid_sample(x, grid, align_corners=False) * factor + self.ground
         return warped.round().clamp(0, 255).to(torch.uint8)
 
@@ -122,7 +131,9 @@ class PhotoView:
         """Views of small parts of the image, as DINO's (Caron 2021, arXiv 2104.14294)."""
         return PhotoView((0.05, 0.25))
 
-    def __call__(self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator) -> Tensor:
+    def __call__(
+        self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator, own: slice = slice(None)
+    ) -> Tensor:
         blur = v2.GaussianBlur(kernel_size=max(3, size // 20 * 2 + 1), sigma=(0.1, 2.0))
         transform = v2.Compose([
             v2.PILToTensor(), v2.RandomResizedCrop(size, scale=self.scale, antialias=True),
@@ -130,9 +141,11 @@ class PhotoView:
             v2.RandomApply([blur], p=0.5), v2.RandomHorizontalFlip(),
         ])  # fmt: skip
         assert isinstance(images.images, list)
-        pictures = [open_image(images.images[i]) for i in indices]
-        with torch_draws_from(rng):
-            return torch.stack([transform(picture) for picture in pictures])
+        views = []
+        for i, seed in zip(list(indices)[own], image_seeds(rng, len(indices))[own], strict=True):
+            with torch_draws_from(seed):
+                views.append(transform(open_image(images.images[i])))
+        return torch.stack(views)
 
 
 class ViewBatches(ShuffledBatches):
@@ -140,9 +153,9 @@ class ViewBatches(ShuffledBatches):
 
     def __init__(
         self, images: Images, view: View, *, size: int, batch_size: int, seed: int, workers: int = 0,
-        crops: tuple[int, int] = (0, 0),
+        crops: tuple[int, int] = (0, 0), share: Share = ALONE,
     ) -> None:  # fmt: skip
-        super().__init__(len(images), batch_size=batch_size, seed=seed, workers=workers)
+        super().__init__(len(images), batch_size=batch_size, seed=seed, workers=workers, share=share)
         self.images, self.view, self.size, self.crops = images, view, size, crops
 
     @property
@@ -152,9 +165,9 @@ class ViewBatches(ShuffledBatches):
         content = images.numpy().tobytes() if isinstance(images, Tensor) else "\0".join(map(str, images)).encode()
         return hashlib.sha256(content).hexdigest()
 
-    def make(self, indices: list[int], rng: np.random.Generator) -> Batch:
+    def make(self, indices: list[int], own: slice, rng: np.random.Generator) -> Batch:
         views = [(self.view, self.size)] * 2 + [(self.view.local(), self.crops[1])] * self.crops[0]
-        return {"views": tuple(view(self.images, indices, size, rng) for view, size in views)}
+        return {"views": tuple(view(self.images, indices, size, rng, own) for view, size in views)}
 
 
 @dataclass
@@ -168,8 +181,9 @@ class ImageData:
 
 
 def load(
-    config: ImageConfig, *, batch_size: int, seed: int, workers: int, crops: tuple[int, int] = (0, 0)
-) -> ImageData:
+    config: ImageConfig, *, batch_size: int, seed: int, workers: int, crops: tuple[int, int] = (0, 0),
+    share: Share = ALONE,
+) -> ImageData:  # fmt: skip
     """The images that a configuration names, split into what is trained on and what is held out."""
     view: View = PhotoView()
     if config.data == "mnist":
@@ -191,8 +205,9 @@ def load(
             f"--batch-size: {batch_size} is more than the {len(train)} training images of --data {config.data}"
         )
     batches = ViewBatches(
-        train, view, size=config.image_size, batch_size=batch_size, seed=seed, workers=workers, crops=crops
-    )
+        train, view, size=config.image_size, batch_size=batch_size, seed=seed, workers=workers, crops=crops,
+        share=share,
+    )  # fmt: skip
     return ImageData(batches, train, held_out, view)
 
 

@@ -1,0 +1,102 @@
+"""What the processes of test_torchrun.py do."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssl_kernels.trainers import batch_norm, loop, self_supervised
+from ssl_kernels.trainers.data.shards import ids_of_keys
+from ssl_kernels.trainers.processes import Share
+
+
+def train(rank: int, world: int, folder: Path) -> None:
+    """The runs of `folder`/jobs.json, as under torchrun; what a run returns is written beside it."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0",
+        TORCHELASTIC_RUN_ID="test",
+    )  # fmt: skip
+    for name, (trainer, arguments, stop) in json.loads((folder / "jobs.json").read_text()).items():
+        with (folder / f"stdout of rank {rank}").open("a") as file, contextlib.redirect_stdout(file):
+            code = run(trainer, [*arguments, "--output-dir", str(folder / name)], stop)
+        (folder / f"{name} on {rank}").write_text(str(code))
+
+
+def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
+    """A trainer's exit code; it is not evaluated, and in the step `stop` one process has a signal."""
+    module = importlib.import_module(f"ssl_kernels.trainers.{trainer}")
+    evaluate, optimizer_step = self_supervised.evaluate, loop._Training.optimizer_step
+
+    def signalled(self: loop._Training, batches: object) -> dict[str, float]:
+        metrics = optimizer_step(self, batches)  # type: ignore[arg-type]
+        if self.done == stop and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), 15)
+        return metrics
+
+    self_supervised.evaluate = lambda *_: []  # type: ignore[assignment]
+    loop._Training.optimizer_step = signalled  # type: ignore[method-assign]
+    try:
+        code: int = module.main(arguments)
+    finally:
+        self_supervised.evaluate, loop._Training.optimizer_step = evaluate, optimizer_step  # type: ignore[method-assign]
+    return code
+
+
+def batch_norm_is_that_of_one_process(rank: int, world: int) -> None:
+    """Uneven and empty parts, over all processes and over one; against torch's on the whole batch, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, shape in (([5, 3], (4, 2, 3)), ([0, 6], (4,)), ([4, 4], (4, 5))):
+        x = torch.randn(sum(rows), *shape, generator=generator, dtype=torch.float64)
+        weights = torch.randn(*x.shape, generator=generator, dtype=torch.float64)
+        kind = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(shape)]
+        whole, parts = (nn.Sequential(kind(4, momentum=None if rows == [5, 3] else 0.1).double()) for _ in range(2))
+        batch_norm.synchronise(parts, torch.device("cpu"))
+        own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+        for _ in range(2):
+            expected = results(whole, x, weights)
+            found = results(parts, x[own], weights[own])
+        assert torch.allclose(found[0], expected[0][own], rtol=1e-12)
+        assert torch.allclose(found[1], expected[1][own], rtol=1e-10, atol=1e-12)
+        for gradient, total in zip(found[2:], expected[2:], strict=True):
+            dist.all_reduce(gradient)
+            assert torch.allclose(gradient, total, rtol=1e-12)
+        for name, value in whole.state_dict().items():
+            assert torch.allclose(parts.state_dict()[name].double(), value.double(), rtol=1e-12), name
+        assert torch.allclose(parts.eval()(x), whole.eval()(x), rtol=1e-12)
+
+
+def results(net: nn.Sequential, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Value and gradients of a layer."""
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    y = net(x)
+    (y.sin() * weights).sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad for p in net.parameters() if p.grad is not None)]
+
+
+def statistics_are_averaged(rank: int, world: int) -> None:
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(1, track_running_stats=False))
+    net[0].running_mean.fill_(rank)  # type: ignore[operator, union-attr]
+    batch_norm.average_statistics(net)
+    assert net[0].running_mean.tolist() == [0.5, 0.5]  # type: ignore[operator, union-attr]
+    assert net[0].running_var.tolist() == [1, 1]  # type: ignore[operator, union-attr]
+
+
+def keys_are_linked(rank: int, world: int) -> None:
+    """By a caption here and there, or an image; and all processes agree that there is nothing to link."""
+    keys = torch.tensor([[1, 10], [2, 20], [3, 20], [4, 10]])[Share(rank, world).of(4)]
+    ids = ids_of_keys(keys)
+    assert ids is not None
+    everyones = [torch.empty_like(ids) for _ in range(world)]
+    dist.all_gather(everyones, ids)
+    a, b, c, d = torch.cat(everyones).tolist()
+    assert a == d != b == c
+    assert ids_of_keys(torch.tensor([[rank, rank]])) is None
