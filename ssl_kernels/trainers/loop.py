@@ -10,7 +10,7 @@ Everything a run consists of is either a function of (seed, epoch, batch number)
 
 In several processes, each with a device of its own, every batch is split among them and is what it is in one process:
 `--batch-size` counts what all of them hold. What is logged is of the whole batch. The first process alone logs and
-writes, and any number of processes resumes what any other number has written.
+writes, and any number of processes resumes what any other number has written, except on shards.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class LoopConfig:
     output_dir: Path = Path("runs/demo")
     """Folder for logs, checkpoints and pictures."""
     resume: Path | None = None
-    """Continue the run in this folder (or from this checkpoint) exactly where it stopped; its settings are reused."""
+    """Continue the run in this folder (or from this checkpoint) exactly where it stopped; its settings are reused. The
+    number of processes may be another, except on WebDataset shards, which are dealt among them."""
     overwrite: bool = False
     """Start over in a folder that already holds a run."""
     seed: int = 0
@@ -392,6 +393,7 @@ class _Training:
         }  # fmt: skip
         if self.fabric.is_global_zero:
             write_atomically(self.checkpoint, lambda path: torch.save(state, path))
+        self.fabric.barrier()  # before a process ends, and with it perhaps the others
         self.has_saved = True
 
     def last_good(self) -> str | None:

@@ -25,6 +25,8 @@ from ssl_kernels.trainers.evaluation import image_text, report
 from ssl_kernels.trainers.models import BUILT_IN, ImageTower, TowerConfig, image_tower, text_tower, tokenizer
 from ssl_kernels.trainers.processes import own_share
 
+CHECKED = 1024  # pairs of a batch
+
 
 @dataclass
 class TwoTowerConfig(TowerConfig, DataConfig, loop.LoopConfig):
@@ -82,7 +84,7 @@ class TwoTowerModel(nn.Module, ABC):
         metrics = self.scalars()
         if self.check:
             with torch.no_grad():
-                own = max(0, 1024 - own_share().rank * len(x))  # of the first 1,024 pairs of the batch
+                own = max(0, CHECKED - own_share().rank * len(x))  # of the first pairs of the batch
                 x, y, ids = x[:own], y[:own], None if ids is None else ids[:own]
                 checked = "auto" if self.backend == "reference" else self.backend
                 metrics["loss_check"] = self.contrast_by(checked, x, y, ids)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssl_kernels.trainers import batch_norm, loop, self_supervised
+from ssl_kernels.trainers import batch_norm, loop, self_supervised, two_towers
 from ssl_kernels.trainers.data.shards import ids_of_keys
 from ssl_kernels.trainers.processes import Share
 
@@ -30,9 +30,9 @@ def train(rank: int, world: int, folder: Path) -> None:
 
 
 def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
-    """A trainer's exit code; it is not evaluated, and in the step `stop` one process has a signal."""
+    """A trainer's exit code; it is not evaluated, and in the step `stop` the first process has a signal."""
     module = importlib.import_module(f"ssl_kernels.trainers.{trainer}")
-    evaluate, optimizer_step = self_supervised.evaluate, loop._Training.optimizer_step
+    evaluate, optimizer_step, checked = self_supervised.evaluate, loop._Training.optimizer_step, two_towers.CHECKED
 
     def signalled(self: loop._Training, batches: object) -> dict[str, float]:
         metrics = optimizer_step(self, batches)  # type: ignore[arg-type]
@@ -41,11 +41,13 @@ def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
         return metrics
 
     self_supervised.evaluate = lambda *_: []  # type: ignore[assignment]
+    two_towers.CHECKED = 6  # of 8, four of which the first of two processes has
     loop._Training.optimizer_step = signalled  # type: ignore[method-assign]
     try:
         code: int = module.main(arguments)
     finally:
-        self_supervised.evaluate, loop._Training.optimizer_step = evaluate, optimizer_step  # type: ignore[method-assign]
+        self_supervised.evaluate, two_towers.CHECKED = evaluate, checked
+        loop._Training.optimizer_step = optimizer_step  # type: ignore[method-assign]
     return code
 
 

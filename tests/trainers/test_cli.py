@@ -151,13 +151,13 @@ def test_an_unreadable_image_stops_the_run_with_its_name(
     assert err[0].startswith(f"python -m ssl_kernels.trainers.siglip: error: --data: cannot read the image {broken}")
 
 
-def test_several_processes_are_refused(
+def test_several_processes_of_an_unknown_launcher_are_refused(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until the loss exchanges features, torchrun would start as many runs as processes, all in one folder."""
+    """Unless torchrun has started them, or the trainer itself: they would be as many runs, all in one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert siglip.main([*small, "--output-dir", str(tmp_path / "run")]) == 2
-    assert "SigLipLoss: world_size=2" in capsys.readouterr().err
+    assert "WORLD_SIZE: expected 1, got 2; start several processes with torchrun" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

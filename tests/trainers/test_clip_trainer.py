@@ -235,15 +235,6 @@ def test_a_batch_of_one_pair_is_refused() -> None:
         ClipConfig(batch_size=1).check()
 
 
-def test_several_processes_are_refused(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert clip.main([*small, "--output-dir", str(tmp_path / "run")]) == 2
-    assert "ClipLoss: world_size=2" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         clip.main(["--help"], prog="ssl-kernels train clip")

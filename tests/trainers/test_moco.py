@@ -332,14 +332,6 @@ def test_a_mistake_is_one_line_that_names_the_argument(
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert moco.main([*small, "--output-dir", str(tmp_path / "run")]) == 2
-    assert "WORLD_SIZE" in capsys.readouterr().err
-
-
 def test_a_diverging_run_stops(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--lr", "1e30", "--warmup", "0", "--clip", "0", "--output-dir", str(tmp_path)]
     assert moco.main([*small, *options]) == 1

@@ -60,12 +60,12 @@ def test_the_loss_is_the_paper_s() -> None:
 
 
 def test_a_run_learns_and_reports(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert simclr.main([*small, "--seed", "2", "--output-dir", str(tmp_path)]) == 0
+    assert simclr.main([*small, "--seed", "5", "--output-dir", str(tmp_path)]) == 0
     records = logged(tmp_path)
     assert len(records) == 24
     assert sum(r["loss"] for r in records[-6:]) < 0.95 * sum(r["loss"] for r in records[:6])
     out = capsys.readouterr().out
-    for phrase in ("SimCLR on", "seed 2", "10 labels a class, 1-NN", "initial", "raw + aug", "embedding rank"):
+    for phrase in ("SimCLR on", "seed 5", "10 labels a class, 1-NN", "initial", "raw + aug", "embedding rank"):
         assert phrase in out
     assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 5
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import several
@@ -15,15 +15,15 @@ import torch
 from conftest import drawing, logged, patchworks, rows, same_state
 from processes import run_processes
 
-from ssl_kernels.trainers import moco, processes, siglip
+from ssl_kernels.trainers import moco, processes, self_supervised
 from ssl_kernels.trainers.checkpoints import load_checkpoint
-from ssl_kernels.trainers.data.shards import ShardBatches
+from ssl_kernels.trainers.data.files import read_table
 from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs
+from ssl_kernels.trainers.data.shards import ShardBatches
 from ssl_kernels.trainers.data.views import DrawingView, Images, PhotoView, ViewBatches, read_folder
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.loop import LoopConfig, make_fabric
 from ssl_kernels.trainers.models import NGramTokenizer
-from ssl_kernels.trainers.processes import Share
+from ssl_kernels.trainers.processes import ALONE, Share
 
 Job = tuple[str, list[str], int]  # a trainer, its arguments, and the step in which it has a signal, or 0
 SAME = ["--accelerator", "cpu", "--lr", "1e-4", "--seed", "1"]
@@ -77,6 +77,7 @@ def in_two(tmp_path_factory: pytest.TempPathFactory, pairs: list[str], pictures:
         "two, then one": ("moco", stopped(pictures), 4),
         "one, then two": ("moco", ["--resume", str(started)], 0),
         "not even": ("siglip", [*pairs, "--batch-size", "7"], 0),
+        "diverging": ("siglip", [*pairs, "--lr", "1e30", "--warmup", "0", "--clip", "0"], 0),
     }
     (folder / "jobs.json").write_text(json.dumps(jobs))
     code = f"""
@@ -105,9 +106,7 @@ def check_alike(two: Path, one: Path, relative: float) -> None:
 
 
 @pytest.mark.parametrize("name", jobs_of([], []))
-def test_two_processes_are_one(
-    in_two: Path, pairs: list[str], pictures: list[str], tmp_path: Path, name: str
-) -> None:
+def test_two_processes_are_one(in_two: Path, pairs: list[str], pictures: list[str], tmp_path: Path, name: str) -> None:
     """The loss and all that is logged in each step, for batches that two hold together and that one holds."""
     trainer, arguments, _ = jobs_of(pairs, pictures)[name]
     assert several.run(trainer, [*arguments, "--output-dir", str(tmp_path)]) == 0
@@ -137,9 +136,117 @@ def test_a_batch_that_does_not_split_is_refused(in_two: Path) -> None:
     assert "--batch-size: expected a multiple of the 2 processes, got 7" in error
 
 
+def test_a_diverging_run_stops_everywhere(in_two: Path) -> None:
+    assert [(in_two / f"diverging on {rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    errors = [(in_two / f"stderr of rank {rank}").read_text().count("is not finite") for rank in (0, 1)]
+    assert errors == [1, 0]
+
+
 def test_the_first_process_alone_prints(in_two: Path) -> None:
     assert "DINO v2 on" in (in_two / "stdout of rank 0").read_text()
     assert (in_two / "stdout of rank 1").read_text() == ""
+
+
+def parts_of(batches: Batches | ViewBatches, world: int, epoch: int, number: int) -> list[dict[str, Any]]:
+    """What each process makes of a batch."""
+    parts = []
+    for rank in range(world):
+        batches.share = Share(rank, world)
+        parts.append(batches[epoch, number])
+    batches.share = ALONE
+    return parts
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+@pytest.mark.parametrize("kind", ["drawings", "photographs"])
+def test_the_views_of_a_batch_are_split(pictures: list[str], kind: str, world: int) -> None:
+    """Each image has the views that it has in one process, whoever draws them."""
+    images, view = read_folder(Path(pictures[pictures.index("--data") + 1])), PhotoView()
+    if kind == "drawings":
+        images = Images(images.load(range(len(images)), 24))
+        view = DrawingView(degrees=20, scale=1.2, shift=0.1, shear=0.2, brightness=0.3)  # type: ignore[assignment]
+    batches = ViewBatches(images, view, size=16, batch_size=12, seed=3, crops=(1, 8))
+    whole, parts = batches[2, 1]["views"], parts_of(batches, world, 2, 1)
+    assert {len(part["views"][0]) for part in parts} == {12 // world}
+    for number, views in enumerate(whole):
+        assert torch.equal(torch.cat([part["views"][number] for part in parts]), views)
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+@pytest.mark.parametrize("kind", ["in memory", "files", "not augmented"])
+def test_the_pairs_of_a_batch_are_split(pairs: list[str], kind: str, world: int) -> None:
+    """Images, captions, and ids that tell what pairs of different processes have in common."""
+    files = read_table(Path(pairs[pairs.index("--data") + 1]), "image", "caption")
+    images = files.load(range(len(files)), 24) if kind == "in memory" else files.images
+    data = ImageTextPairs(images, [caption[:5] for caption in files.captions], files.categories)
+    options: dict[str, Any] = {"size": 16, "batch_size": 12, "seed": 3, "label_captions": 0.5}
+    batches = Batches(data, lambda captions: {"captions": list(captions)}, augment=kind != "not augmented", **options)  # type: ignore[dict-item]
+    whole, parts = batches[2, 1], parts_of(batches, world, 2, 1)
+    assert [caption for part in parts for caption in part["text"]["captions"]] == whole["text"]["captions"]
+    for name in ("images", "ids"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2), (4, 1)])
+def test_shards_are_split_by_process_and_worker(shards: str, world: int, workers: int) -> None:
+    """Every pair once an epoch: 48 in four shards, in batches of 8; and started in mid-epoch it is the rest of them."""
+    captions: list[list[str]] = []
+    for rank in range(world):
+        stream = ShardBatches(
+            shards, lambda captions: {"captions": list(captions)}, size=16, batch_size=8, seed=0, workers=workers,  # type: ignore[dict-item]
+            augment=True, epoch_pairs=0, held_out=Fingerprints(), share=Share(rank, world),
+        )  # fmt: skip
+        batches = [batch["text"]["captions"] for batch in stream.batches(1)]
+        assert [len(batch) for batch in batches] == [8 // world] * 6
+        assert [batch["text"]["captions"] for batch in stream.batches(1, start=2)] == batches[2:]
+        captions += batches
+    assert len({caption for batch in captions for caption in batch}) == 48
+
+
+def test_processes_have_a_shard_at_least(shards: str) -> None:
+    options: dict[str, Any] = {"size": 16, "batch_size": 8, "seed": 0, "augment": True, "epoch_pairs": 8}
+    with pytest.raises(UserError, match="--workers: 2 in each of 3 processes is more than the 4 shards of --data"):
+        ShardBatches(shards, NGramTokenizer(), workers=2, held_out=Fingerprints(), share=Share(0, 3), **options)
+    names = {
+        ShardBatches(shards, NGramTokenizer(), workers=0, held_out=Fingerprints(), share=Share(0, world), **options)
+        .fingerprint for world in (1, 2, 4)
+    }  # fmt: skip
+    assert len(names) == 3  # the pairs of a batch depend on it, so that a run does not resume on another
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, (1, 1), "WORLD_SIZE: expected 1, got 2; start several processes with torchrun"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, (4, 1), "torchrun has started 2"),
+        ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, (1, 1), "expected 2, got 3"),
+    ],
+)
+def test_processes_that_are_not_those_asked_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], asked: tuple[int, int], message: str
+) -> None:
+    """Each would be a run of its own, all in one folder."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        processes.counts(*asked)
+
+
+def test_torchrun_says_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes.counts(2, 3) == (2, 3)
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes.counts(1, 1) == processes.counts(4, 2) == (4, 2)
+
+
+def test_groups_of_batch_norm_fit_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moco, "own_share", lambda: Share(0, 3))
+    model = moco.MoCo(self_supervised.Encoder(moco.MoCoConfig(image_size=8)), moco.KeyQueue(4, 128), **OPTIONS)
+    with pytest.raises(UserError, match="--groups: expected a multiple or a divisor of the 3 processes, got 4"):
+        model.synchronise(torch.device("cpu"))
+
+
+OPTIONS: dict[str, Any] = {"temperature": 0.2, "groups": 4, "momentum": 0.9, "steps": 2}
 
 
 LOSE = """
@@ -159,9 +266,13 @@ sys.exit(siglip.main())
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    package = str(Path(processes.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_a_lost_process_ends_the_job_which_resumes(pairs: list[str], tmp_path: Path) -> None:
@@ -176,3 +287,46 @@ def test_a_lost_process_ends_the_job_which_resumes(pairs: list[str], tmp_path: P
     assert several.run("siglip", ["--resume", str(tmp_path / "run")]) == 0
     assert several.run("siglip", [*settings, "--output-dir", str(tmp_path / "whole")]) == 0
     check_alike(tmp_path / "run", tmp_path / "whole", 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["siglip", "clip", "simclr", "moco", "dino"])
+def test_twenty_steps_of_the_embedded_data(tmp_path: Path, trainer: str) -> None:
+    """The command as a user writes it; weights that AdamW moves by the sign of rounding errors move little here."""
+    sizes = {"siglip": "330", "clip": "330"}.get(trainer, "400")
+    settings = ["--accelerator", "cpu", "--epochs", "2", "--batch-size", sizes, "--lr", "1e-5"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    job = torchrun("-m", "ssl_kernels.cli", "train", trainer, *settings, "--output-dir", str(two))
+    assert job.returncode == 0, job.stderr
+    assert several.run(trainer, [*settings, "--output-dir", str(one)]) == 0
+    assert len(logged(one)) >= 20
+    for ours, theirs in zip(logged(two), logged(one), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), theirs["step"]
+    assert json.loads((two / "summary.json").read_text())["figures"]
+
+
+STOP = """
+import os, signal, sys
+from ssl_kernels.trainers import loop, siglip
+
+take = loop._Training.optimizer_step
+
+def stop(self, batches):
+    if self.done == 2 and os.environ["LOCAL_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return take(self, batches)
+
+loop._Training.optimizer_step = stop
+sys.exit(siglip.main())
+"""
+
+
+@pytest.mark.slow
+def test_the_trainer_starts_processes_itself(pairs: list[str], tmp_path: Path) -> None:
+    """And they stop together when one has a signal."""
+    script = tmp_path / "stop.py"
+    script.write_text(STOP)
+    job = python(str(script), *pairs, "--devices", "2", "--output-dir", str(tmp_path / "run"))
+    assert job.stderr.count("SIGTERM: stopped after saving") == 1
+    assert job.returncode != 0
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
