@@ -102,7 +102,7 @@ class LoopConfig:
     num_nodes: int = 1
     """Machines, on each of which the command is started, or torchrun with --nnodes. They share --output-dir."""
     strategy: Literal["auto", "ddp"] = "auto"
-    """How several processes hold the weights: `ddp`, which `auto` is, gives all of them to each."""
+    """`ddp`: each process has all weights, and gradients are averaged; `auto`: so, if there are several."""
     workers: int = 0
     """Processes that prepare batches, beside each that trains."""
     log_every: int = 1
@@ -164,7 +164,7 @@ def make_fabric(config: LoopConfig) -> Fabric:
     try:
         fabric = Fabric(
             accelerator=config.accelerator, devices=devices, num_nodes=num_nodes, precision=config.precision,
-            strategy=DDPStrategy(**ddp) if world > 1 else "auto",
+            strategy=DDPStrategy(**ddp) if world > 1 or config.strategy == "ddp" else "auto",
         )  # fmt: skip
         fabric.launch()
     except Exception as error:  # Fabric raises its own kinds for a missing device
@@ -288,7 +288,7 @@ class _Training:
 
     def _prepare(self, folder: Path) -> None:
         config = self.config
-        if config.resume is None and folder.is_dir():
+        if config.overwrite and config.resume is None and folder.is_dir():
             for name in (CHECKPOINT, "summary.json", "curves.png", "retrieval.png", "features.png"):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
