@@ -251,8 +251,9 @@ OPTIONS: dict[str, Any] = {"temperature": 0.2, "groups": 4, "momentum": 0.9, "st
 
 LOSE = """
 import os, signal, sys
-from ssl_kernels.trainers import loop, siglip
+from ssl_kernels.trainers import loop, siglip, two_towers
 
+two_towers.CHECKED = 6
 take = loop._Training.optimizer_step
 
 def lose(self, batches):
@@ -292,16 +293,17 @@ def test_a_lost_process_ends_the_job_which_resumes(pairs: list[str], tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["siglip", "clip", "simclr", "moco", "dino"])
 def test_twenty_steps_of_the_embedded_data(tmp_path: Path, trainer: str) -> None:
-    """The command as a user writes it; weights that AdamW moves by the sign of rounding errors move little here."""
-    sizes = {"siglip": "330", "clip": "330"}.get(trainer, "400")
-    settings = ["--accelerator", "cpu", "--epochs", "2", "--batch-size", sizes, "--lr", "1e-5"]
+    """The command as a user writes it, and in float64, for AdamW makes much of a gradient's rounding: of 1e-7 in the
+    first step of float32 a thousandth in the twentieth."""
+    size = {"siglip": "330", "clip": "330"}.get(trainer, "400")
+    settings = ["--accelerator", "cpu", "--epochs", "2", "--batch-size", size, "--precision", "64-true"]
     two, one = tmp_path / "two", tmp_path / "one"
     job = torchrun("-m", "ssl_kernels.cli", "train", trainer, *settings, "--output-dir", str(two))
     assert job.returncode == 0, job.stderr
     assert several.run(trainer, [*settings, "--output-dir", str(one)]) == 0
     assert len(logged(one)) >= 20
     for ours, theirs in zip(logged(two), logged(one), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-7), theirs["step"]
     assert json.loads((two / "summary.json").read_text())["figures"]
 
 
