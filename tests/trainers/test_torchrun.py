@@ -273,7 +273,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     package = str(Path(processes.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_a_lost_process_ends_the_job_which_resumes(pairs: list[str], tmp_path: Path) -> None:
