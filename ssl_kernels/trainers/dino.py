@@ -38,9 +38,8 @@ from timm.layers import HybridEmbed, PatchEmbed
 from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels import CollapseMonitor, DINOHead, DINOLoss
-from ssl_kernels.distributed import across, gather_rows, world
-from ssl_kernels.ops.strips import gathered
+from ssl_kernels import CollapseMonitor, DINOHead, DINOLoss, KoLeoLoss
+from ssl_kernels.distributed import gather_rows
 from ssl_kernels.schedules import linear_warmup
 from ssl_kernels.trainers import command, loop, self_supervised
 from ssl_kernels.trainers.data.batches import Batch
@@ -259,18 +258,11 @@ class DINOv2(DINO):
         terms = {
             "dino": loss,
             "ibot": K.ibot_patch_loss(s_patches, t_patches, weights, center=patch_center, **self.temps),
-            "koleo": torch.stack([koleo(view) for view in features[: 2 * n].chunk(2)]).sum(),
+            "koleo": sum(KoLeoLoss(gather_distributed=True)(view) for view in features[: 2 * n].chunk(2)),
         }
         total = loss + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]
         metrics = self.metrics(features, t, loss, center)
         return total, {**{name: term.detach() for name, term in terms.items()}, **metrics}
-
-
-def koleo(features: Tensor) -> Tensor:
-    """KoLeo, which looks for neighbours among the images of all processes."""
-    over = across(world(), "gather", "mean", True, False, "mean")
-    (everyones,), _, _ = gathered(over, [features], [])
-    return K.koleo_loss(everyones)
 
 
 def make_method(config: DINOConfig, data: ImageData, steps: int) -> DINO:
