@@ -104,16 +104,13 @@ def main(words: list[str]) -> int:
         begun = time.monotonic()
         place.write_text(bug.planted(text))
         try:
-            compiles = not is_cpp or build()
-            found = first_failure(bug.tests) if compiles else ""
+            found = first_failure(bug.tests) if not is_cpp or build() else "ERROR setup.py"
         finally:
             place.write_text(text)
             stale |= is_cpp
-        lives += [] if found else [bug]
-        seconds = time.monotonic() - begun
-        print(f"{'died ' if found else 'LIVES'} {seconds:4.0f} s  {bug}  {found}", flush=True)
-        if not compiles:
-            print("      It does not compile, which proves nothing.")
+        dead = found != "" and not found.startswith("ERROR")  # what does not compile or load proves nothing
+        lives += [] if dead else [bug]
+        print(f"{'died ' if dead else 'LIVES'} {time.monotonic() - begun:4.0f} s  {bug}  {found}", flush=True)
     print(f"{len(chosen)} bugs, {len(lives)} of them live")
     for bug in lives:
         print(f"  {bug}\n    asked: {shlex.join(bug.tests)}")
