@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from memory import linux_only, peak_mb
-from processes import run_processes
 from torch import Tensor, nn
 
 from ssl_kernels import ClipLoss, NTXentLoss, SigLipLoss, SupConLoss, grad_cache
@@ -389,7 +387,3 @@ def test_the_memory_is_that_of_a_chunk_and_the_embeddings(rows: int, chunk: int,
     small, large = peak_mb(lambda: step(chunk), calls=2), peak_mb(lambda: step(rows), calls=2)
     assert small > 2 * layers  # or else it says nothing
     assert large <= 1.3 * small + 2 * rows * 32 * 4 / 2**20
-
-
-def test_in_two_processes(tmp_path: Path) -> None:
-    run_processes("import caching; caching.check(rank, world)", tmp_path)
