@@ -61,8 +61,9 @@ class Clip(TwoTowerModel):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.label_smoothing = label_smoothing
 
-    def contrast(self, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
-        scale = self.log_scale.exp()
+    def contrast(self, x: Tensor, y: Tensor, ids: Tensor | None, *learned: Tensor) -> Tensor:
+        (log_scale,) = learned
+        scale = log_scale.exp()
         if ids is None and self.label_smoothing == 0:
             loss: Tensor = self.loss(x, y, scale)
         else:  # pairs that share a caption or an image are each other's positives: no false negatives

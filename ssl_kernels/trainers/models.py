@@ -273,6 +273,16 @@ class BpeTokenizer:
         return {"text": self.tokenizer(list(captions))}
 
 
+def some_captions(text: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+    """What a tokenizer made of so many captions, of those that are in a part of them."""
+    if "offsets" not in text:
+        return {name: values[part] for name, values in text.items()}
+    tokens, offsets = text["tokens"], text["offsets"]
+    bounds = torch.cat([offsets, offsets.new_tensor([len(tokens)])])
+    first, end = bounds[part.start], bounds[part.stop]
+    return {"tokens": tokens[first:end], "offsets": offsets[part] - first}
+
+
 @dataclass
 class TowerConfig:
     """Which image tower meets which text tower."""

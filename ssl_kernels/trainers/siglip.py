@@ -44,12 +44,16 @@ class SigLip(TwoTowerModel):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
-    def contrast(self, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
-        scale = self.log_scale.exp()
+    def learned(self) -> tuple[Tensor, ...]:
+        return self.log_scale, self.bias
+
+    def contrast(self, x: Tensor, y: Tensor, ids: Tensor | None, *learned: Tensor) -> Tensor:
+        log_scale, bias = learned
+        scale = log_scale.exp()
         if ids is None:
-            loss: Tensor = self.loss(x, y, scale, self.bias)
+            loss: Tensor = self.loss(x, y, scale, bias)
         else:  # pairs that share a caption or an image are each other's positives: no false negatives
-            loss = K.sigmoid_contrastive_loss(x, y, scale, self.bias, x_ids=ids, y_ids=ids, **self.loss.how())
+            loss = K.sigmoid_contrastive_loss(x, y, scale, bias, x_ids=ids, y_ids=ids, **self.loss.how())
         return loss
 
     def scalars(self) -> dict[str, Tensor]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
 
-from ssl_kernels import use_backend
+from ssl_kernels import grad_cache, use_backend
 from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import batch_norm, loop
@@ -22,8 +23,17 @@ from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
 from ssl_kernels.trainers.data.shards import ids_of_keys
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import image_text, report
-from ssl_kernels.trainers.models import BUILT_IN, ImageTower, TowerConfig, image_tower, text_tower, tokenizer
+from ssl_kernels.trainers.models import (
+    BUILT_IN,
+    ImageTower,
+    TowerConfig,
+    image_tower,
+    some_captions,
+    text_tower,
+    tokenizer,
+)  # fmt: skip
 from ssl_kernels.trainers.processes import own_share
+from ssl_kernels.trainers.ranges import at_least, require
 
 CHECKED = 1024  # pairs of a batch
 
@@ -37,6 +47,9 @@ class TwoTowerConfig(TowerConfig, DataConfig, loop.LoopConfig):
     check_loss: bool = True
     """Compare every batch's loss, over its first 1,024 pairs, with the reference (and the reference, where it trains,
     with `auto`) and log both."""
+    chunk_size: int = 0
+    """Pairs that go through the towers of a process at a time; 0: all that it has of a batch. Loss and gradients are
+    those of the whole batch, at the price of one more forward pass; BatchNorm normalises each chunk on its own."""
 
     @property
     def leaves_parameters_unused(self) -> bool:
@@ -46,6 +59,7 @@ class TwoTowerConfig(TowerConfig, DataConfig, loop.LoopConfig):
         super().check()
         self.check_data()
         self.check_towers()
+        require(self, at_least(0), "chunk_size")
 
 
 class TwoTowerModel(nn.Module, ABC):
@@ -60,11 +74,15 @@ class TwoTowerModel(nn.Module, ABC):
         self.image, self.text, self.loss, self.backend, self.check = image, text, loss, backend, check
 
     @abstractmethod
-    def contrast(self, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
+    def contrast(self, x: Tensor, y: Tensor, ids: Tensor | None, *learned: Tensor) -> Tensor:
         """The loss of normalised embeddings [B, D]; pairs that share an id are each other's positives."""
 
+    def learned(self) -> tuple[Tensor, ...]:
+        """The scalars that the loss takes."""
+        return (self.log_scale,)
+
     def scalars(self) -> dict[str, Tensor]:
-        """The learned scalars, as they are logged."""
+        """The same, as they are logged."""
         return {"logit_scale": self.log_scale.detach().exp()}
 
     def after_step(self, number: int) -> None:
@@ -76,35 +94,56 @@ class TwoTowerModel(nn.Module, ABC):
     def encode_text(self, text: dict[str, Tensor]) -> Tensor:
         return unit_rows(self.text(**text))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        x, y, ids = self.encode_image(batch["images"]), self.encode_text(batch["text"]), batch["ids"]
+    def forward(self, batch: Batch, embed_alone: bool = False) -> tuple[Any, ...]:
+        """The loss and what is logged; or the embeddings and the scalars, of which the loss is made elsewhere."""
+        x, y = self.encode_image(batch["images"]), self.encode_text(batch["text"])
+        return (x, y, *self.learned()) if embed_alone else self.measure(batch["ids"], x, y, *self.learned())
+
+    def measure(self, ids: Tensor | None, x: Tensor, y: Tensor, *learned: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if ids is not None and ids.ndim == 2:
             ids = ids_of_keys(ids)
-        loss = self.contrast_by(self.backend, x, y, ids)
+        loss = self.contrast_by(self.backend, x, y, ids, *learned)
         metrics = self.scalars()
         if self.check:
             with torch.no_grad():
                 own = max(0, CHECKED - own_share().rank * len(x))  # of the first pairs of the batch
                 x, y, ids = x[:own], y[:own], None if ids is None else ids[:own]
                 checked = "auto" if self.backend == "reference" else self.backend
-                metrics["loss_check"] = self.contrast_by(checked, x, y, ids)
-                metrics["loss_reference"] = self.contrast_by("reference", x, y, ids)
+                metrics["loss_check"] = self.contrast_by(checked, x, y, ids, *learned)
+                metrics["loss_reference"] = self.contrast_by("reference", x, y, ids, *learned)
         return loss, metrics
 
-    def contrast_by(self, backend: str, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
+    def contrast_by(self, backend: str, x: Tensor, y: Tensor, ids: Tensor | None, *learned: Tensor) -> Tensor:
         with _backend(backend):
-            return self.contrast(x, y, ids)
+            return self.contrast(x, y, ids, *learned)
 
 
 def _backend(name: str) -> AbstractContextManager[None]:
     return nullcontext() if name == "auto" else use_backend(name)  # `auto` leaves SSL_KERNELS_BACKEND in force
 
 
+def in_chunks(fabric: Fabric, wrapped: nn.Module, model: TwoTowerModel, chunk_size: int) -> loop.Step:
+    """A step whose towers hold the activations of so many pairs at a time."""
+
+    def embed(batch: Batch, rows: Tensor) -> Any:
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        pairs = {"images": batch["images"][part], "text": some_captions(batch["text"], part)}
+        return wrapped(pairs, embed_alone=True)
+
+    def step(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = torch.arange(len(batch["images"]))
+        (embedded,) = grad_cache([functools.partial(embed, batch)], [rows], chunk_size, modules=[wrapped])
+        with fabric.autocast():
+            return model.measure(batch["ids"], *embedded)
+
+    return step
+
+
 def try_loss(model: TwoTowerModel, config: TwoTowerConfig, fabric: Fabric) -> None:
     """Refuse a backend that this device or precision lacks before anything is read or written."""
     features = torch.ones(1, config.dim, device=fabric.device, dtype=model.log_scale.dtype)
     try:
-        model.contrast_by(config.loss_backend, features, features, None)
+        model.contrast_by(config.loss_backend, features, features, None, *model.learned())
     except ValueError as error:
         raise UserError(f"--loss-backend: {error}") from None
 
@@ -143,9 +182,11 @@ def train(
 
     if config.image_locked and not config.pretrained:
         console.print("note: the image tower is locked at random weights; --pretrained loads learned ones")
+    step = in_chunks(fabric, wrapped, model, config.chunk_size) if config.chunk_size else None
     result = loop.fit(
-        fabric, wrapped, wrapped_optimizer, data.batches, config, after_step=model.after_step, console=console
-    )
+        fabric, wrapped, wrapped_optimizer, data.batches, config,
+        step=step, after_step=model.after_step, console=console,
+    )  # fmt: skip
     if not fabric.is_global_zero:
         return
 

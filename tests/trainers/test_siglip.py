@@ -144,6 +144,20 @@ def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path
     assert fused[-1]["loss"] < 0.6 * fused[0]["loss"]
 
 
+def test_a_run_in_chunks_is_the_plain_run(table: Path, tmp_path: Path) -> None:
+    same = {
+        "image_model": "tiny-vit",
+        "precision": "64-true",
+    }  # no BatchNorm, and little rounding for AdamW to scale up
+    for chunk in (0, 5):
+        train(config(table, tmp_path / str(chunk), epochs=2, chunk_size=chunk, **same))
+    plain, chunked = logged(tmp_path / "0"), logged(tmp_path / "5")
+    assert len(plain) == len(chunked) == 10
+    for ours, theirs in zip(chunked, plain, strict=True):
+        for name in ("loss", "loss_check", "logit_scale", "logit_bias", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5 if ours["step"] <= 4 else 2e-3), name
+
+
 @pytest.mark.usefixtures("pictures")
 def test_a_run_learns_and_writes_what_it_says(table: Path, tmp_path: Path) -> None:
     text = train(config(table, tmp_path, epochs=30, held_out=0.25))

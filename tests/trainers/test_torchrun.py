@@ -52,10 +52,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def jobs_of(pairs: list[str], pictures: list[str]) -> dict[str, Job]:
     once = ["--epochs", "1"]
+    vit = ["--image-model", "tiny-vit"]  # without BatchNorm, which sees a chunk of each process
     crops = ["--prototypes", "16", "--local-crops", "1", "--local-size", "8"]
     patches = ["--version", "2", "--image-model", "tiny-vit", "--prototypes", "16", "--freeze-last-layer", "0.5"]
     return {
         "siglip": ("siglip", [*pairs, *once], 0),
+        "siglip in chunks": ("siglip", [*pairs, *once, *vit, "--chunk-size", "3", "--accumulate", "2"], 0),
         "clip": ("clip", [*pairs, *once, "--label-smoothing", "0.1", "--accumulate", "2"], 0),
         "simclr": ("simclr", [*pictures, *once, "--accumulate", "2"], 0),
         "moco of four groups": ("moco", [*pictures, *once, "--queue-size", "24", "--accumulate", "2"], 0),
