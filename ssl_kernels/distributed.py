@@ -353,8 +353,3 @@ def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     ranks = Ranks(name, "gather_rows")
     counts = ranks.agree([len(rows)], {"width": tuple(rows.shape[1:]), "dtype": rows.dtype}, rows.device)
     return ranks.gather_rows(rows, [count for (count,) in counts])
-
-
-def check_gather_distributed(gather_distributed: bool) -> None:
-    if gather_distributed and not dist.is_available():
-        raise ValueError("gather_distributed: expected False, for this build of torch has no torch.distributed")

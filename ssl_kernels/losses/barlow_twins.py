@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import Group, check_gather_distributed, world
+from ssl_kernels.distributed import Group
 from ssl_kernels.losses.in_group import LossInGroup
 
 
@@ -41,17 +41,12 @@ class BarlowTwinsLoss(LossInGroup):
         grad_reduce: str = "mean",
         even_batches: bool = False,
     ) -> None:
-        super().__init__(group, strategy, grad_reduce, even_batches)
-        check_gather_distributed(gather_distributed)
+        super().__init__(group, strategy, grad_reduce, even_batches, gather_distributed=gather_distributed)
         self.lambda_param = lambda_param
-        self.gather_distributed = gather_distributed
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss of two views [batch, features]."""
         return K.barlow_twins_loss(z_a, z_b, lambda_param=self.lambda_param, **self.how())
-
-    def _group(self) -> Group:
-        return world() if self.group is None and self.gather_distributed else self.group
 
     def extra_repr(self) -> str:
         return f"lambda_param={self.lambda_param}, gather_distributed={self.gather_distributed}"

@@ -8,8 +8,7 @@ from torch import Tensor
 
 import ssl_kernels.functional as K
 from ssl_kernels.distributed import Group
-from ssl_kernels.losses.in_group import LossInGroup
-from ssl_kernels.losses.siglip import overridden, refuse_overridden
+from ssl_kernels.losses.in_group import LossInGroup, overridden
 
 
 class ClipLoss(LossInGroup):
@@ -54,7 +53,7 @@ class ClipLoss(LossInGroup):
         grad_reduce: str = "mean",
         even_batches: bool = False,
     ) -> None:
-        super().__init__(group, strategy, grad_reduce, even_batches, rank, world_size)
+        super().__init__(group, strategy, grad_reduce, even_batches, rank=rank, world_size=world_size)
         if use_horovod and not self.is_alone():
             raise NotImplementedError("use_horovod: expected False, for features travel by torch.distributed, got True")
         self.local_loss = local_loss
@@ -81,7 +80,6 @@ class ClipLoss(LossInGroup):
                 f"got {text_features.shape[0]}"
             )
         if overridden(self, ClipLoss):
-            refuse_overridden(self)
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
             labels = self.get_ground_truth(image_features.device, len(image_features))
             loss = torch.stack([F.cross_entropy(direction, labels) for direction in logits]).mean()

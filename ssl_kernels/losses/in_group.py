@@ -7,29 +7,40 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from ssl_kernels.distributed import Group, across
+from ssl_kernels.distributed import Group, across, world
 
 
 class LossInGroup(nn.Module):
     """A loss over the ranks of a group; see :mod:`ssl_kernels.distributed`.
 
     Args:
-        group, strategy, grad_reduce, even_batches: as of the losses of :mod:`ssl_kernels.functional`. A group of None
-            is all processes where ``world_size``, as open_clip passes it, says that there are others; else this one.
-        rank, world_size: of this process. They must be those of the group.
+        group, strategy, grad_reduce, even_batches: as of the losses of :mod:`ssl_kernels.functional`.
+        rank, world_size, gather_distributed: as open_clip and lightly tell of other processes. Without a group the loss
+            is then over all of them, and a rank and a world size that are not this process's are an error.
     """
 
     def __init__(
-        self, group: Group, strategy: str, grad_reduce: str, even_batches: bool, rank: int = 0, world_size: int = 1
+        self,
+        group: Group,
+        strategy: str,
+        grad_reduce: str,
+        even_batches: bool,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        gather_distributed: bool = False,
     ) -> None:
         super().__init__()
         across(None, strategy, grad_reduce, even_batches, False, "mean")
+        if gather_distributed and not dist.is_available():
+            raise ValueError("gather_distributed: expected False, for this build of torch has no torch.distributed")
         self.group = group
         self.strategy = strategy
         self.grad_reduce = grad_reduce
         self.even_batches = even_batches
         self.rank = rank
         self.world_size = world_size
+        self.gather_distributed = gather_distributed
 
     def how(self) -> dict[str, Any]:
         """These as arguments of a function."""
@@ -41,11 +52,13 @@ class LossInGroup(nn.Module):
         }
 
     def is_alone(self) -> bool:
-        return self.group is None and self.world_size == 1
+        return self.world_size == 1 and self._group() is None
 
     def _group(self) -> Group:
-        if self.group is not None or self.world_size == 1:
+        if self.group is not None:
             return self.group
+        if self.world_size == 1:
+            return world() if self.gather_distributed else None
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 f"{type(self).__name__}: world_size={self.world_size}: expected torch.distributed to be initialised"
@@ -56,3 +69,15 @@ class LossInGroup(nn.Module):
             if told != found:
                 raise ValueError(f"{type(self).__name__}: {name}: expected {found}, as of this process, got {told}")
         return dist.group.WORLD
+
+
+def overridden(loss: LossInGroup, base: type[nn.Module]) -> bool:
+    """Whether a subclass of open_clip's kind has logits or labels of its own: its loss is of what this process has."""
+    if all(getattr(type(loss), name) is getattr(base, name) for name in ("get_logits", "get_ground_truth")):
+        return False
+    if not loss.is_alone():
+        raise NotImplementedError(
+            f"{type(loss).__name__}: get_logits or get_ground_truth is overridden: the loss of what they return is not "
+            "implemented over several processes"
+        )
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import Group, across, check_gather_distributed, world
+from ssl_kernels.distributed import Group, across
 from ssl_kernels.losses.in_group import LossInGroup
 
 
@@ -41,13 +41,11 @@ class KoLeoLoss(LossInGroup):
         grad_reduce: str = "mean",
         even_batches: bool = False,
     ) -> None:
-        super().__init__(group, strategy, grad_reduce, even_batches)
-        check_gather_distributed(gather_distributed)
+        super().__init__(group, strategy, grad_reduce, even_batches, gather_distributed=gather_distributed)
         if p != 2:
             raise ValueError(f"p: expected 2, the only norm that is implemented, got {p!r}")
         self.p = p
         self.eps = eps
-        self.gather_distributed = gather_distributed
 
     def forward(self, x: Tensor) -> Tensor:
         """The loss of features [B, D], normalised here. A row that is alone is its own neighbour, as in the peers."""
@@ -55,9 +53,6 @@ class KoLeoLoss(LossInGroup):
         if x.dim() == 2 and len(x) == 1 and not across(**how, own_share=False, reduction="mean").group:
             x = x.expand(2, -1)
         return K.koleo_loss(x, eps=self.eps, **how)
-
-    def _group(self) -> Group:
-        return world() if self.group is None and self.gather_distributed else self.group
 
     def extra_repr(self) -> str:
         return f"p={self.p}, eps={self.eps}, gather_distributed={self.gather_distributed}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import Group, across, world
+from ssl_kernels.distributed import Group, across
 from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.ops._checks import autocast_features
@@ -81,7 +82,7 @@ class MoCoV3Loss(LossInGroup):
         grad_reduce: str = "mean",
         even_batches: bool = False,
     ) -> None:
-        super().__init__(group, strategy, grad_reduce, even_batches)
+        super().__init__(group, strategy, grad_reduce, even_batches, gather_distributed=gather and dist.is_available())
         self.temperature = positive_temperature(temperature)
         self.gather = gather
 
@@ -101,9 +102,6 @@ class MoCoV3Loss(LossInGroup):
         check_keys(query, key=key)
         over = across(**self.how(), own_share=False, reduction="mean")
         return fused_info_nce(query, key, key, 1 / self.temperature, "mean", positive_is_key=True, over=over)
-
-    def _group(self) -> Group:
-        return world() if self.group is None and self.gather else self.group
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather={self.gather}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import Group, check_gather_distributed, world
+from ssl_kernels.distributed import Group
 from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.losses.info_nce import positive_temperature
 from ssl_kernels.ops.unit_rows import fused_unit_rows
@@ -28,8 +28,8 @@ class NTXentLoss(LossInGroup):
             is not: a checkpoint of lightly's leaves the bank as it is, and lightly loads one of these with
             ``strict=False``.
         gather_distributed: take the rows of all processes, as negatives or into the bank.
-        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together, where there is no bank;
-            see :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``gather_distributed``.
+        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together, or whose rows go into
+            the bank; see :mod:`ssl_kernels.distributed`. Without a group they are all if ``gather_distributed``.
 
     Source: Chen et al. 2020, arXiv:2002.05709.
 
@@ -50,16 +50,14 @@ class NTXentLoss(LossInGroup):
         grad_reduce: str = "mean",
         even_batches: bool = False,
     ) -> None:
-        super().__init__(group, strategy, grad_reduce, even_batches)
-        check_gather_distributed(gather_distributed)
+        super().__init__(group, strategy, grad_reduce, even_batches, gather_distributed=gather_distributed)
         self.temperature = positive_temperature(temperature)
-        self.gather_distributed = gather_distributed
         self.memory_bank: KeyQueue | None = None
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
         if size != (0,) and (len(size) != 2 or min(size) < 0):
             raise ValueError(f"memory_bank_size: expected (rows, features) or 0, got {memory_bank_size!r}")
         if size[0] > 0:
-            self.memory_bank = KeyQueue(*size, gather=gather_distributed)
+            self.memory_bank = KeyQueue(*size, gather=gather_distributed or group is not None, group=group)
         self.register_load_state_dict_pre_hook(keep_missing_bank)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
@@ -71,9 +69,6 @@ class NTXentLoss(LossInGroup):
         if query.requires_grad:
             self.memory_bank.enqueue(key)
         return loss
-
-    def _group(self) -> Group:
-        return world() if self.group is None and self.gather_distributed else self.group
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"

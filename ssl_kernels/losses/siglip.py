@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import ssl_kernels.functional as K
 from ssl_kernels.distributed import Group
-from ssl_kernels.losses.in_group import LossInGroup
+from ssl_kernels.losses.in_group import LossInGroup, overridden
 
 
 class SigLipLoss(LossInGroup):
@@ -56,7 +56,7 @@ class SigLipLoss(LossInGroup):
             raise ValueError(f"dist_impl: expected 'bidir', 'shift', 'reduce', 'gather' or None, got {dist_impl!r}")
         if strategy == "auto":
             strategy = {"bidir": "ring", "shift": "ring", "gather": "gather"}.get(dist_impl or "", "auto")
-        super().__init__(group, strategy, grad_reduce, even_batches, rank, world_size)
+        super().__init__(group, strategy, grad_reduce, even_batches, rank=rank, world_size=world_size)
         self.cache_labels = cache_labels
         self.dist_impl = dist_impl
         self.chunk_size = chunk_size
@@ -79,7 +79,6 @@ class SigLipLoss(LossInGroup):
                 f"got {text_features.shape[0]}"
             )
         if overridden(self, SigLipLoss):
-            refuse_overridden(self)
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
             labels = self.get_ground_truth(image_features.device, image_features.dtype, len(image_features))
             loss = -F.logsigmoid(labels * logits).sum() / len(image_features)
@@ -108,17 +107,3 @@ class SigLipLoss(LossInGroup):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, world_size={self.world_size}"
-
-
-def overridden(loss: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a subclass has logits or labels of its own."""
-    return any(getattr(type(loss), name) is not getattr(base, name) for name in ("get_logits", "get_ground_truth"))
-
-
-def refuse_overridden(loss: LossInGroup) -> None:
-    """Such a loss is of what this process has."""
-    if not loss.is_alone():
-        raise NotImplementedError(
-            f"{type(loss).__name__}: get_logits or get_ground_truth is overridden: the loss of what they return is not "
-            "implemented over several processes"
-        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import ssl_kernels.functional as K
-from ssl_kernels.distributed import Group, check_gather_distributed, world
+from ssl_kernels.distributed import Group
 from ssl_kernels.losses.in_group import LossInGroup
 
 
@@ -45,12 +45,10 @@ class VICRegLoss(LossInGroup):
         grad_reduce: str = "mean",
         even_batches: bool = False,
     ) -> None:
-        super().__init__(group, strategy, grad_reduce, even_batches)
-        check_gather_distributed(gather_distributed)
+        super().__init__(group, strategy, grad_reduce, even_batches, gather_distributed=gather_distributed)
         self.lambda_param = lambda_param
         self.mu_param = mu_param
         self.nu_param = nu_param
-        self.gather_distributed = gather_distributed
         self.eps = eps
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
@@ -69,9 +67,6 @@ class VICRegLoss(LossInGroup):
             a, b, invariance_weight=self.lambda_param, variance_weight=self.mu_param,
             covariance_weight=self.nu_param, eps=self.eps, **self.how(),
         )  # fmt: skip
-
-    def _group(self) -> Group:
-        return world() if self.group is None and self.gather_distributed else self.group
 
     def extra_repr(self) -> str:
         return (

@@ -220,6 +220,9 @@ def modules_take_world_size(rank: int, world: int) -> None:
         loss = SigLipLoss(**told, dist_impl=dist_impl)
         torch.testing.assert_close(loss(x, y, scale, bias), siglip)
         assert loss.strategy == {"bidir": "ring", "shift": "ring", "gather": "gather"}.get(dist_impl, "auto")
+    bank = NTXentLoss(0.3, memory_bank_size=(sum(whole.counts), WIDTH), group=dist.group.WORLD)
+    bank(x.float().requires_grad_(), y.float())
+    torch.testing.assert_close(bank.memory_bank.keys, whole.features[1].float())
     views = NTXentLoss(0.3, gather_distributed=True)(x, y)
     torch.testing.assert_close(views, NTXentLoss(0.3)(*whole.features))
     for wrong, message in (

@@ -60,9 +60,9 @@ def test_the_loss_is_the_paper_s() -> None:
 
 
 def test_a_run_learns_and_reports(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert simclr.main([*small, "--seed", "5", "--output-dir", str(tmp_path)]) == 0
+    assert simclr.main([*small, "--seed", "5", "--epochs", "20", "--output-dir", str(tmp_path)]) == 0
     records = logged(tmp_path)
-    assert len(records) == 24
+    assert len(records) == 120  # in which every seed of 0 to 7 learns: 0.64 to 0.82
     assert sum(r["loss"] for r in records[-6:]) < 0.95 * sum(r["loss"] for r in records[:6])
     out = capsys.readouterr().out
     for phrase in ("SimCLR on", "seed 5", "10 labels a class, 1-NN", "initial", "raw + aug", "embedding rank"):
