@@ -53,7 +53,7 @@ gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py
 
 wheel: setup
-	rm -rf build dist
+	rm -rf build/lib* build/bdist* dist
 	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
 
 clean:

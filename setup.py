@@ -118,11 +118,17 @@ def cuda_extension(release: str) -> Extension:
     )
 
 
-class BuildApart(BuildExtension):
-    """Gives each extension a folder for its objects: in one, those that two share would be compiled on every build."""
+class KeepObjects(BuildExtension):
+    """Keeps objects, so that a build compiles what changed since the last one, each extension's in a folder of its own.
+
+    The kernels of the CPU, which know neither torch nor Python, are compiled once for both extensions that have them.
+    """
 
     def build_extension(self, extension: Extension) -> None:
-        folder, self.build_temp = self.build_temp, f"{self.build_temp}/{extension.name}"
+        if extension.name in ("ssl_kernels._C", "ssl_kernels._native"):
+            kernels = self.compiler.compile(CPU_SOURCES, "build/objects/cpu", extra_postargs=CXX_FLAGS, depends=HEADERS)
+            extension.extra_objects = kernels
+        folder, self.build_temp = self.build_temp, f"build/objects/{extension.name}"
         super().build_extension(extension)
         self.build_temp = folder
 
@@ -131,21 +137,21 @@ setup(
     ext_modules=[
         CppExtension(
             "ssl_kernels._C",
-            [*CPU_SOURCES, *sorted(glob("csrc/torch/*.cpp"))],
-            depends=HEADERS,
+            sorted(glob("csrc/torch/*.cpp")),
+            depends=[*CPU_SOURCES, *HEADERS],
             extra_compile_args=[*CXX_FLAGS, *STABLE_FLAGS],
             py_limited_api=True,
         ),
         Extension(
             "ssl_kernels._native",
-            [*CPU_SOURCES, *sorted(glob("csrc/numpy/*.cpp"))],
+            sorted(glob("csrc/numpy/*.cpp")),
             include_dirs=[pybind11.get_include()],
-            depends=HEADERS,
+            depends=[*CPU_SOURCES, *HEADERS],
             extra_compile_args=[*CXX_FLAGS, f"-isystem{Path(torch.__file__).parent}/include"],
             language="c++",
         ),
         *cuda_extensions(),
     ],
-    cmdclass={"build_ext": BuildApart},
+    cmdclass={"build_ext": KeepObjects},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

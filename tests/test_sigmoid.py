@@ -411,9 +411,9 @@ def test_no_grad_computes_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     widths: list[int] = []
     kernel = sigmoid._PANELS["cpu"]
 
-    def spy(x: Tensor, y: Tensor, stats: Tensor, *rest: Any) -> Tensor | None:
+    def spy(a: Any, x: Tensor, y: Tensor, stats: Tensor, *rest: Any) -> Tensor | None:
         widths.append(stats.shape[1])
-        return kernel(x, y, stats, *rest)
+        return kernel(a, x, y, stats, *rest)
 
     monkeypatch.setattr(contrastive, "_ONE_TILE", 0)
     monkeypatch.setattr(panels, "add_matmul", lambda out, a, b, first: products.append(a.shape))

@@ -38,7 +38,18 @@ def check_features(**features: Tensor) -> None:
             raise ValueError(f"{name}: expected {first.shape[1]} features as {first_name} has, got {value.shape[1]}")
 
 
-def check_ids(x: Tensor, y: Tensor, x_ids: Tensor | None, y_ids: Tensor | None) -> None:
+def check_pairs(
+    x: Tensor, y: Tensor, x_ids: Tensor | None, y_ids: Tensor | None, same_id: str, offset: int, reduction: str
+) -> None:
+    """What the losses of rows x against columns y have in common."""
+    check_features(x=x, y=y)
+    _check_ids(x, y, x_ids, y_ids)
+    check_choice("same_id", same_id, ("positive", "ignore"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    _check_offset(offset)
+
+
+def _check_ids(x: Tensor, y: Tensor, x_ids: Tensor | None, y_ids: Tensor | None) -> None:
     if (x_ids is None) != (y_ids is None):
         raise ValueError(f"{'x_ids' if x_ids is None else 'y_ids'}: expected ids for both x and y, or for neither")
     for name, ids, features in (("x_ids", x_ids, x), ("y_ids", y_ids, y)):
@@ -80,7 +91,7 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
-def check_offset(offset: int) -> None:
+def _check_offset(offset: int) -> None:
     if not isinstance(offset, int) or isinstance(offset, bool):
         raise TypeError(f"offset: expected an int, got {type(offset).__name__}")
     if abs(offset) > 2**62:

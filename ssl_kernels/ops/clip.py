@@ -77,11 +77,7 @@ def clip_loss(
     (2.6756, (4, 2))
     """
     x, y = _checks.autocast_features(x, y)
-    _checks.check_features(x=x, y=y)
-    _checks.check_ids(x, y, x_ids, y_ids)
-    _checks.check_choice("same_id", same_id, ("positive", "ignore"))
-    _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    _checks.check_offset(offset)
+    _checks.check_pairs(x, y, x_ids, y_ids, same_id, offset, reduction)
     _checks.check_fraction("label_smoothing", label_smoothing)
     if reduction == "none" and (x.shape[0] != y.shape[0] or offset != 0):
         raise ValueError(

@@ -33,6 +33,13 @@ class Pairs(NamedTuple):
     positive: int
     excluded: int
 
+    @classmethod
+    def of(cls, a: Any) -> Pairs:
+        """Of an op's arguments; without y the columns are the rows."""
+        x_ids = None if a.x_ids is None else a.x_ids.contiguous()
+        y_ids = x_ids if a.y is None else None if a.y_ids is None else a.y_ids.contiguous()
+        return cls(x_ids, y_ids, a.ignore_same_id, a.positive, a.excluded)
+
     def part(self, row: int, rows: int, col: int, cols: int) -> Pairs:
         """Of so many rows from ``row`` on, and so many columns from ``col`` on."""
         row_ids = None if self.row_ids is None else self.row_ids[row : row + rows]
@@ -67,6 +74,11 @@ class Result(NamedTuple):
     dx: Tensor  # as dy but for the factor scale
     dy: Tensor
     scalars: Tensor  # [3]: the derivatives by scale and by bias, and the unit of all derivatives
+
+
+def wanted_gradients(a: Any) -> Sequence[bool]:
+    """Which of them the forward pass of an op makes."""
+    return a.needs_grad if a.reduction != "none" else [False] * len(a.needs_grad)
 
 
 RESULT = "Tensor loss, Tensor dx, Tensor dy, Tensor scalars"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssl_kernels.distributed import Group, across
 from ssl_kernels.ops import _checks, contrastive
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs, Result
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs, Result, wanted_gradients, weighted_sums
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.ops.strips import Matrix, gathered
@@ -85,11 +85,7 @@ def sigmoid_contrastive_loss(
     (4.0231, (4, 2))
     """
     x, y = _checks.autocast_features(x, y)
-    _checks.check_features(x=x, y=y)
-    _checks.check_ids(x, y, x_ids, y_ids)
-    _checks.check_choice("same_id", same_id, ("positive", "ignore"))
-    _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    _checks.check_offset(offset)
+    _checks.check_pairs(x, y, x_ids, y_ids, same_id, offset, reduction)
     scale = _checks.as_scalar("scale", scale, x)
     bias = _checks.as_scalar("bias", bias, x)
     over = across(group, strategy, grad_reduce, even_batches, own_share, reduction)
@@ -103,9 +99,7 @@ def sigmoid_contrastive_loss(
     _checks.check_transforms(x, y, scale, bias)
     grad = torch.is_grad_enabled()
     needs_grad = [grad and t.requires_grad for t in (x, y, scale, bias)]
-    arguments = Arguments(
-        x, y, scale, bias, *pairs, None, reduction, needs_grad, workspace_bytes(), backend, *over
-    )  # fmt: skip
+    arguments = Arguments(x, y, scale, bias, *pairs, None, reduction, needs_grad, workspace_bytes(), backend, *over)
     loss: Tensor = _op(arguments)[0]
     return loss
 
@@ -117,9 +111,7 @@ def reference(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, r
         z = scale * (x.to(dtype) @ y.to(dtype).t()) + bias
         positive, ignored = pairs.masks(z.shape, z.device)
         rows = (-F.logsigmoid(torch.where(positive, z, -z))).masked_fill(ignored, 0).sum(1)
-    if reduction == "none":
-        return rows
-    return rows.sum() / x.shape[0] if reduction == "mean" else rows.sum()
+    return rows if reduction == "none" else rows.sum() / (x.shape[0] if reduction == "mean" else 1)
 
 
 class Arguments(NamedTuple):
@@ -143,28 +135,16 @@ class Arguments(NamedTuple):
     even_batches: bool
     own_share: bool
 
-    @property
-    def pairs(self) -> Pairs:
-        x_ids, y_ids = (None if ids is None else ids.contiguous() for ids in (self.x_ids, self.y_ids))
-        return Pairs(x_ids, y_ids, self.ignore_same_id, self.positive, self.excluded)
 
-    @property
-    def wanted(self) -> Sequence[bool]:
-        """Which gradients the forward pass makes."""
-        return self.needs_grad if self.reduction != "none" else [False] * 4
+# The panel function of a backend takes the arguments, of which it uses scale and bias, and panels x [m, D] and y [n, D]
+# with what their pairs are. To stats [m, 3] float64 (or [m, 1] when only the loss is wanted) it adds per-row sums of
+# the loss, of G (x_i . y_j) and of G. It returns G [m, n] if ``write``.
 
 
-# The panel function of a backend takes x [m, D] and y [n, D]; stats [m, 3] float64 (or [m, 1] when only the loss is
-# wanted), to which per-row sums of the loss, of G (x_i . y_j) and of G are added; 0-dim scale and bias; and what the
-# pairs are. It returns G [m, n] if ``write_grad``.
-
-
-def _panel_eager(
-    x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, write_grad: bool
-) -> Tensor | None:
+def _panel_eager(a: Arguments, x: Tensor, y: Tensor, stats: Tensor, pairs: Pairs, write: bool) -> Tensor | None:
     raw = matmul(x, y.t())
     positive, ignored = pairs.masks(raw.shape, raw.device)
-    z = scale * raw + bias
+    z = a.scale * raw + a.bias
     z = torch.where(positive, -z, z)
     stats[:, 0] += (-F.logsigmoid(-z)).masked_fill(ignored, 0).sum(1)
     if stats.shape[1] == 1:
@@ -173,32 +153,22 @@ def _panel_eager(
     grad = torch.where(positive, -grad, grad).masked_fill(ignored, 0)
     stats[:, 1] += (grad * raw.masked_fill(ignored, 0)).sum(1)
     stats[:, 2] += grad.sum(1)
-    return grad if write_grad else None
+    return grad if write else None
 
 
-def _panel_cpu(
-    x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, write_grad: bool
-) -> Tensor | None:
+def _panel_cpu(a: Arguments, x: Tensor, y: Tensor, stats: Tensor, pairs: Pairs, write: bool) -> Tensor | None:
     tile = matmul(x, y.t())
-    torch.ops.ssl_kernels.sigmoid_panel_(tile, stats, scale.item(), bias.item(), *pairs[:4], write_grad)
-    return tile if write_grad else None
+    torch.ops.ssl_kernels.sigmoid_panel_(tile, stats, a.scale.item(), a.bias.item(), *pairs[:4], write)
+    return tile if write else None
 
 
-def _panel_triton(
-    x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, write_grad: bool
-) -> Tensor | None:
-    from ssl_kernels.kernels import sigmoid as kernels
+def _panel_triton(a: Arguments, x: Tensor, y: Tensor, stats: Tensor, pairs: Pairs, write: bool) -> Tensor | None:
+    from ssl_kernels.kernels.sigmoid import sigmoid_panel
 
     m, n = x.shape[0], y.shape[0]
-    grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write_grad else None  # aligned rows, for wide stores
-    kernels.sigmoid_panel(x, y, grad, stats, scale, bias, *pairs[:4])
+    grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
+    sigmoid_panel(x, y, grad, stats, a.scale, a.bias, *pairs[:4])
     return grad
-
-
-def _gradient_scale(dtype: torch.dtype) -> float:
-    from ssl_kernels.kernels import sigmoid as kernels
-
-    return kernels.gradient_scale(dtype)
 
 
 _PANELS = {"eager": _panel_eager, "cpu": _panel_cpu, "triton": _panel_triton}
@@ -207,62 +177,60 @@ _TILES = {"eager": 8, "cpu": 1, "triton": 1}  # tiles that each holds at a time
 
 def _forward(a: Arguments) -> Result:
     """The loss, and sum_ij w_i G_ij times y_j, x_i, x_i . y_j and 1, where needed."""
-    want_dx, want_dy, *_ = a.wanted
-    dtype, panel_function, triton = _checks.accumulation_dtype(a.x.dtype), _PANELS[a.backend], a.backend == "triton"
+    want_dx, want_dy, *_ = wanted = wanted_gradients(a)
+    dtype, triton = _checks.accumulation_dtype(a.x.dtype), a.backend == "triton"
+    divisor: int = len(a.x) if a.reduction == "mean" else 1
+    write = want_dx or want_dy
 
     def panel(pairs: Pairs, x: Tensor, y: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
-        part = pairs.part(i, len(x), j, len(y))
-        return panel_function(x, y, stats, a.scale, a.bias, part, want_dx or want_dy)
+        return _PANELS[a.backend](a, x, y, stats, pairs.part(i, len(x), j, len(y)), write)
 
-    tiles = 0 if triton and not (want_dx or want_dy) else _TILES[a.backend]
+    tiles = 0 if triton and not write else _TILES[a.backend]
     run = functools.partial(
         run_panels,
         workspace=a.workspace,
         compute_dtype=a.x.dtype if triton else dtype,
         tiles=tiles + (0 if a.row_weight is None else 2),  # weighted products hold the tile in fp32
-        stats_width=3 if any(a.wanted) else 1,
+        stats_width=3 if any(wanted) else 1,
         row_weight=a.row_weight,
     )
     with _checks.without_autocast(a.x):
         if contrastive.is_one_tile(a):
-            divisor = len(a.x) if a.reduction == "mean" else 1
-            one = a.x.to(dtype), a.y.to(dtype), a.scale.item(), a.bias.item(), *a.pairs[:4], divisor, want_dx, want_dy
-            return Result(*torch.ops.ssl_kernels.sigmoid_of_one_tile(*one, any(a.wanted)))
+            one = a.x.to(dtype), a.y.to(dtype), a.scale.item(), a.bias.item(), *Pairs.of(a)[:4], divisor
+            return Result(*torch.ops.ssl_kernels.sigmoid_of_one_tile(*one, want_dx, want_dy, any(wanted)))
         matrix = Matrix(a, "sigmoid_contrastive_loss", reduction=a.reduction)
         gradients: list[Tensor] = []  # of x and y
         counted: list[Tensor] = []  # statistics of the pairs that count here
         for strip in matrix.strips(want_dx or not want_dy, want_dy):
             own = strip.is_own
             stats, dx, dy = run(
-                functools.partial(panel, strip.pairs),
-                strip.x,
-                strip.y,
-                want_dx=want_dx if own else a.wanted[strip.side],
-                want_dy=want_dy and own,
-                dx=None if own else gradients[strip.side],
-                add=not own,
-            )
+                functools.partial(panel, strip.pairs), strip.x, strip.y,
+                want_dx=want_dx if own else wanted[strip.side], want_dy=want_dy and own,
+                dx=None if own else gradients[strip.side], add=not own,
+            )  # fmt: skip
             gradients = [dx, dy] if own else gradients
             counted += [stats] if strip.is_counted else []
     dx, dy = gradients
     if triton:
-        dx /= _gradient_scale(a.x.dtype)
-        dy /= _gradient_scale(a.x.dtype)
+        from ssl_kernels.kernels.sigmoid import gradient_scale
+
+        dx /= gradient_scale(a.x.dtype)
+        dy /= gradient_scale(a.x.dtype)
     if a.row_weight is not None and want_dx:
         dx *= a.row_weight[:, None]
-    divisor = matrix.count(0) if a.reduction == "mean" else 1
-    if not a.group:
+    if a.group:
+        sums = torch.stack([stats.sum(0) for stats in counted])
+        divisor = matrix.count(0) if a.reduction == "mean" else 1
+        loss, scalars = matrix.shared(*weighted_sums(sums, None, divisor, sums.dtype), dtype)
+    else:
         (stats,) = counted
-        loss, scalars = contrastive.weighted_sums(stats, a.row_weight, divisor, dtype)
-        return Result(stats[:, 0].to(dtype) if a.reduction == "none" else loss, dx, dy, scalars)
-    sums = torch.stack([stats.sum(0) for stats in counted])
-    loss, scalars = matrix.shared(*contrastive.weighted_sums(sums, None, divisor, sums.dtype), dtype)
-    return Result(loss, dx, dy, scalars)
+        loss, scalars = weighted_sums(stats, a.row_weight, divisor, dtype)
+    return Result(stats[:, 0].to(dtype) if a.reduction == "none" else loss, dx, dy, scalars)
 
 
 def _fake(a: Arguments) -> Result:
     new = functools.partial(a.x.new_empty, dtype=_checks.accumulation_dtype(a.x.dtype))
-    want_dx, want_dy, *_ = a.wanted
+    want_dx, want_dy, *_ = wanted_gradients(a)
     return Result(
         loss=new(a.x.shape[0] if a.reduction == "none" else ()),
         dx=new(a.x.shape[0] if want_dx else 0, a.x.shape[1]),

@@ -29,7 +29,7 @@ from torch import Tensor
 from ssl_kernels.distributed import ALONE, Across
 from ssl_kernels.ops import _checks, contrastive
 from ssl_kernels.ops._op import Op
-from ssl_kernels.ops.contrastive import Pairs
+from ssl_kernels.ops.contrastive import Pairs, wanted_gradients
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.ops.reuse import HeldTiles
@@ -110,17 +110,6 @@ class Arguments(NamedTuple):
     grad_reduce: str
     even_batches: bool
     own_share: bool
-
-    @property
-    def pairs(self) -> Pairs:
-        x_ids = None if self.x_ids is None else self.x_ids.contiguous()
-        y_ids = x_ids if self.y is None else None if self.y_ids is None else self.y_ids.contiguous()
-        return Pairs(x_ids, y_ids, self.ignore_same_id, self.positive, self.excluded)
-
-    @property
-    def wanted(self) -> Sequence[bool]:
-        """Which gradients the forward pass makes."""
-        return self.needs_grad if self.reduction != "none" else [False] * 3
 
 
 # Per backend, the two panel functions. Statistics [m, 4] or [m, 6] float64 of rows, and of columns or None, are
@@ -242,7 +231,7 @@ class _Passes:
     """The two passes over the tiles of x and y, or of x and itself."""
 
     def __init__(self, a: Arguments, matrix: Matrix) -> None:
-        self.matrix, self.scale, self.wanted = matrix, a.scale, a.wanted
+        self.matrix, self.scale, self.wanted = matrix, a.scale, wanted_gradients(a)
         self.x, self.y, self.symmetric, self.seam = a.x, matrix.sides[-1], matrix.symmetric, a.seam
         self.triton = a.backend == "triton"
         self.stats_panel, self.grad_panel = _PANELS[a.backend]
@@ -312,9 +301,7 @@ class _Passes:
                 add=not own,
             )
             gradients = [dx, dy] if own else gradients
-            if (
-                strip.is_counted
-            ):  # where the matrix is symmetric the other rank meets the same pairs, G from both ways, too
+            if strip.is_counted:  # a symmetric matrix has the same pairs on the other rank too, G from both ways
                 moments.append(stats.sum() / (2 if self.symmetric and not own else 1))
         dx, dy = gradients
         if self.triton:
@@ -398,21 +385,22 @@ def _summarise_eager(a: Arguments, matrix: Matrix, stats: list[Tensor], dtype: t
 
 def _forward(a: Arguments) -> tuple[Tensor, ...]:
     """A :class:`ssl_kernels.ops.contrastive.Result`, and the number of rows and columns without a positive pair."""
-    if any(a.wanted):
+    wanted = wanted_gradients(a)
+    if any(wanted):
         _warm.free_down_to(a.keep_bytes)
     with _checks.without_autocast(a.x):
         if contrastive.is_one_tile(a):
             x, y = a.x.to(torch.float32), None if a.y is None else a.y.to(torch.float32)
-            one = x, y, a.scale.item(), *a.pairs, a.seam, a.label_smoothing, a.reduction == "mean"
-            outputs: tuple[Tensor, ...] = torch.ops.ssl_kernels.softmax_of_one_tile(*one, *a.wanted)
+            one = x, y, a.scale.item(), *Pairs.of(a), a.seam, a.label_smoothing, a.reduction == "mean"
+            outputs: tuple[Tensor, ...] = torch.ops.ssl_kernels.softmax_of_one_tile(*one, *wanted)
             return outputs
         matrix = Matrix(a, a.what, reduction=a.reduction, label_smoothing=a.label_smoothing)
         passes = _Passes(a, matrix)
         stats = passes.statistics(6 if a.label_smoothing else 4)
-        loss, unpaired, scalars, sides = _summarise(a, matrix, stats, any(a.wanted))
+        loss, unpaired, scalars, sides = _summarise(a, matrix, stats, any(wanted))
         _, dx, dy, *_ = _fake(a._replace(needs_grad=[False] * 3))  # empty
-        if any(a.wanted):
-            dx, dy, scalars[0] = passes.gradients(sides, a.wanted[0], a.wanted[1])
+        if any(wanted):
+            dx, dy, scalars[0] = passes.gradients(sides, *wanted[:2])
         if a.group:
             loss, scalars = matrix.shared(loss, scalars.to(loss.dtype), dx.dtype)
     return loss, dx, dy, scalars, unpaired
@@ -420,7 +408,7 @@ def _forward(a: Arguments) -> tuple[Tensor, ...]:
 
 def _fake(a: Arguments) -> tuple[Tensor, ...]:
     new = functools.partial(a.x.new_empty, dtype=_checks.accumulation_dtype(a.x.dtype))
-    want_dx, want_dy, _ = a.wanted
+    want_dx, want_dy, _ = wanted_gradients(a)
     rows, width = a.x.shape
     return (
         new(rows if a.reduction == "none" else ()),

@@ -43,7 +43,7 @@ class Matrix:
     def __init__(self, a: Any, what: str, **facts: object) -> None:
         self.sides = [a.x] if a.y is None else [a.x, a.y]
         self.symmetric = a.y is None
-        self.pairs: Pairs = a.pairs
+        self.pairs = Pairs.of(a)
         self.counts = [[len(side)] for side in self.sides]
         self.size, self.factor, self.own_share = 1, 1, False
         self._ranks: Ranks | None = None
