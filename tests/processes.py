@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
+import multiprocessing
+import os
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 MODULES = [str(Path(__file__).parent), str(Path(__file__).parent / "distributed")]
 
-START = """
-import faulthandler, sys
-sys.path[:0] = sys.argv[4:]
-faulthandler.dump_traceback_later(300, exit=True)  # rather than to hang
-import torch, torch.distributed as dist
-rank, world = int(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=sys.argv[3], rank=rank, world_size=world)
-"""
+# Processes are copies of one that has done nothing but these imports, which take longer than most tests.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["torch.distributed.device_mesh", "torch.distributed.fsdp", "pytest"])
 
-END = """
-print("passed", flush=True)
-sys.stdin.read()
-"""
+
+_told: Connection  # to whoever has started this process
 
 
 @contextlib.contextmanager
@@ -50,20 +48,43 @@ def run_processes(code: str, folder: Path, world: int = 2, *, rank_0_holds_the_s
 
     They are killed only when all have: on its way out, gloo breaks off what others still wait for, or aborts.
     """
-    errors = [folder / f"stderr of rank {rank}" for rank in range(world)]
-    workers = []
     meeting = f"tcp://127.0.0.1:{free_port()}" if rank_0_holds_the_store else f"file://{folder / 'store'}"
+    errors = [folder / f"stderr of rank {rank}" for rank in range(world)]
+    ends, workers = [], []
     try:
         for rank in range(world):
-            with errors[rank].open("w") as stderr:
-                command = [sys.executable, "-c", START + code + END, str(rank), str(world), meeting, *MODULES]
-                pipe = subprocess.PIPE
-                workers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True))
-        for rank, worker in enumerate(workers):
-            assert worker.stdout is not None
-            if worker.stdout.readline() != "passed\n":  # perhaps for what another one did
-                raise AssertionError(f"rank {rank}:\n" + "\n".join(error.read_text()[-4000:] for error in errors))
+            end, its_end = _FORKS.Pipe()
+            workers.append(_FORKS.Process(target=_run, args=(code, rank, world, meeting, folder, its_end)))
+            workers[-1].start()
+            its_end.close()
+            ends.append(end)
+        for rank, end in enumerate(ends):
+            try:
+                end.recv()
+            except EOFError:  # it has died, perhaps for what another one did
+                texts = (error.read_text()[-4000:] for error in errors if error.exists())
+                raise AssertionError(f"rank {rank}:\n" + "\n".join(texts)) from None
     finally:
         for worker in workers:
             worker.kill()
-            worker.communicate()
+            worker.join()
+
+
+def _run(code: str, rank: int, world: int, meeting: str, folder: Path, end: Connection) -> None:
+    global _told
+    _told = end
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / f"{name} of rank {rank}", os.O_WRONLY | os.O_CREAT), stream)
+    faulthandler.dump_traceback_later(300, exit=True)  # rather than to hang
+    sys.path[:0] = MODULES
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    exec(code, {"__name__": "__main__", "sys": sys, "torch": torch, "dist": dist, "rank": rank, "world": world})
+    passed()
+    with contextlib.suppress(EOFError):
+        end.recv()  # until it is killed
+
+
+def passed() -> None:
+    """Said by a process that has done its part: by itself at the end, or before it kills itself."""
+    _told.send(None)

@@ -47,9 +47,10 @@ def ties_hubs_and_options(rank: int, world: int) -> None:
     counts = [6 + 3 * r for r in range(world)]
     rows = Whole([], counts).rows_of(rank)
     generator = torch.Generator().manual_seed(1)
-    # Rows of few integers have exact products, and many equal ones: the first of them is the neighbour, on any rank.
-    signs = torch.randint(0, 2, (sum(counts), 16), generator=generator).double() * 2 - 1
-    signs[::4] = signs[1]  # a multiple of the norm of the others
+    # Rows (3, 1, ..., 1) but for signs have the norm 4, so exact products, and many equal ones: the first of them is the
+    # neighbour, on any rank.
+    signs = torch.randint(0, 2, (sum(counts), 8), generator=generator).double() * 2 - 1
+    signs[::4] = signs[1]
     distinct = Whole([signs[torch.randperm(len(signs), generator=generator)]], counts)
     distinct.tensors[0][:, 0] *= 3
     expected = distinct.run(K.koleo_loss, torch.float64)
