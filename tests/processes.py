@@ -8,7 +8,9 @@ import fcntl
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,11 +72,34 @@ def run_processes(code: str, folder: Path, world: int = 2, *, rank_0_holds_the_s
             worker.join()
 
 
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in a process that has not imported the package before."""
+    with tempfile.TemporaryDirectory() as folder:
+        worker = _FORKS.Process(target=_run_python, args=(code, os.environ | environment, Path(folder)))
+        worker.start()
+        worker.join(120)
+        worker.kill()
+        worker.join()
+        out, err = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))
+    assert worker.exitcode is not None
+    return subprocess.CompletedProcess(code, worker.exitcode, out, err)
+
+
+def _run_python(code: str, environment: dict[str, str], folder: Path) -> None:
+    _redirect(folder / "stdout", folder / "stderr")
+    os.environ.update(environment)
+    exec(code, {"__name__": "__main__"})
+
+
+def _redirect(stdout: Path, stderr: Path) -> None:
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+
+
 def _run(code: str, rank: int, world: int, meeting: str, folder: Path, end: Connection) -> None:
     global _told
     _told = end
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / f"{name} of rank {rank}", os.O_WRONLY | os.O_CREAT), stream)
+    _redirect(folder / f"stdout of rank {rank}", folder / f"stderr of rank {rank}")
     faulthandler.dump_traceback_later(300, exit=True)  # rather than to hang
     sys.path[:0] = MODULES
     torch.set_num_threads(1)

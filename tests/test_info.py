@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import torch
+from processes import run_python
 
 import ssl_kernels
 from ssl_kernels import _C
@@ -24,13 +21,8 @@ def test_report_names_versions_instruction_set_and_backends() -> None:
 
 
 def test_module_prints_it_and_follows_the_environment() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "ssl_kernels.info"],
-        env=os.environ | {"SSL_KERNELS_BACKEND": "eager", "SSL_KERNELS_ISA": "baseline"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    code = "import runpy; runpy.run_module('ssl_kernels.info', run_name='__main__')"
+    result = run_python(code, SSL_KERNELS_BACKEND="eager", SSL_KERNELS_ISA="baseline")
     assert result.returncode == 0, result.stderr
     assert "instruction set           baseline" in result.stdout
     assert "CPU fp32/bf16/fp16: eager" in result.stdout

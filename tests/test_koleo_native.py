@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_python
 
 native = pytest.importorskip("ssl_kernels._native", reason="the wheel was built by another version of Python")
 ISAS = native.build_info()["available_isas"]
@@ -104,7 +101,6 @@ with ssl_kernels.use_backend("reference"):
 torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-6)
 print(ssl_kernels._C.active_isa())
 """
-    environment = os.environ | {"SSL_KERNELS_ISA": isa}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    result = run_python(code, SSL_KERNELS_ISA=isa)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == isa

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_python
 
 import ssl_kernels
 import ssl_kernels.functional as K
@@ -160,17 +160,11 @@ def test_a_gpu_gets_few_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert panel_shape(4096, 4096, 64, 4, cpu, MB_64, symmetric=True) == (512, 512)
 
 
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
-    )
-
-
 def test_the_environment_sets_the_defaults() -> None:
     printed = "s.current_backend(), s.workspace_bytes(), s.tile_budget_bytes()"
     code = f"from ssl_kernels import settings as s; print({printed})"
     environment = {"SSL_KERNELS_WORKSPACE_MB": "2", "SSL_KERNELS_TILE_BUDGET_MB": "0"}
-    result = _python(code, SSL_KERNELS_BACKEND="eager", **environment)
+    result = run_python(code, SSL_KERNELS_BACKEND="eager", **environment)
     assert result.stdout.split() == ["eager", str(2 * 2**20), "0"], result.stderr
 
 
@@ -185,7 +179,7 @@ def test_the_environment_sets_the_defaults() -> None:
     ],
 )
 def test_a_bad_environment_is_reported_on_import(name: str, value: str, message: str) -> None:
-    result = _python("import ssl_kernels", **{name: value})
+    result = run_python("import ssl_kernels", **{name: value})
     assert result.returncode != 0
     assert re.search(message, result.stderr)
 
@@ -208,7 +202,8 @@ def test_what_suits_a_gpu_is_a_constant_of_a_graph() -> None:
 
 def test_the_compiler_is_not_imported_with_the_package() -> None:
     code = "import sys, ssl_kernels; print(*{'torch._dynamo', 'torch._inductor', 'sympy'} & {*sys.modules}, 'loaded')"
-    assert _python(code).stdout.strip() == "loaded"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.strip() == "loaded"
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

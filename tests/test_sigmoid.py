@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from contrastive import FUSED, HALF_EPS, distance, dtypes, features, lay_out, layouts
+from covering import covering
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -456,8 +457,7 @@ def test_scale_of_one_element_any_shape_and_dtype_gets_its_gradient() -> None:
 # ---- torch's machinery
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("backend", FUSED)
+@covering(1, backend=FUSED, reduction=["mean", "sum", "none"])
 def test_opcheck(backend: str, reduction: str) -> None:
     x, y = (t.requires_grad_() for t in features(9, 6, 4))
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
@@ -479,8 +479,7 @@ def test_opcheck_of_the_last_step() -> None:
             torch.library.opcheck(finish_gradients.in_graphs, arguments)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@covering(1, compiler=["aot_eager", "inductor"], reduction=["mean", "none"])
 def test_compiles_without_a_graph_break(compiler: str, reduction: str) -> None:
     torch._dynamo.reset()
     x, y = features(33, 21, 8)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_python
 
 native = pytest.importorskip("ssl_kernels._native", reason="the wheel was built by another version of Python")
 INFO = native.build_info()
@@ -120,12 +118,6 @@ def test_bad_arrays_are_named() -> None:
         native.sigmoid_panel(tile.astype(np.float64), stats, 1.0, 0.0)
 
 
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_environment_overrides_the_instruction_set(isa: str) -> None:
     """The op itself runs on each, in a process of its own, and agrees with the reference."""
@@ -139,12 +131,12 @@ with ssl_kernels.use_backend("reference"):
 torch.testing.assert_close(ours, exact)
 print(ssl_kernels._C.active_isa())
 """
-    result = _python(code, SSL_KERNELS_ISA=isa)
+    result = run_python(code, SSL_KERNELS_ISA=isa)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == isa
 
 
 def test_an_unknown_instruction_set_is_reported_on_import() -> None:
-    result = _python("import ssl_kernels", SSL_KERNELS_ISA="mmx")
+    result = run_python("import ssl_kernels", SSL_KERNELS_ISA="mmx")
     assert result.returncode != 0
     assert "SSL_KERNELS_ISA: instruction set: got 'mmx', expected one of: baseline" in result.stderr

@@ -17,6 +17,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from contrastive import BACKENDS, FUSED, LOSSES, case, distance, evaluate, features, oracle
+from covering import covering
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -390,9 +391,7 @@ def test_backward_uses_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatc
 # ---- torch's machinery
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("symmetric", [False, True])
+@covering(1, backend=FUSED, reduction=["mean", "sum", "none"], symmetric=[False, True])
 def test_opcheck(backend: str, reduction: str, symmetric: bool) -> None:
     x, y = features(8, 8, 4)
     ids = torch.randint(3, (8,))

@@ -47,8 +47,8 @@ def ties_hubs_and_options(rank: int, world: int) -> None:
     counts = [6 + 3 * r for r in range(world)]
     rows = Whole([], counts).rows_of(rank)
     generator = torch.Generator().manual_seed(1)
-    # Rows (3, 1, ..., 1) but for signs have the norm 4, so exact products, and many equal ones: the first of them is the
-    # neighbour, on any rank.
+    # Rows (3, 1, ..., 1) but for signs have the norm 4, and so exact products, and many equal ones: of these the first
+    # is the neighbour, on any rank.
     signs = torch.randint(0, 2, (sum(counts), 8), generator=generator).double() * 2 - 1
     signs[::4] = signs[1]
     distinct = Whole([signs[torch.randperm(len(signs), generator=generator)]], counts)
