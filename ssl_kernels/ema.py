@@ -113,7 +113,7 @@ class ModelEma(nn.Module):
             _check_alike("copies_to", ours, others)
         averaged: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor | None]]] = {}
         for name, target in ours.saved.items():
-            source = _laid_out_as(target, theirs.saved[name])
+            source = laid_out_as(target, theirs.saved[name])
             beside = None if others is None else others.saved[name]
             if name in ours.parameters or (average_buffers and target.is_floating_point()):
                 targets, sources, copies = averaged.setdefault(target.device, ([], [], []))
@@ -259,7 +259,7 @@ def _sharded_parts(module: nn.Module) -> Iterator[Any]:
             yield part
 
 
-def _laid_out_as(target: Any, source: Any) -> Tensor:
+def laid_out_as(target: Any, source: Any) -> Tensor:
     """The source, spread over processes as the target is: whole, or in the same shards."""
     if sharding(source) == sharding(target):
         laid_out: Tensor = source

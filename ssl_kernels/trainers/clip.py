@@ -58,7 +58,7 @@ class Clip(TwoTowerModel):
         label_smoothing: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(image, text, loss, backend, check)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
         self.label_smoothing = label_smoothing
 
     def contrast(self, x: Tensor, y: Tensor, ids: Tensor | None, *learned: Tensor) -> Tensor:

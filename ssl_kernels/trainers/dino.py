@@ -107,10 +107,6 @@ class DINOConfig(SelfSupervisedConfig):
     separate_heads: bool = False
     """A head of their own for patches, as large models want it (version 2)."""
 
-    @property
-    def leaves_parameters_unused(self) -> bool:
-        return super().leaves_parameters_unused or self.freeze_last_layer > 0
-
     def check(self) -> None:
         super().check()
         require(self, at_least(2), "prototypes")
@@ -198,12 +194,15 @@ class DINO(MomentumMethod):
         for group in groups:
             if group["params"][0].ndim >= 2:  # biases and the like are not decayed
                 group["weight_decay"] = decay
-        for name, parameter in self.encoder.named_parameters():
-            if name.endswith("last_layer.weight_v"):
-                parameter.requires_grad_(done >= config.freeze_last_layer * self.epoch_steps)
         self.logged = {
             "teacher_temp": self.teacher_temp, "momentum": self.momentum_at(number), "weight_decay": decay,
         }  # fmt: skip
+
+    def after_backward(self, number: int) -> None:
+        if number - 1 < self.config.freeze_last_layer * self.epoch_steps:
+            for name, parameter in self.encoder.named_parameters():
+                if name.endswith("last_layer.weight_v"):
+                    parameter.grad = None  # neither counted in the norm nor decayed
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         views = batch["views"]

@@ -1,10 +1,11 @@
 """The training loop every trainer shares: Lightning Fabric, a cosine schedule, checkpoints that resume bit-exactly.
 
-A trainer hands over its module, an optimizer, batches and three functions:
+A trainer hands over its module, an optimizer, batches and four functions:
 
 * `step(batch) -> (loss, metrics)` runs forward; `metrics` are scalars to log;
-* `before_step(number)` and `after_step(number)`, optional, run once per optimizer step, never per micro-batch: before
-  its first forward pass, what a schedule needs; after it, what a momentum teacher needs. Steps count from 1.
+* `before_step(number)`, `after_backward(number)` and `after_step(number)`, optional, run once per optimizer step, never
+  per micro-batch: before its first forward pass, what a schedule needs; between the last backward pass and clipping,
+  what cancels gradients; after it, what a momentum teacher needs. Steps count from 1.
 
 Everything a run consists of is either a function of (seed, epoch, batch number) or in the checkpoint.
 
@@ -34,13 +35,13 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.wrappers import _FabricModule
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_kernels.trainers import checkpoints, processes
+from ssl_kernels.trainers import checkpoints, processes, sharding
 from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
 from ssl_kernels.trainers.errors import InterruptedRunError, LostRankError, NonFiniteError, UserError
 from ssl_kernels.trainers.log import METRICS, json_line, open_log, read_records
@@ -101,8 +102,9 @@ class LoopConfig:
     instead if it runs the command: `torchrun --nproc-per-node 8 -m ssl_kernels.cli train ...`."""
     num_nodes: int = 1
     """Machines, on each of which the command is started, or torchrun with --nnodes. They share --output-dir."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """`ddp`: each process has all weights, and gradients are averaged; `auto`: so, if there are several."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """`ddp`: each process has all weights, and gradients are averaged; `auto`: so, if there are several; `fsdp`: each
+    has a share of weights, gradients and optimizer states (FSDP2), for models that are large beside their batch."""
     workers: int = 0
     """Processes that prepare batches, beside each that trains."""
     log_every: int = 1
@@ -123,6 +125,8 @@ class LoopConfig:
         require(self, NOT_NEGATIVE, "lr", "weight_decay", "clip")
         require(self, Range("a share of the steps in [0, 1]", SHARE.holds), "warmup")
         require(self, Range("two numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas)), "betas")
+        if self.strategy == "fsdp" and self.precision not in ("32-true", "bf16-mixed"):  # Fabric has no others
+            raise UserError(f"--precision: expected 32-true or bf16-mixed under --strategy fsdp, got {self.precision}")
         require(self, Range("less than 2**64", lambda seed: seed < 2**64), "seed")  # torch's generators take no more
 
 
@@ -161,10 +165,13 @@ def make_fabric(config: LoopConfig) -> Fabric:
     named = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
     ddp: dict[str, Any] = {sync: False, "find_unused_parameters": config.leaves_parameters_unused}
+    strategy: Any = DDPStrategy(**ddp) if world > 1 or config.strategy == "ddp" else "auto"
+    if config.strategy == "fsdp":
+        strategy = ModelParallelStrategy(sharding.shard, data_parallel_size=world, tensor_parallel_size=1)
     try:
         fabric = Fabric(
             accelerator=config.accelerator, devices=devices, num_nodes=num_nodes, precision=config.precision,
-            strategy=DDPStrategy(**ddp) if world > 1 or config.strategy == "ddp" else "auto",
+            strategy=strategy,
         )  # fmt: skip
         fabric.launch()
     except Exception as error:  # Fabric raises its own kinds for a missing device
@@ -260,6 +267,7 @@ class _Training:
     config: LoopConfig
     step: Step
     before_step: Callable[[int], None] | None
+    after_backward: Callable[[int], None] | None
     after_step: Callable[[int], None] | None
     done: int = 0  # steps
     elapsed_s: float = 0.0
@@ -311,8 +319,8 @@ class _Training:
                 "--resume: the data is not what the run was trained on (other pairs, files, workers or processes)"
             )
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.model.load_state_dict(sharding.weights_as(self.inner, state["model"]))
+            self.optimizer.load_state_dict(sharding.optimizer_state_as(self.optimizer, state["optimizer"]))
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--resume: the checkpoint does not fit this model ({reason})") from None
@@ -338,6 +346,8 @@ class _Training:
                 self.fabric.backward(loss / self.config.accumulate)
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + value / self.config.accumulate
+        if self.after_backward is not None:
+            self.after_backward(self.done + 1)
         norm = self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -361,11 +371,11 @@ class _Training:
             )
         except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be named
             gradients = ((name, p.grad) for name, p in self.inner.named_parameters() if p.grad is not None)
-            bad = (name for name, gradient in gradients if not gradient.isfinite().all())
+            bad = (name for name, gradient in gradients if not sharding.whole(gradient.isfinite().all()))
             term = f"the gradient of {next(bad, 'all parameters together')}"
             raise NonFiniteError(self.done + 1, term, self.last_good()) from None
         assert norm is not None
-        return float(norm)
+        return float(sharding.whole(norm))
 
     def record(self, epoch: int, metrics: dict[str, float], step_s: float) -> dict[str, float]:
         """Keep and return what is logged of the step that is done, which took `step_s` seconds."""
@@ -380,13 +390,14 @@ class _Training:
     def save(self) -> None:
         """Write a checkpoint: one on disk is a good one."""
         for name, parameter in self.inner.named_parameters():
-            if not bool(parameter.isfinite().all()):
+            if not bool(sharding.whole(parameter.isfinite().all())):
                 raise NonFiniteError(self.done, f"the updated parameter {name}", self.last_good())
         for name, buffer in self.inner.named_buffers():
             if bool(buffer.isnan().any()):  # an infinity may be meant, as in a mask
                 raise NonFiniteError(self.done, f"the buffer {name}", self.last_good())
+        trained = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state = {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.done,
+            **sharding.whole(trained, keep=self.fabric.is_global_zero), "step": self.done,
             "elapsed_s": self.elapsed_s, "total": self.total, "data": self.data.fingerprint,
             "rng": checkpoints.rng_state(), "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "config": plain(self.config),
@@ -405,15 +416,19 @@ class _Training:
 def fit(
     fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, data: EpochBatches, config: LoopConfig, *,
     step: Step | None = None, before_step: Callable[[int], None] | None = None,
-    after_step: Callable[[int], None] | None = None, console: Console | None = None,
+    after_backward: Callable[[int], None] | None = None, after_step: Callable[[int], None] | None = None,
+    console: Console | None = None,
 ) -> Result:  # fmt: skip
-    """Train `model`, set up by `fabric.setup` together with `optimizer`, for `config.epochs` epochs.
+    """Train `model`, set up by Fabric as `optimizer` is, for `config.epochs` epochs.
 
     `step` defaults to calling the model. Raises `NonFiniteError` where the loss or a gradient is not finite,
     `LostRankError` where another process does not answer, and `InterruptedRunError` after SIGINT or SIGTERM, all with
     the path of the checkpoint to continue from.
     """
-    run = _Training(fabric, cast(_FabricModule, model), optimizer, data, config, step or model, before_step, after_step)
+    run = _Training(
+        fabric, cast(_FabricModule, model), optimizer, data, config, step or model,
+        before_step, after_backward, after_step,
+    )  # fmt: skip
     run.begin()
     try:
         _fit(run, console or Console())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ssl_kernels.ema import ModelEma
 from ssl_kernels.schedules import cosine_momentum
-from ssl_kernels.trainers import batch_norm, loop
+from ssl_kernels.trainers import batch_norm, loop, sharding
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
@@ -105,6 +105,9 @@ class Method(nn.Module):
     def before_step(self, number: int, groups: list[dict[str, Any]]) -> None:
         """What a schedule sets for an optimizer step, counted from 1; the groups are the optimizer's."""
 
+    def after_backward(self, number: int) -> None:
+        """What the method does to the gradients of a step."""
+
     def after_step(self, number: int) -> None:
         """What the method does after an optimizer step."""
 
@@ -143,22 +146,26 @@ def train(
     method = make_method(data, loop.steps_per_epoch(data.batches, config) * config.epochs)
     initial = copy.deepcopy(method.evaluated)
     method.synchronise(fabric.device)
+    wrapped = fabric.setup_module(method)
     optimizer = torch.optim.AdamW(loop.parameter_groups(method, config.lr, config.weight_decay), betas=config.betas)
-    wrapped, wrapped_optimizer = fabric.setup(method, optimizer)
     if config.resume is None:
         with fabric.autocast():  # an epoch that training does not reach has other views
             method.before_training(map(fabric.to_device, data.batches.batches(config.epochs)))
 
     result = loop.fit(
-        fabric, wrapped, wrapped_optimizer, data.batches, config, console=console, after_step=method.after_step,
+        fabric, wrapped, fabric.setup_optimizers(optimizer), data.batches, config, console=console,
         before_step=lambda number: method.before_step(number, optimizer.param_groups),
+        after_backward=method.after_backward, after_step=method.after_step,
     )  # fmt: skip
+    weights = sharding.whole(method.evaluated.state_dict(), keep=fabric.is_global_zero)
     if not fabric.is_global_zero:
         return
 
     folder = config.output_dir
     report.plot_curves(folder / "curves.png", result.records)
-    figures = evaluate(fabric, method.evaluated, initial, data, config)
+    trained = copy.deepcopy(initial).to(method.evaluated.mean)  # one process alone cannot call what lies in shards
+    trained.load_state_dict(weights)
+    figures = evaluate(fabric, trained, initial, data, config)
     total_s = time.perf_counter() - begun
     report.write_summary(folder / "summary.json", result, figures, total_s)
     title = f"{name} on {config.data}, seed {config.seed}, {config.evaluate_on} images"
@@ -168,7 +175,7 @@ def train(
     if config.data == "openmoji":
         console.print(openmoji.CREDIT)
     pictures = []
-    if draw and draw_features(folder / "features.png", fabric, method.evaluated, initial, data, config):
+    if draw and draw_features(folder / "features.png", fabric, trained, initial, data, config):
         pictures.append("features.png")
     report.print_written(console, folder, *pictures)
 

@@ -41,8 +41,8 @@ class SigLip(TwoTowerModel):
         self, image: ImageTower, text: nn.Module, loss: SigLipLoss, backend: str = "auto", check: bool = False
     ) -> None:
         super().__init__(image, text, loss, backend, check)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.bias = nn.Parameter(torch.tensor(-10.0))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
+        self.bias = nn.Parameter(torch.tensor([-10.0]))
 
     def learned(self) -> tuple[Tensor, ...]:
         return self.log_scale, self.bias
@@ -56,8 +56,9 @@ class SigLip(TwoTowerModel):
             loss = K.sigmoid_contrastive_loss(x, y, scale, bias, x_ids=ids, y_ids=ids, **self.loss.how())
         return loss
 
-    def scalars(self) -> dict[str, Tensor]:
-        return {**super().scalars(), "logit_bias": self.bias.detach()}
+    def scalars(self, log_scale: Tensor, *others: Tensor) -> dict[str, Tensor]:
+        (bias,) = others
+        return {**super().scalars(log_scale), "logit_bias": bias.detach()}
 
 
 def train(config: SigLipConfig, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ssl_kernels import grad_cache, use_backend
 from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers import batch_norm, loop
+from ssl_kernels.trainers import batch_norm, loop, sharding
 from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
 from ssl_kernels.trainers.data.shards import ids_of_keys
 from ssl_kernels.trainers.errors import UserError
@@ -65,7 +66,7 @@ class TwoTowerConfig(TowerConfig, DataConfig, loop.LoopConfig):
 class TwoTowerModel(nn.Module, ABC):
     """Two towers and a loss; a method adds its learned scalars and says how a batch is contrasted."""
 
-    log_scale: nn.Parameter
+    log_scale: nn.Parameter  # [1], for FSDP2 takes no parameter without dimension
 
     def __init__(
         self, image: ImageTower, text: nn.Module, loss: LossInGroup, backend: str = "auto", check: bool = False
@@ -81,9 +82,9 @@ class TwoTowerModel(nn.Module, ABC):
         """The scalars that the loss takes."""
         return (self.log_scale,)
 
-    def scalars(self) -> dict[str, Tensor]:
+    def scalars(self, log_scale: Tensor, *_: Tensor) -> dict[str, Tensor]:
         """The same, as they are logged."""
-        return {"logit_scale": self.log_scale.detach().exp()}
+        return {"logit_scale": log_scale.detach().exp()}
 
     def after_step(self, number: int) -> None:
         """What the method does to its scalars after an optimizer step."""
@@ -103,7 +104,7 @@ class TwoTowerModel(nn.Module, ABC):
         if ids is not None and ids.ndim == 2:
             ids = ids_of_keys(ids)
         loss = self.contrast_by(self.backend, x, y, ids, *learned)
-        metrics = self.scalars()
+        metrics = self.scalars(*learned)
         if self.check:
             with torch.no_grad():
                 own = max(0, CHECKED - own_share().rank * len(x))  # of the first pairs of the batch
@@ -143,7 +144,7 @@ def try_loss(model: TwoTowerModel, config: TwoTowerConfig, fabric: Fabric) -> No
     """Refuse a backend that this device or precision lacks before anything is read or written."""
     features = torch.ones(1, config.dim, device=fabric.device, dtype=model.log_scale.dtype)
     try:
-        model.contrast_by(config.loss_backend, features, features, None, *model.learned())
+        model.contrast_by(config.loss_backend, features, features, None, *(features.new_ones(1) for _ in model.learned()))
     except ValueError as error:
         raise UserError(f"--loss-backend: {error}") from None
 
@@ -170,10 +171,13 @@ def train(
     console.quiet = not fabric.is_global_zero
     # Drawings are mostly white: a tower that was not trained on photographs sees their ground as zero.
     image = image_tower(config, config.image_size, inverted=config.data == "openmoji" and not config.pretrained)
-    model = make_model(image, text_tower(config))
+    towers = image, text_tower(config)
+    model = make_model(*towers)
+    # One process alone cannot call what lies in shards.
+    evaluated = make_model(*copy.deepcopy(towers)) if config.strategy == "fsdp" and fabric.is_global_zero else model
     batch_norm.synchronise(model, fabric.device)
+    wrapped = fabric.setup_module(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas)
-    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     try_loss(model, config, fabric)
     tokenize = tokenizer(config)
     data = load(
@@ -184,19 +188,21 @@ def train(
         console.print("note: the image tower is locked at random weights; --pretrained loads learned ones")
     step = in_chunks(fabric, wrapped, model, config.chunk_size) if config.chunk_size else None
     result = loop.fit(
-        fabric, wrapped, wrapped_optimizer, data.batches, config,
+        fabric, wrapped, fabric.setup_optimizers(optimizer), data.batches, config,
         step=step, after_step=model.after_step, console=console,
     )  # fmt: skip
+    weights = sharding.whole(model.state_dict(), keep=fabric.is_global_zero)
     if not fabric.is_global_zero:
         return
 
+    evaluated.to(model.image.mean).load_state_dict(weights)
     folder = config.output_dir
     figures: list[image_text.PairFigure] = []
     pictures: list[str] = []
     credit = openmoji.CREDIT if config.data == "openmoji" else ""
     report.plot_curves(folder / "curves.png", result.records)
     if data.held_out is not None:
-        embedder = image_text.Embedder(fabric, model, tokenize, config.image_size)
+        embedder = image_text.Embedder(fabric, evaluated, tokenize, config.image_size)
         supervised = config.label_captions > 0
         figures, similarity = image_text.report_card(embedder, data.train, data.held_out, supervised)
         report.plot_retrieval(folder / "retrieval.png", data.held_out, similarity, config.image_size, credit)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ssl_kernels.trainers import batch_norm, loop, self_supervised, two_towers
 from ssl_kernels.trainers.data.shards import ids_of_keys
@@ -36,6 +38,8 @@ def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
 
     def signalled(self: loop._Training, batches: object) -> dict[str, float]:
         metrics = optimizer_step(self, batches)  # type: ignore[arg-type]
+        if self.config.strategy == "fsdp":
+            check_shards(self.inner, self.optimizer)
         if self.done == stop and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), 15)
         return metrics
@@ -49,6 +53,17 @@ def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
         self_supervised.evaluate, two_towers.CHECKED = evaluate, checked
         loop._Training.optimizer_step = optimizer_step  # type: ignore[method-assign]
     return code
+
+
+def check_shards(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A process holds its share of everything, but for what does not split evenly; blocks are gathered one by one."""
+    averages = [value for values in optimizer.state.values() for value in values.values() if value.ndim]
+    tensors = [*module.parameters(), *averages]
+    assert all(isinstance(tensor, DTensor) for tensor in tensors)
+    held = sum(tensor.to_local().numel() for tensor in tensors)  # type: ignore[attr-defined]
+    assert len(averages) >= 2
+    assert held * dist.get_world_size() <= 1.02 * sum(tensor.numel() for tensor in tensors)
+    assert sum(isinstance(part, FSDPModule) for part in module.modules()) > 3
 
 
 def batch_norm_is_that_of_one_process(rank: int, world: int) -> None:

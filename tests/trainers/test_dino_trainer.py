@@ -211,8 +211,11 @@ def test_the_schedules_are_those_of_the_step() -> None:
         assert model.teacher_temp == pytest.approx(temp)
         decay = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * share)) / 2
         assert [group["weight_decay"] for group in groups] == [pytest.approx(decay), 0.0]
-        assert model.encoder.head.last_layer.weight_v.requires_grad != frozen
-        assert not model.encoder.head.last_layer.weight_g.requires_grad
+        prototypes = model.encoder.head.last_layer
+        prototypes.weight_v.grad = torch.ones_like(prototypes.weight_v)
+        model.after_backward(number)
+        assert (prototypes.weight_v.grad is None) == frozen
+        assert not prototypes.weight_g.requires_grad
         momentum = 1 - 0.1 * (1 + math.cos(math.pi * number / 20)) / 2
         assert model.logged == {
             "teacher_temp": model.teacher_temp, "momentum": pytest.approx(momentum), "weight_decay": decay,

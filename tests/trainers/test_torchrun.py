@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import several
 import torch
 from conftest import drawing, logged, patchworks, rows, same_state
 from processes import run_processes
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ssl_kernels.trainers import moco, processes, self_supervised
 from ssl_kernels.trainers.checkpoints import load_checkpoint
@@ -26,6 +28,8 @@ from ssl_kernels.trainers.models import NGramTokenizer
 from ssl_kernels.trainers.processes import ALONE, Share
 
 Job = tuple[str, list[str], int]  # a trainer, its arguments, and the step in which it has a signal, or 0
+FSDP = ["--strategy", "fsdp"]
+IN_SHARDS = ("siglip", "siglip in chunks", "clip", "simclr", "moco of four groups", "moco v3", "dino", "dino v2")
 SAME = ["--accelerator", "cpu", "--lr", "1e-4", "--seed", "1"]
 
 
@@ -72,12 +76,17 @@ def jobs_of(pairs: list[str], pictures: list[str]) -> dict[str, Job]:
 def in_two(tmp_path_factory: pytest.TempPathFactory, pairs: list[str], pictures: list[str]) -> Path:
     """The folder of the runs of two processes; one of them was stopped by a signal to the first, one is resumed."""
     folder = tmp_path_factory.mktemp("two")
-    started = folder / "one, then two"
+    started, shards = folder / "one, then two", folder / "one, then shards"
     assert several.run("moco", [*stopped(pictures), "--output-dir", str(started)], stop=4) == 128 + 15
+    shutil.copytree(started, shards)
+    whole = jobs_of(pairs, pictures)
     jobs: dict[str, Job] = {
-        **jobs_of(pairs, pictures),
+        **whole,
+        **{f"{name} in shards": (whole[name][0], [*whole[name][1], *FSDP], 0) for name in IN_SHARDS},
         "two, then one": ("moco", stopped(pictures), 4),
         "one, then two": ("moco", ["--resume", str(started)], 0),
+        "shards, then one": ("moco", [*stopped(pictures), *FSDP], 4),
+        "one, then shards": ("moco", ["--resume", str(shards), *FSDP], 0),
         "not even": ("siglip", [*pairs, "--batch-size", "7"], 0),
         "diverging": ("siglip", [*pairs, "--lr", "1e30", "--warmup", "0", "--clip", "0"], 0),
     }
@@ -122,14 +131,49 @@ def test_two_processes_are_one(in_two: Path, pairs: list[str], pictures: list[st
     assert {path.name for path in (in_two / name).iterdir()} == {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("name", IN_SHARDS)
+def test_shards_are_whole_weights(in_two: Path, name: str) -> None:
+    """What is logged under FSDP2 is what is logged under DDP, and so is what is saved."""
+    sharded = f"{name} in shards"
+    assert [(in_two / f"{sharded} on {rank}").read_text() for rank in (0, 1)] == ["0", "0"]
+    check_alike(in_two / sharded, in_two / name, 1e-4)
+    ours, theirs = (load_checkpoint(in_two / folder / "last.pt") for folder in (sharded, name))
+    for part in ("model", "optimizer"):
+        assert [(key, leaf.shape) for key, leaf in tensors_of(ours[part])] == [
+            (key, leaf.shape) for key, leaf in tensors_of(theirs[part])
+        ]
+    for (key, a), (_, b) in zip(tensors_of(ours["model"]), tensors_of(theirs["model"]), strict=True):
+        # What has no gradient, as biases below BatchNorm, AdamW moves by the rate of each step, wherever rounding points.
+        assert torch.allclose(a, b, rtol=1e-3, atol=1.5e-3), key
+
+
+def tensors_of(tree: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    return [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
 def test_a_run_continues_on_another_number_of_processes(in_two: Path, pictures: list[str], tmp_path: Path) -> None:
-    """A signal to one process stops both in the same step, and what they wrote continues in one, and the other way."""
-    assert [(in_two / f"two, then one on {rank}").read_text() for rank in (0, 1)] == ["143", "143"]
-    assert load_checkpoint(in_two / "two, then one" / "last.pt")["step"] == 4
+    """A signal to one process stops both in the same step, and what they wrote continues in one, and the other way;
+    in shards or whole."""
     assert several.run("moco", [*stopped(pictures), "--output-dir", str(tmp_path)]) == 0
-    assert several.run("moco", ["--resume", str(in_two / "two, then one")]) == 0
-    for name in ("two, then one", "one, then two"):
+    for name in ("two, then one", "shards, then one"):
+        assert [(in_two / f"{name} on {rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+        assert load_checkpoint(in_two / name / "last.pt")["step"] == 4
+        assert several.run("moco", ["--resume", str(in_two / name), "--strategy", "auto"]) == 0
+    for name in ("two, then one", "one, then two", "shards, then one", "one, then shards"):
         check_alike(in_two / name, tmp_path, 1e-4)
+
+
+def test_shards_of_one_process(pairs: list[str], tmp_path: Path) -> None:
+    """All in one, which is evaluated."""
+    arguments = [*pairs, "--epochs", "1", "--held-out", "0.25"]
+    try:
+        assert several.run("siglip", [*arguments, *FSDP, "--output-dir", str(tmp_path / "shards")]) == 0
+    finally:
+        torch.distributed.destroy_process_group()
+    assert several.run("siglip", [*arguments, "--output-dir", str(tmp_path / "whole")]) == 0
+    check_alike(tmp_path / "shards", tmp_path / "whole", 1e-4)
+    ours, theirs = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("shards", "whole"))
+    assert ours["figures"] == theirs["figures"] != []
 
 
 def test_a_batch_that_does_not_split_is_refused(in_two: Path) -> None:
