@@ -148,12 +148,13 @@ def train(
     method.synchronise(fabric.device)
     wrapped = fabric.setup_module(method)
     optimizer = torch.optim.AdamW(loop.parameter_groups(method, config.lr, config.weight_decay), betas=config.betas)
+    wrapped_optimizer: Any = fabric.setup_optimizers(optimizer)
     if config.resume is None:
         with fabric.autocast():  # an epoch that training does not reach has other views
             method.before_training(map(fabric.to_device, data.batches.batches(config.epochs)))
 
     result = loop.fit(
-        fabric, wrapped, fabric.setup_optimizers(optimizer), data.batches, config, console=console,
+        fabric, wrapped, wrapped_optimizer, data.batches, config, console=console,
         before_step=lambda number: method.before_step(number, optimizer.param_groups),
         after_backward=method.after_backward, after_step=method.after_step,
     )  # fmt: skip

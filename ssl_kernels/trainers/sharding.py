@@ -39,9 +39,9 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 def whole(tree: Any, keep: bool = True) -> Any:
     """Tensors, with what lies in shards put together on the CPU, or dropped at once; all processes take part."""
 
-    def gathered(tensor: Any) -> Tensor | None:
+    def gathered(tensor: Any) -> Any:
         if not is_sharded(tensor):
-            return tensor  # type: ignore[no-any-return]
+            return tensor
         full = tensor.full_tensor()
         return full.cpu() if keep else None
 

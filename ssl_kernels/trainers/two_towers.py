@@ -143,8 +143,9 @@ def in_chunks(fabric: Fabric, wrapped: nn.Module, model: TwoTowerModel, chunk_si
 def try_loss(model: TwoTowerModel, config: TwoTowerConfig, fabric: Fabric) -> None:
     """Refuse a backend that this device or precision lacks before anything is read or written."""
     features = torch.ones(1, config.dim, device=fabric.device, dtype=model.log_scale.dtype)
+    learned = [features.new_ones(1) for _ in model.learned()]  # the model's own may lie in shards
     try:
-        model.contrast_by(config.loss_backend, features, features, None, *(features.new_ones(1) for _ in model.learned()))
+        model.contrast_by(config.loss_backend, features, features, None, *learned)
     except ValueError as error:
         raise UserError(f"--loss-backend: {error}") from None
 
@@ -178,6 +179,7 @@ def train(
     batch_norm.synchronise(model, fabric.device)
     wrapped = fabric.setup_module(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas)
+    wrapped_optimizer: Any = fabric.setup_optimizers(optimizer)
     try_loss(model, config, fabric)
     tokenize = tokenizer(config)
     data = load(
@@ -188,7 +190,7 @@ def train(
         console.print("note: the image tower is locked at random weights; --pretrained loads learned ones")
     step = in_chunks(fabric, wrapped, model, config.chunk_size) if config.chunk_size else None
     result = loop.fit(
-        fabric, wrapped, fabric.setup_optimizers(optimizer), data.batches, config,
+        fabric, wrapped, wrapped_optimizer, data.batches, config,
         step=step, after_step=model.after_step, console=console,
     )  # fmt: skip
     weights = sharding.whole(model.state_dict(), keep=fabric.is_global_zero)
