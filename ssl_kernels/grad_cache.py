@@ -227,6 +227,8 @@ class _Passes:
         if all(gradient is None for gradient in gradients):
             return []
         _set_rng_state(self.devices, tower.rng[chunk])
+        # A cast of a weight that an earlier chunk made comes last in this one's backward pass: FSDP2 has reduced by then.
+        torch.clear_autocast_cache()
         return [
             (leaf, gradient if _is_scalar(gradient) else gradient[tower.parts[chunk]])
             for leaf, gradient in zip(tree_flatten(tower(chunk))[0], gradients, strict=True)
