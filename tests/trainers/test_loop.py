@@ -391,6 +391,13 @@ def test_precision_that_the_device_lacks_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
+def test_precision_that_shards_lack_is_refused(tmp_path: Path, precision: str) -> None:
+    wanted = f"--precision: expected 32-true or bf16-mixed under --strategy fsdp, got {precision}"
+    with pytest.raises(UserError, match=wanted):
+        config(tmp_path, precision=precision, strategy="fsdp").check()
+
+
 def test_a_device_that_is_absent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--accelerator cuda"):
         make_fabric(config(tmp_path, accelerator="cuda"))
