@@ -227,7 +227,7 @@ class _Passes:
         if all(gradient is None for gradient in gradients):
             return []
         _set_rng_state(self.devices, tower.rng[chunk])
-        # A cast of a weight that an earlier chunk made comes last in this one's backward pass: FSDP2 has reduced by then.
+        # A weight's cast that an earlier chunk made would be last in this one's backward pass, after FSDP2 has reduced.
         torch.clear_autocast_cache()
         return [
             (leaf, gradient if _is_scalar(gradient) else gradient[tower.parts[chunk]])

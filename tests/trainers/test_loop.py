@@ -390,7 +390,6 @@ def test_precision_that_the_device_lacks_is_refused(tmp_path: Path) -> None:
         make_fabric(config(tmp_path, precision="16-mixed"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
 def test_precision_that_shards_lack_is_refused(tmp_path: Path, precision: str) -> None:
     wanted = f"--precision: expected 32-true or bf16-mixed under --strategy fsdp, got {precision}"
@@ -398,6 +397,7 @@ def test_precision_that_shards_lack_is_refused(tmp_path: Path, precision: str) -
         config(tmp_path, precision=precision, strategy="fsdp").check()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_absent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--accelerator cuda"):
         make_fabric(config(tmp_path, accelerator="cuda"))
