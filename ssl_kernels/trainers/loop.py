@@ -430,21 +430,22 @@ def fit(
         before_step, after_backward, after_step,
     )  # fmt: skip
     run.begin()
-    try:
-        _fit(run, console or Console())
-    except RuntimeError as error:
-        lost = processes.lost_ranks(error)
-        if lost is None:
-            raise
-        raise LostRankError(run.done + 1, lost, run.last_good()) from error
+    with _Signals() as signals:  # torchrun sends one where it finds a lost process, perhaps before it is asked for
+        try:
+            _fit(run, console or Console(), signals)
+        except RuntimeError as error:
+            lost = processes.lost_ranks(error)
+            if lost is None:
+                raise
+            raise LostRankError(run.done + 1, lost, run.last_good()) from error
     return Result(run.records, run.done, run.elapsed_s, peak_memory_mb(fabric.device))
 
 
-def _fit(run: _Training, console: Console) -> None:
+def _fit(run: _Training, console: Console, signals: _Signals) -> None:
     config, data = run.config, run.data
     started = time.perf_counter() - run.elapsed_s
     run.model.train()
-    with _Signals() as signals, open_log(
+    with open_log(
         config.output_dir if run.fabric.is_global_zero else None, console,
         done=run.done, total=run.total, epochs=config.epochs,
     ) as log:  # fmt: skip

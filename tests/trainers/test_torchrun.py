@@ -346,16 +346,17 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_a_lost_process_ends_the_job_which_resumes(pairs: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_a_lost_process_ends_the_job_which_resumes(pairs: list[str], tmp_path: Path, strategy: str) -> None:
     script = tmp_path / "lose.py"
     script.write_text(LOSE)
     settings = [*pairs, "--epochs", "1", "--checkpoint-every", "3"]
-    job = torchrun(str(script), *settings, "--output-dir", str(tmp_path / "run"))
+    job = torchrun(str(script), *settings, "--strategy", strategy, "--output-dir", str(tmp_path / "run"))
     assert job.returncode != 0
     assert "error: step 5: rank 1 did not answer" in job.stderr
     assert f"--resume {tmp_path / 'run' / 'last.pt'} continues" in job.stderr
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
-    assert several.run("siglip", ["--resume", str(tmp_path / "run")]) == 0
+    assert several.run("siglip", ["--resume", str(tmp_path / "run"), "--strategy", "auto"]) == 0
     assert several.run("siglip", [*settings, "--output-dir", str(tmp_path / "whole")]) == 0
     check_alike(tmp_path / "run", tmp_path / "whole", 1e-4)
 
