@@ -57,7 +57,7 @@ class Matrix:
             facts["offset"] = a.positive
         facts |= {"gradients wanted": wanted, "own_share": a.own_share}
         self.counts = agree(ranks, self.sides, a, self.pairs, **facts)
-        ids = self.pairs[:2]
+        ids: list[Any] = [*self.pairs[:2]]
         if self.pairs.row_ids is not None:
             ids = [ranks.gather_rows(i, counts) for i, counts in zip(ids, self.counts, strict=False)]
         self._whole = self.pairs._replace(row_ids=ids[0], col_ids=ids[-1])

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ssl_kernels.ema import ModelEma
 from ssl_kernels.schedules import cosine_momentum
-from ssl_kernels.trainers import batch_norm, loop, sharding
+from ssl_kernels.trainers import batch_norm, chunks, loop, sharding
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
@@ -130,12 +130,12 @@ class MomentumMethod(Method):
 
 def train(
     name: str, make_method: Callable[[ImageData, int], Method], config: SelfSupervisedConfig, console: Console, *,
-    crops: tuple[int, int] = (0, 0), draw: bool = False,
+    crops: tuple[int, int] = (0, 0), draw: bool = False, chunk_size: int = 0,
 ) -> None:  # fmt: skip
     """Train what `make_method` builds for the data and a number of steps, and set its features beside the baselines.
 
     Besides its two views an image is shown in `crops[0]` local ones of `crops[1]` pixels; `draw` also writes a picture
-    of the features.
+    of the features. With `chunk_size` so many images go through the nets at a time; the method is then `InParts`.
     """
     begun = time.perf_counter()
     fabric = loop.make_fabric(config)
@@ -153,8 +153,9 @@ def train(
         with fabric.autocast():  # an epoch that training does not reach has other views
             method.before_training(map(fabric.to_device, data.batches.batches(config.epochs)))
 
+    step = chunks.in_chunks(fabric, wrapped, cast(chunks.InParts, method), chunk_size) if chunk_size else None
     result = loop.fit(
-        fabric, wrapped, wrapped_optimizer, data.batches, config, console=console,
+        fabric, wrapped, wrapped_optimizer, data.batches, config, console=console, step=step,
         before_step=lambda number: method.before_step(number, optimizer.param_groups),
         after_backward=method.after_backward, after_step=method.after_step,
     )  # fmt: skip

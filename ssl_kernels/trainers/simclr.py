@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,13 +22,14 @@ from torch import Tensor
 from ssl_kernels import NTXentLoss
 from ssl_kernels.distributed import gather_rows, world
 from ssl_kernels.trainers import command, self_supervised
+from ssl_kernels.trainers.chunks import ChunkConfig
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.evaluation.probes import spread
 from ssl_kernels.trainers.self_supervised import Encoder, Method, SelfSupervisedConfig
 
 
 @dataclass
-class SimClrConfig(SelfSupervisedConfig):
+class SimClrConfig(ChunkConfig, SelfSupervisedConfig):
     """Train an encoder by contrast within the batch. The defaults learn 4,000 digits in a minute or two."""
 
     output_dir: Path = Path("runs/simclr")
@@ -35,6 +37,10 @@ class SimClrConfig(SelfSupervisedConfig):
 
     norm: bool = True
     """BatchNorm in the projection head."""
+
+    def check(self) -> None:
+        super().check()
+        self.check_chunks()
 
 
 class SimCLR(Method):
@@ -44,15 +50,24 @@ class SimCLR(Method):
         super().__init__()
         self.encoder, self.loss = encoder, NTXentLoss(temperature, group=world())
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, embed_alone: bool = False) -> tuple[Any, ...]:
+        """The loss and what is logged; or the embeddings, of which the loss is made elsewhere."""
         z0, z1 = self.encoder(torch.cat(batch["views"])).chunk(2)
+        return (z0, z1) if embed_alone else self.measure(batch, z0, z1)
+
+    def part(self, batch: Batch, rows: slice) -> Batch:
+        return {"views": [view[rows] for view in batch["views"]]}
+
+    def measure(self, batch: Batch, *embedded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        z0, z1 = embedded
         return self.loss(z0, z1), spread(gather_rows(z0))
 
 
 def train(config: SimClrConfig, console: Console) -> None:
     self_supervised.train(
-        "SimCLR", lambda data, steps: SimCLR(Encoder(config, norm=config.norm), config.temperature), config, console
-    )
+        "SimCLR", lambda data, steps: SimCLR(Encoder(config, norm=config.norm), config.temperature), config, console,
+        chunk_size=config.chunk_size,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ssl_kernels.trainers.simclr") -> int:

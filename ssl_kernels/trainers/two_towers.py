@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
 
-from ssl_kernels import grad_cache, use_backend
+from ssl_kernels import use_backend
 from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers import batch_norm, loop, sharding
+from ssl_kernels.trainers import batch_norm, chunks, loop, sharding
 from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
 from ssl_kernels.trainers.data.shards import ids_of_keys
 from ssl_kernels.trainers.errors import UserError
@@ -34,13 +33,12 @@ from ssl_kernels.trainers.models import (
     tokenizer,
 )  # fmt: skip
 from ssl_kernels.trainers.processes import own_share
-from ssl_kernels.trainers.ranges import at_least, require
 
 CHECKED = 1024  # pairs of a batch
 
 
 @dataclass
-class TwoTowerConfig(TowerConfig, DataConfig, loop.LoopConfig):
+class TwoTowerConfig(TowerConfig, DataConfig, chunks.ChunkConfig, loop.LoopConfig):
     """What the command lines of image-text trainers have in common."""
 
     loss_backend: Literal["auto", "reference", "eager", "cpu", "triton"] = "auto"
@@ -48,9 +46,6 @@ class TwoTowerConfig(TowerConfig, DataConfig, loop.LoopConfig):
     check_loss: bool = True
     """Compare every batch's loss, over its first 1,024 pairs, with the reference (and the reference, where it trains,
     with `auto`) and log both."""
-    chunk_size: int = 0
-    """Pairs that go through the towers of a process at a time; 0: all that it has of a batch. Loss and gradients are
-    those of the whole batch, at the price of one more forward pass; BatchNorm normalises each chunk on its own."""
 
     @property
     def leaves_parameters_unused(self) -> bool:
@@ -60,7 +55,7 @@ class TwoTowerConfig(TowerConfig, DataConfig, loop.LoopConfig):
         super().check()
         self.check_data()
         self.check_towers()
-        require(self, at_least(0), "chunk_size")
+        self.check_chunks()
 
 
 class TwoTowerModel(nn.Module, ABC):
@@ -98,9 +93,14 @@ class TwoTowerModel(nn.Module, ABC):
     def forward(self, batch: Batch, embed_alone: bool = False) -> tuple[Any, ...]:
         """The loss and what is logged; or the embeddings and the scalars, of which the loss is made elsewhere."""
         x, y = self.encode_image(batch["images"]), self.encode_text(batch["text"])
-        return (x, y, *self.learned()) if embed_alone else self.measure(batch["ids"], x, y, *self.learned())
+        return (x, y, *self.learned()) if embed_alone else self.measure(batch, x, y, *self.learned())
 
-    def measure(self, ids: Tensor | None, x: Tensor, y: Tensor, *learned: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def part(self, batch: Batch, rows: slice) -> Batch:
+        return {"images": batch["images"][rows], "text": some_captions(batch["text"], rows)}
+
+    def measure(self, batch: Batch, *embedded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x, y, *learned = embedded
+        ids = batch["ids"]
         if ids is not None and ids.ndim == 2:
             ids = ids_of_keys(ids)
         loss = self.contrast_by(self.backend, x, y, ids, *learned)
@@ -121,23 +121,6 @@ class TwoTowerModel(nn.Module, ABC):
 
 def _backend(name: str) -> AbstractContextManager[None]:
     return nullcontext() if name == "auto" else use_backend(name)  # `auto` leaves SSL_KERNELS_BACKEND in force
-
-
-def in_chunks(fabric: Fabric, wrapped: nn.Module, model: TwoTowerModel, chunk_size: int) -> loop.Step:
-    """A step whose towers hold the activations of so many pairs at a time."""
-
-    def embed(batch: Batch, rows: Tensor) -> Any:
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        pairs = {"images": batch["images"][part], "text": some_captions(batch["text"], part)}
-        return wrapped(pairs, embed_alone=True)
-
-    def step(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = torch.arange(len(batch["images"]))
-        (embedded,) = grad_cache([functools.partial(embed, batch)], [rows], chunk_size, modules=[wrapped])
-        with fabric.autocast():
-            return model.measure(batch["ids"], *embedded)
-
-    return step
 
 
 def try_loss(model: TwoTowerModel, config: TwoTowerConfig, fabric: Fabric) -> None:
@@ -188,7 +171,7 @@ def train(
 
     if config.image_locked and not config.pretrained:
         console.print("note: the image tower is locked at random weights; --pretrained loads learned ones")
-    step = in_chunks(fabric, wrapped, model, config.chunk_size) if config.chunk_size else None
+    step = chunks.in_chunks(fabric, wrapped, model, config.chunk_size) if config.chunk_size else None
     result = loop.fit(
         fabric, wrapped, wrapped_optimizer, data.batches, config,
         step=step, after_step=model.after_step, console=console,

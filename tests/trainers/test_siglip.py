@@ -145,10 +145,7 @@ def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path
 
 
 def test_a_run_in_chunks_is_the_plain_run(table: Path, tmp_path: Path) -> None:
-    same = {
-        "image_model": "tiny-vit",
-        "precision": "64-true",
-    }  # no BatchNorm, and little rounding for AdamW to scale up
+    same = {"image_model": "tiny-vit", "precision": "64-true"}  # no BatchNorm, and little rounding for AdamW to scale
     for chunk in (0, 5):
         train(config(table, tmp_path / str(chunk), epochs=2, chunk_size=chunk, **same))
     plain, chunked = logged(tmp_path / "0"), logged(tmp_path / "5")

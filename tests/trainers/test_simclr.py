@@ -70,6 +70,18 @@ def test_a_run_learns_and_reports(small: list[str], tmp_path: Path, capsys: pyte
     assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 5
 
 
+def test_a_run_in_chunks_is_the_plain_run(small: list[str], tmp_path: Path) -> None:
+    """Without BatchNorm, and with little rounding for AdamW to scale up."""
+    same = [*small, "--epochs", "1", "--image-model", "tiny-vit", "--no-norm", "--precision", "64-true"]
+    for chunk in ("0", "3"):
+        assert simclr.main([*same, "--chunk-size", chunk, "--output-dir", str(tmp_path / chunk)]) == 0
+    plain, chunked = logged(tmp_path / "0"), logged(tmp_path / "3")
+    assert len(plain) == len(chunked) == 6
+    for ours, theirs in zip(chunked, plain, strict=True):
+        for name in ("loss", "embedding_std", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), (name, theirs["step"])
+
+
 def test_a_run_that_nothing_was_held_out_of_says_so(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
