@@ -1,11 +1,13 @@
 """open_clip's own trainer on a CPU, alone or as one of the ranks of torchrun: the losses of each step, and the weights.
 
-`python open_clip_runs.py FILE [NAME ...]` writes what came of the runs named, such as "clip ours", to a file.
+`python open_clip_runs.py FILE BATCH [NAME ...]` writes what came of the runs named, such as "clip ours", to a file. The
+batch is that of all ranks.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -22,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_kernels.integrations.open_clip import replaced_losses
 
-STEPS, BATCH = 20, 16  # of all ranks together
+STEPS = 20
 MODEL = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
@@ -33,25 +35,26 @@ MODEL = {
 class Batches:
     """Each rank has its part of the same batches."""
 
-    def __init__(self, rank: int, world: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.rows = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-        self.num_batches, self.num_samples = STEPS, STEPS * BATCH
-        self.images = torch.randn(STEPS, BATCH, 3, 32, 32, generator=generator)
-        self.texts = torch.randint(512, (STEPS, BATCH, 8), generator=generator)
+    def __init__(self, batch: int, rank: int, world: int) -> None:
+        self.batch, self.rows = batch, slice(rank * batch // world, (rank + 1) * batch // world)
+        self.num_batches, self.num_samples = STEPS, STEPS * batch
 
     def __iter__(self) -> Any:
-        return zip(self.images[:, self.rows], self.texts[:, self.rows], strict=True)
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(step)
+            images = torch.randn(self.batch, 3, 32, 32, generator=generator)
+            texts = torch.randint(512, (self.batch, 8), generator=generator)
+            yield images[self.rows].clone(), texts[self.rows].clone()
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
+def run(name: str, batch: int, folder: Path) -> dict[str, Any]:
     """Everything is open_clip's, but for the batches, which its samplers would deal out otherwise to other ranks."""
     kind, whose = name.split()
     losses: list[float] = []
     weights: dict[str, Any] = {}
 
     def data(args: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        batches = Batches(args.rank, args.world_size)
+        batches = Batches(batch, args.rank, args.world_size)
         return {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
 
     def loss(args: Any) -> torch.nn.Module:
@@ -80,7 +83,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
             "--name", name.replace(" ", "-"), "--save-frequency", "0", "--gather-with-grad",
             *(["--siglip"] if kind == "siglip" else []),
         ])  # fmt: skip
-    return {"losses": losses, "weights": weights}
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"losses": losses, "weights": weights, "peak_mb": peak_mb}
 
 
 def _without_device_ids(module: torch.nn.Module, device_ids: Any = None, **options: Any) -> DistributedDataParallel:
@@ -96,14 +100,14 @@ def _mean(loss: torch.Tensor) -> float:
     return mean.item()
 
 
-def main(file: str, *names: str) -> None:
+def main(file: str, batch: str, *names: str) -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     (folder / "tiny.json").write_text(json.dumps(MODEL))
     open_clip.add_model_config(folder / "tiny.json")
     found = {}
     for name in names:
-        found[name] = run(name, folder)
+        found[name] = run(name, int(batch), folder)
         if dist.is_initialized():
             dist.barrier()
             rank = dist.get_rank()

@@ -1,0 +1,159 @@
+"""Each example learns, and computes what it computes once its few changed lines are changed back to the peer's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stand_ins
+import torch
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
+ON_ONE_SCREEN = ("siglip", "clip", "moco", "simclr", "dino")
+OF_PEERS = sorted({path.stem for path in FOLDER.glob("*.py")} - {*ON_ONE_SCREEN, "shapes"})
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With its folder on the path, and what it does to the process undone."""
+    for module in ("sklearn", "torchvision"):
+        pytest.importorskip(module, reason="the packages of the trainers are not installed")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for name, module in stand_ins.MODULES.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    root, environment = logging.getLogger(), dict(os.environ)
+    handlers, level, threads = list(root.handlers), root.level, torch.get_num_threads()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def source_of(name: str) -> str:
+    return (FOLDER / f"{name}.py").read_text()
+
+
+def changes(source: str) -> list[tuple[str, str]]:
+    """The hunks of the docstring's diff: the lines that go, and those that come in their place."""
+    hunks = re.findall(r"(?:^    [-+] .*\n)+", source.split('"""')[1], re.MULTILINE)
+    sides = [["".join(re.findall(rf"^    {sign} (.*\n)", hunk, re.MULTILINE)) for sign in ("-", r"\+")] for hunk in hunks]
+    return [(before, after) for before, after in sides]
+
+
+def changed_back(source: str) -> str:
+    """The example before the change. What came is there once, at some depth."""
+    _, docstring, code = source.split('"""', 2)
+    for before, after in changes(source):
+        places = [depth for depth in ("", " " * 4, " " * 8) if "\n" + textwrap.indent(after, depth) in code]
+        assert len(places) == 1, f"expected once: {after}"
+        block = "\n" + textwrap.indent(after, places[0])
+        assert code.count(block) == 1, f"expected once: {after}"
+        code = code.replace(block, "\n" + textwrap.indent(before, places[0]))
+    assert "ssl_kernels" not in code
+    return f'"""{docstring}"""{code}'
+
+
+def run(source: str, *arguments: Any, **options: Any) -> Any:
+    namespace: dict[str, Any] = {"__name__": "example"}
+    exec(compile(source, "example", "exec"), namespace)
+    return namespace["main"](*arguments, **options)
+
+
+# ---- peers
+
+CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "accelerate_loop": ((), {"epochs": 5}),
+    "lightly_dino": ((), {"epochs": 2, "size": 128}),
+    "lightly_moco": ((), {"epochs": 2, "size": 128}),
+    "lightly_simclr": ((), {"epochs": 2, "size": 128}),
+    "lightning_module": ((), {"epochs": 2}),
+    "meta_dino": ((), {"epochs": 2}),
+    "meta_dinov2": ((), {"epochs": 1}),
+    "meta_dinov3": ((), {"epochs": 1}),
+    "open_clip_trainer": (("siglip", "clip"), {"epochs": 4}),
+    "solo_learn": (("barlow", "mocov2plus", "mocov3", "simclr", "vicreg"), {"epochs": 1}),
+    "timm_ema": ((), {"epochs": 2}),
+    "torch_ema": ((), {"epochs": 2}),
+    "transformers_trainer": (("siglip", "clip"), {"steps": 20}),
+}
+
+
+def curve(found: list[Any]) -> list[float]:
+    return [float(step["clip_val_loss"] if isinstance(step, dict) else step) for step in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(name, argument) for name, (some, _) in CASES.items() for argument in some or ("",)]
+)
+def test_the_change_changes_no_loss(name: str, arguments: str) -> None:
+    source = source_of(name)
+    before = changed_back(source)
+    for package in re.findall(r"^(?:from|import) ([a-z_]+)", before, re.MULTILINE):
+        if package not in stand_ins.MODULES:
+            pytest.importorskip(package, reason=f"{package} is not installed")
+    given = (arguments,) if arguments else ()
+    ours, theirs = (curve(run(text, *given, **CASES[name][1])) for text in (source, before))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours[-1] < 0.97 * ours[0]
+
+
+def test_every_example_of_a_peer_is_compared() -> None:
+    assert OF_PEERS == sorted(CASES)
+
+
+@pytest.mark.parametrize("name", OF_PEERS)
+def test_a_user_changes_three_lines_at_most(name: str) -> None:
+    hunks = changes(source_of(name))
+    assert 1 <= sum(after.count("\n") for _, after in hunks) <= 3
+
+
+# ---- methods on one screen
+
+
+@pytest.mark.parametrize(("name", "least"), [("siglip", 0.7), ("clip", 0.7)])
+def test_held_out_captions_find_their_images(name: str, least: float) -> None:
+    found = run(source_of(name), steps=150)
+    assert found["trained"] > least
+    assert found["untrained"] < 0.1
+
+
+@pytest.mark.parametrize(("name", "least"), [("moco", 0.7), ("simclr", 0.7), ("dino", 0.6)])
+def test_damaged_digits_find_their_kind(name: str, least: float) -> None:
+    found = run(source_of(name), steps=150)
+    assert found["trained"] > max(least, found["pixels"], found["untrained"] + 0.1)
+
+
+# ---- all of them
+
+
+@pytest.mark.parametrize("name", [*ON_ONE_SCREEN, *OF_PEERS])
+def test_files_are_short(name: str) -> None:
+    assert source_of(name).count("\n") <= 100
+
+
+def test_the_table_says_what_changes_and_how_to_run_it() -> None:
+    table = (FOLDER / "README.md").read_text()
+    for name in (*ON_ONE_SCREEN, *OF_PEERS):
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| [{name}.py]({name}.py) |")]
+        for _, after in changes(source_of(name)):
+            assert all(f"`{line.strip()}`" in row for line in after.splitlines())
+        assert f"examples/{name}.py" in row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ON_ONE_SCREEN, *OF_PEERS])
+def test_runs_as_a_script(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / f"{name}.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "loss" in done.stdout
