@@ -42,9 +42,7 @@ def main(epochs: int = 20) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     loader = DataLoader(pairs, batch_size=128, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    criterion = ClipLoss(
-        gather_with_grad=True, rank=accelerator.process_index, world_size=accelerator.num_processes
-    )
+    criterion = ClipLoss(gather_with_grad=True, rank=accelerator.process_index, world_size=accelerator.num_processes)
     losses = []
     for epoch in range(epochs):
         for images, tokens in loader:

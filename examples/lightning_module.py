@@ -8,7 +8,7 @@
     - averaging = WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.9))
     + averaging = WeightAveraging(multi_avg_fn=ema_multi_avg_fn(0.9))
 
-    python examples/lightning_module.py
+Run it: `python examples/lightning_module.py`
 """
 
 import tempfile
@@ -43,7 +43,7 @@ class SimCLR(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 def main(epochs: int = 5) -> list[float]:

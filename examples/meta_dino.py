@@ -1,9 +1,9 @@
-"""The loss of Meta's DINO, `main_dino.py`, as its training loop calls it. Where the class was defined, one line changes:
+"""The loss of Meta's DINO, `main_dino.py`, as its training loop calls it. One line changes:
 
     - from main_dino import DINOLoss
     + from ssl_kernels.integrations.dino import DINOLoss
 
-    python examples/meta_dino.py
+Run it: `python examples/meta_dino.py`
 """
 
 import copy
@@ -23,7 +23,10 @@ class Net(nn.Module):
 
     def __init__(self, prototypes: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
+        self.layers = nn.Sequential(
+            nn.Linear(64, 256), nn.BatchNorm1d(256), nn.GELU(),
+            nn.Linear(256, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64),
+        )  # fmt: skip
         self.prototypes = nn.Parameter(torch.randn(prototypes, 64))
 
     def forward(self, crops: list[Tensor]) -> Tensor:
@@ -33,18 +36,18 @@ class Net(nn.Module):
 
 
 def crops_of(batch: Tensor) -> list[Tensor]:
-    """Two crops that have lost half of their pixels, and two that have lost three quarters."""
-    return [batch * (torch.rand_like(batch) < kept) for kept in (0.5, 0.5, 0.25, 0.25)]
+    """Two crops that have lost a quarter of their pixels, and two that have lost half."""
+    return [batch * (torch.rand_like(batch) < kept) for kept in (0.75, 0.75, 0.5, 0.5)]
 
 
-def main(epochs: int = 10, prototypes: int = 512) -> list[float]:
+def main(epochs: int = 10, prototypes: int = 128) -> list[float]:
     torch.manual_seed(0)
     student = Net(prototypes)
     teacher = copy.deepcopy(student).requires_grad_(False)
     dino_loss = DINOLoss(
         prototypes, 4, warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=3, nepochs=epochs
     )
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     losses = []
     for epoch in range(epochs):
         for batch in images[torch.randperm(len(images))].split(128):
@@ -57,7 +60,7 @@ def main(epochs: int = 10, prototypes: int = 512) -> list[float]:
             optimizer.step()
             with torch.no_grad():
                 for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
-                    average.lerp_(parameter, 0.01)
+                    average.lerp_(parameter, 0.05)
             losses.append(loss.item())
         print(f"epoch {epoch}: loss {losses[-1]:.4f}")
     return losses

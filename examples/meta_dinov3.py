@@ -3,7 +3,7 @@
     - from dinov3.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
     + from ssl_kernels.integrations.dinov3 import DINOLoss, KoLeoLoss, iBOTPatchLoss
 
-    python examples/meta_dinov3.py
+Run it: `python examples/meta_dinov3.py`
 """
 
 import copy
@@ -14,12 +14,12 @@ from meta_dinov2 import ViT, images
 from ssl_kernels.integrations.dinov3 import DINOLoss, KoLeoLoss, iBOTPatchLoss
 
 
-def main(epochs: int = 3, prototypes: int = 256) -> list[float]:
+def main(epochs: int = 3, prototypes: int = 128) -> list[float]:
     torch.manual_seed(0)
     student = ViT(prototypes)
     teacher = copy.deepcopy(student).requires_grad_(False)
     dino_loss, ibot_loss, koleo_loss = DINOLoss(prototypes), iBOTPatchLoss(prototypes), KoLeoLoss()
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     losses = []
     for epoch in range(epochs):
         for batch in images[torch.randperm(len(images))].split(128):

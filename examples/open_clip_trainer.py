@@ -6,11 +6,11 @@
     + with replaced_losses():
     +     train(arguments)
 
-    python examples/open_clip_trainer.py                           # SigLIP, on coloured shapes and their captions
-    python examples/open_clip_trainer.py clip
+    python examples/open_clip_trainer.py              # CLIP, on coloured shapes and their captions
+    python examples/open_clip_trainer.py siglip
     torchrun --nproc-per-node 2 examples/open_clip_trainer.py
 
-Everything else is open_clip's: data, towers, optimizer, schedule, evaluation. Of 100 held-out captions chance finds one.
+Everything else is open_clip's: data, towers, optimizer, schedule, evaluation.
 """
 
 import csv
@@ -47,7 +47,7 @@ def write_pairs(folder: Path) -> None:
                 table.writerow([folder / f"{i}.png", shapes.captions[i]])
 
 
-def main(method: str = "siglip", epochs: int = 12) -> list[dict[str, Any]]:
+def main(method: str = "clip", epochs: int = 12) -> list[dict[str, Any]]:
     """What open_clip's evaluation found after each epoch."""
     folder = Path(tempfile.mkdtemp())
     write_pairs(folder)
@@ -56,8 +56,8 @@ def main(method: str = "siglip", epochs: int = 12) -> list[dict[str, Any]]:
     arguments = [
         "--model", "tiny-shapes", "--dataset-type", "csv", "--train-data", str(folder / "train.csv"),
         "--val-data", str(folder / "val.csv"), "--csv-separator", ",", "--csv-img-key", "image",
-        "--csv-caption-key", "caption", "--batch-size", str(128 // PROCESSES), "--epochs", str(epochs),
-        "--lr", "2e-3", "--warmup", "4", "--workers", "0", "--precision", "fp32", "--gather-with-grad",
+        "--csv-caption-key", "caption", "--batch-size", str(64 // PROCESSES), "--epochs", str(epochs),
+        "--lr", "1e-3", "--wd", "0.01", "--warmup", "10", "--workers", "0", "--precision", "fp32", "--gather-with-grad",
         "--logs", str(folder), "--name", "run", *(["--siglip"] if method == "siglip" else []),
     ]  # fmt: skip
     with replaced_losses():

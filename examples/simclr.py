@@ -2,8 +2,9 @@
 
     python examples/simclr.py
 
-A small net learns 1,397 digits of 8 x 8 pixels without their labels, in some seconds; a view has lost half of its pixels.
-Then damaged digits that it never saw look for their nearest neighbour among whole ones: is it of the same kind?
+A small net learns 1,397 digits of 8 x 8 pixels without their labels, in some seconds; a view turns, scales and shifts
+them. Then views of 400 digits that it never saw look for their nearest neighbours: are these of the same kind? Before
+training, and by pixels, little more than half of them are.
 """
 
 import torch
@@ -14,45 +15,47 @@ from torch import Tensor, nn
 from ssl_kernels import NTXentLoss
 
 digits = load_digits()
-images, labels = torch.tensor(digits.data).float() / 16, torch.tensor(digits.target)
+images, labels = torch.tensor(digits.images).float()[:, None] / 16, torch.tensor(digits.target)
 test, train = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).split([400, len(images) - 400])
 
 
 def view(x: Tensor) -> Tensor:
-    return x * (torch.rand_like(x) > 0.5)
+    """[N, 1, 8, 8]: each digit is turned by up to half a radian, scaled by a quarter and shifted by a pixel."""
+    turn, zoom, right, down = torch.rand(4, len(x)) * 2 - 1
+    cos, sin = 1.25**zoom * (turn / 2).cos(), 1.25**zoom * (turn / 2).sin()
+    theta = torch.stack([cos, -sin, right / 4, sin, cos, down / 4], dim=1).view(-1, 2, 3)
+    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
 
 
-def encoder() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU()
-    )
+def network() -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width in (64, 256, 256):
+        layers += [nn.Linear(width, 256), nn.BatchNorm1d(256), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(256, 64))
 
 
 @torch.no_grad()
-def accuracy(backbone: nn.Module) -> float:
-    """The share of damaged test digits whose nearest neighbour among whole training digits shows the same digit."""
-    backbone.eval()
-    damaged = images[test] * (torch.rand(len(test), 64, generator=torch.Generator().manual_seed(1)) > 0.5)
-    queries, gallery = (F.normalize(backbone(x), dim=1) for x in (damaged, images[train]))
+def accuracy(net: nn.Module) -> float:
+    """The share of views of test digits whose nearest neighbour among the training digits shows the same digit."""
+    queries, gallery = (F.normalize(net(x), dim=1) for x in (view(images[test]), images[train]))
     return (labels[train][(queries @ gallery.T).argmax(1)] == labels[test]).float().mean().item()
 
 
-def main(steps: int = 300, seed: int = 0) -> dict[str, float]:
+def main(steps: int = 120, seed: int = 0) -> dict[str, float]:
     torch.manual_seed(seed)
-    backbone, head = encoder(), nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
-    criterion = NTXentLoss(temperature=0.2)
-    optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=1e-3)
-    figures = {"untrained": accuracy(backbone), "pixels": accuracy(nn.Identity())}
-    backbone.train()
+    encoder, criterion = network(), NTXentLoss(temperature=0.2)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3)
+    figures = {"pixels": accuracy(nn.Flatten()), "untrained": accuracy(encoder.eval())}
+    encoder.train()
     for step in range(steps):
         batch = images[train[torch.randperm(len(train))[:256]]]
-        loss = criterion(head(backbone(view(batch))), head(backbone(view(batch))))
+        loss = criterion(encoder(view(batch)), encoder(view(batch)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 40 == 0 or step == steps - 1:
             print(f"step {step:3}: loss {loss.item():.3f}")
-    figures["trained"] = accuracy(backbone)
+    figures["trained"] = accuracy(encoder.eval())
     print("neighbours of the same kind:", ", ".join(f"{name} {share:.2f}" for name, share in figures.items()))
     return figures
 

@@ -3,7 +3,7 @@
     - from timm.utils import ModelEmaV3
     + from ssl_kernels.integrations.timm import ModelEmaV3
 
-    python examples/timm_ema.py
+Run it: `python examples/timm_ema.py`
 """
 
 import timm
@@ -15,7 +15,7 @@ from torch import nn
 from ssl_kernels.integrations.timm import ModelEmaV3
 
 digits = load_digits()
-images = F.interpolate(torch.tensor(digits.images).float()[:, None] / 16, scale_factor=4.0)  # [1797, 1, 32, 32]
+images = F.interpolate(torch.tensor(digits.images).float()[:, None] / 16, scale_factor=2.0)  # [1797, 1, 16, 16]
 labels = torch.tensor(digits.target)
 train, test = images[:1400], images[1400:]
 
@@ -30,7 +30,7 @@ def main(epochs: int = 6) -> list[float]:
     """The average's loss on 397 held-out digits, after each epoch."""
     torch.manual_seed(0)
     model = timm.create_model("test_resnet.r160_in1k", in_chans=1, num_classes=10)
-    average = ModelEmaV3(model, decay=0.95, use_warmup=True)
+    average = ModelEmaV3(model, decay=0.9, use_warmup=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses, step = [], 0
     for epoch in range(epochs):

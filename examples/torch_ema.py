@@ -6,7 +6,7 @@
     - average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=True)
     + average = AveragedModel(model, multi_avg_fn=ema_multi_avg_fn(0.95), use_buffers=True)
 
-    python examples/torch_ema.py
+Run it: `python examples/torch_ema.py`
 """
 
 import torch

@@ -4,8 +4,7 @@
 
     + trainer.compute_loss = lambda model, inputs, **_: contrastive_loss(model, **inputs)
 
-    python examples/transformers_trainer.py          # SigLIP, on coloured shapes and their captions
-    python examples/transformers_trainer.py clip
+Run it: `python examples/transformers_trainer.py`, on coloured shapes and their captions, or with `siglip`
 """
 
 import sys
@@ -47,12 +46,13 @@ def recall(model: CLIPModel | SiglipModel) -> float:
     return (found == torch.arange(len(found))).float().mean().item()
 
 
-def main(method: str = "siglip", steps: int = 150) -> list[float]:
+def main(method: str = "clip", steps: int = 150) -> list[float]:
     set_seed(0)
     model = model_of(method)
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=128, learning_rate=2e-3,
-        lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+        output_dir=tempfile.mkdtemp(), use_cpu=True, max_steps=steps, per_device_train_batch_size=128,
+        learning_rate=2e-3, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[],
+        disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model, arguments, data_collator=batch_of, train_dataset=pairs(shapes.train))
     trainer.compute_loss = lambda model, inputs, **_: contrastive_loss(model, **inputs)

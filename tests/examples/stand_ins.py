@@ -46,7 +46,9 @@ class Teacher:
     def __init__(self, out_dim: int) -> None:
         pass
 
-    def sinkhorn_knopp_teacher(self, logits: Tensor, teacher_temp: float, n_masked_patches_tensor: Any = None) -> Tensor:
+    def sinkhorn_knopp_teacher(
+        self, logits: Tensor, teacher_temp: float, n_masked_patches_tensor: Any = None
+    ) -> Tensor:
         return assignment(logits, teacher_temp).float()
 
 
