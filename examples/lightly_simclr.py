@@ -54,7 +54,7 @@ class SimCLR(nn.Module):
 def main(epochs: int = 5, size: int = 1024) -> list[float]:
     torch.manual_seed(0)
     model, criterion = SimCLR(), NTXentLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9)
     losses = []
     for epoch in range(epochs):
         for view0, view1 in DataLoader(Digits(size), batch_size=64, shuffle=True, drop_last=True):
