@@ -166,3 +166,28 @@ def test_runs_as_a_script(name: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "loss" in done.stdout
+
+
+def printed(*command: str) -> list[str]:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line for line in done.stdout.splitlines() if line.startswith(("epoch", "held-out"))]
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_train_as_one_does() -> None:
+    script = str(FOLDER / "accelerate_loop.py")
+    alone = printed(script)
+    assert len(alone) == 21
+    assert printed(*TORCHRUN, script) == alone
+
+
+@pytest.mark.slow
+def test_open_clip_s_trainer_learns_under_torchrun() -> None:
+    told = printed(*TORCHRUN, str(FOLDER / "open_clip_trainer.py"))
+    losses = [float(line.rsplit(maxsplit=1)[1]) for line in told]
+    assert len(losses) == 12
+    assert losses[-1] < 0.6 * losses[0]
