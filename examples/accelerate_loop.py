@@ -4,7 +4,7 @@
     + from ssl_kernels import ClipLoss
 
     python examples/accelerate_loop.py
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py
 
 Two processes train as one does: the batch of 128 is split among them.
 """
@@ -36,10 +36,11 @@ class Towers(nn.Module):
 
 def main(epochs: int = 20) -> list[float]:
     set_seed(0)
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    split = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), dataloader_config=split)
     pairs = TensorDataset(shapes.images[shapes.train], shapes.tokens[shapes.train])
     model = Towers()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     loader = DataLoader(pairs, batch_size=128, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     criterion = ClipLoss(gather_with_grad=True, rank=accelerator.process_index, world_size=accelerator.num_processes)

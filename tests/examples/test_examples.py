@@ -74,7 +74,7 @@ def run(source: str, *arguments: Any, **options: Any) -> Any:
 # ---- peers
 
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # the methods, and how little of each is run
-    "accelerate_loop": ((), {"epochs": 3}),
+    "accelerate_loop": ((), {"epochs": 2}),
     "lightly_dino": ((), {"epochs": 1, "size": 128}),
     "lightly_moco": ((), {"epochs": 1, "size": 256}),
     "lightly_simclr": ((), {"epochs": 1, "size": 256}),
@@ -180,9 +180,9 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 @pytest.mark.slow
 def test_two_processes_of_accelerate_train_as_one_does() -> None:
     script = str(FOLDER / "accelerate_loop.py")
-    alone = printed(script)
-    assert len(alone) == 21
-    assert printed(*TORCHRUN, script) == alone
+    alone, two = ([float(line.split()[-1]) for line in printed(*how, script)[:-1]] for how in ((), TORCHRUN))
+    assert len(alone) == 20
+    assert two == pytest.approx(alone, rel=2e-3)
 
 
 @pytest.mark.slow
