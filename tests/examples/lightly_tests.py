@@ -41,7 +41,7 @@ FILES = {
     "models/modules/test_memory_bank.py": "MemoryBankModule",
     "models/test_ModelUtils.py::TestModelUtils::test_momentum_works": "update_momentum",
 }
-INTEGER_SIZE = "a bank's size is (rows, features) here; lightly, too, warns of a number of rows alone"
+INTEGER_SIZE = "a bank's size is (rows, features) here; lightly 1.6, too, refuses a number of rows alone"
 WORDING = "it raises, with another error or in other words"
 DIFFERENCES = {  # why a test of lightly's does not pass
     "test_single_view_raises": WORDING,
