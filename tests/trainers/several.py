@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ssl_kernels.trainers import batch_norm, loop, self_supervised, two_towers
+from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data.shards import ids_of_keys
+from ssl_kernels.trainers.dino import DINOConfig
 from ssl_kernels.trainers.processes import Share
 
 
@@ -44,7 +47,7 @@ def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
             os.kill(os.getpid(), 15)
         return metrics
 
-    self_supervised.evaluate = lambda *_: []  # type: ignore[assignment]
+    self_supervised.evaluate = check_evaluated  # type: ignore[assignment]
     two_towers.CHECKED = 6  # of 8, four of which the first of two processes has
     loop._Training.optimizer_step = signalled  # type: ignore[method-assign]
     try:
@@ -53,6 +56,16 @@ def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
         self_supervised.evaluate, two_towers.CHECKED = evaluate, checked
         loop._Training.optimizer_step = optimizer_step  # type: ignore[method-assign]
     return code
+
+
+def check_evaluated(
+    _: object, trained: nn.Module, _initial: object, _data: object, config: loop.LoopConfig
+) -> list[Any]:
+    """What would be evaluated is what was saved at the end."""
+    saved = load_checkpoint(config.output_dir / "last.pt")["model"]
+    prefix = "teacher.module." if isinstance(config, DINOConfig) else "encoder."
+    assert all(torch.equal(value, saved[prefix + name]) for name, value in trained.state_dict().items())
+    return []
 
 
 def check_shards(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
