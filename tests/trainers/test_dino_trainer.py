@@ -480,7 +480,7 @@ def test_timm_backbones_and_other_precisions_train(
     options = ["--data", str(folder / "green"), "--image-size", "64", "--local-size", "32", "--local-crops", "2"]
     options += ["--precision", "bf16-mixed", "--epochs", "1", "--batch-size", "8"]
     options += ["--version", "2", "--image-model", "test_vit", "--separate-heads", "--no-norm"] if version else [
-        "--image-model", "resnet10t", "--workers", "1",
+        "--image-model", "test_resnet", "--workers", "1",
     ]  # fmt: skip
     run(small, tmp_path, *options)
     assert len(logged(tmp_path)) == 2

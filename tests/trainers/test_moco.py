@@ -297,7 +297,7 @@ def test_a_run_learns_and_reports(
 
 def test_timm_backbones_and_other_precisions_train(small: list[str], folder: Path, tmp_path: Path) -> None:
     """Flat folders have no labels: retrieval is what is left to evaluate."""
-    options = ["--data", str(folder / "green"), "--image-model", "resnet10t", "--image-size", "32", "--precision",
+    options = ["--data", str(folder / "green"), "--image-model", "test_resnet", "--image-size", "32", "--precision",
                "bf16-mixed", "--batch-size", "4", "--queue-size", "8", "--epochs", "1", "--workers", "1"]  # fmt: skip
     run(small, tmp_path, *options)
     assert len(logged(tmp_path)) == 4

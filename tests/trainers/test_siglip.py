@@ -209,7 +209,7 @@ def test_other_sources_train_and_evaluate(shards: str, tmp_path: Path, source: s
 
 def test_text_transformer_and_timm_tower_train_with_accumulation_and_workers(table: Path, tmp_path: Path) -> None:
     options = {
-        "image_model": "resnet10t", "text_model": "transformer", "text_width": 64, "text_layers": 1,
+        "image_model": "test_resnet", "text_model": "transformer", "text_width": 64, "text_layers": 1,
         "context_length": 8, "accumulate": 2, "workers": 1, "image_size": 32, "precision": "bf16-mixed",
     }  # fmt: skip
     train(config(table, tmp_path, epochs=4, lr=1e-3, **options))

@@ -219,8 +219,9 @@ class _StrictBuilder(interpreter.InterpreterBuilder):
         left, right = _wide(a), _wide(b)
         if left.dtype == np.float32 and str(input_precision).rsplit(".", 1)[-1].lower() == "tf32":
             left, right = _cut_to_tf32(left), _cut_to_tf32(right)
-        accumulator = d.data.dtype
-        return TensorHandle(np.matmul(left.astype(accumulator), right.astype(accumulator)) + d.data, d.dtype.scalar)
+        # A GPU sums every element alike; BLAS by its place in the tile, so that x x^T would not be symmetric.
+        product = np.matmul(left.astype(np.float64), right.astype(np.float64))
+        return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     def cast_impl(self, src: Any, dst_type: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
