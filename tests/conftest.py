@@ -11,7 +11,7 @@ from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("thorough", deadline=None, max_examples=150)  # of make test-all
-settings.register_profile("brief", deadline=None, derandomize=True, max_examples=8)  # where the same runs elsewhere
+settings.register_profile("brief", deadline=None, derandomize=True, max_examples=8)  # of what runs in full elsewhere
 settings.load_profile("default")
 
 

@@ -24,8 +24,7 @@ MODULES = [str(Path(__file__).parent), str(Path(__file__).parent / "distributed"
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch.distributed.device_mesh", "torch.distributed.fsdp", "pytest"])
 
-
-_told: Connection  # to whoever has started this process
+_told: Connection  # in a rank, to whoever has started it
 
 
 @contextlib.contextmanager

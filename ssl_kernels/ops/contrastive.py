@@ -76,12 +76,12 @@ class Result(NamedTuple):
     scalars: Tensor  # [3]: the derivatives by scale and by bias, and the unit of all derivatives
 
 
-def wanted_gradients(a: Any) -> Sequence[bool]:
-    """Which of them the forward pass of an op makes."""
-    return a.needs_grad if a.reduction != "none" else [False] * len(a.needs_grad)
-
-
 RESULT = "Tensor loss, Tensor dx, Tensor dy, Tensor scalars"
+
+
+def wanted_gradients(a: Any) -> Sequence[bool]:
+    """Which of the gradients are made in the forward pass of an op with such arguments."""
+    return a.needs_grad if a.reduction != "none" else [False] * len(a.needs_grad)
 
 
 def is_one_tile(a: Any) -> bool:
