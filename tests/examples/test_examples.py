@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import stand_ins
 import torch
+from processes import run_processes
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 ON_ONE_SCREEN = ("siglip", "clip", "moco", "simclr", "dino")
@@ -32,6 +34,8 @@ def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root, environment = logging.getLogger(), dict(os.environ)
     handlers, level, threads = list(root.handlers), root.level, torch.get_num_threads()
     yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     root.handlers[:] = handlers
     root.setLevel(level)
     torch.set_num_threads(threads)
@@ -75,6 +79,7 @@ def run(source: str, *arguments: Any, **options: Any) -> Any:
 
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # the methods, and how little of each is run
     "accelerate_loop": ((), {"epochs": 2}),
+    "lightly_distributed": (("simclr", "barlow"), {"epochs": 2}),
     "lightly_dino": ((), {"epochs": 1, "size": 128}),
     "lightly_moco": ((), {"epochs": 1, "size": 256}),
     "lightly_simclr": ((), {"epochs": 1, "size": 256}),
@@ -172,6 +177,32 @@ def printed(*command: str) -> list[str]:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [line for line in done.stdout.splitlines() if line.startswith(("epoch", "held-out"))]
+
+
+DISTRIBUTED = """
+import json, os
+from pathlib import Path
+import test_examples
+
+os.environ.update(
+    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0",
+    TORCHELASTIC_RUN_ID="test",
+)
+for method in ("simclr", "barlow"):
+    losses = test_examples.run(test_examples.source_of("lightly_distributed"), method, epochs=2)
+    Path(FOLDER, f"{method} on {rank}").write_text(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow  # tests/distributed/ has the losses; here each process imports Lightning
+def test_two_processes_of_lightly_s_losses_train_as_one_does(tmp_path: Path) -> None:
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); FOLDER = {str(tmp_path)!r}\n{DISTRIBUTED}"
+    run_processes(code, tmp_path)
+    for method in ("simclr", "barlow"):
+        alone = run(source_of("lightly_distributed"), method, epochs=2)
+        for rank in range(2):
+            assert json.loads((tmp_path / f"{method} on {rank}").read_text()) == pytest.approx(alone, rel=1e-4)
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
