@@ -1,13 +1,13 @@
 """The `ssl-kernels` command: train a model, compare runs, or say what is installed.
 
-Only trainers and what they wrote need the `train` extra.
+Only trainers and what they wrote need the `train` extra. A command imports what it needs when it runs.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 TRAINERS = {
     "clip": "image-text pretraining with the softmax loss; with a locked image tower LiT and dino.txt",
@@ -35,30 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage, end="")
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
-    if command == "info":
-        from ssl_kernels import info
-
-        info.main()
-        return 0
-    if command == "train":
-        if rest and rest[0] in TRAINERS:
-            return train(rest[0], rest[1:])
-        got = f"got {rest[0]!r}" if rest else "got none"
-        return _fail(f"train: expected one of the trainers {', '.join(TRAINERS)}, {got}")
-    if command == "compare":
-        return compare(rest)
-    return _fail(f"expected a command, train, compare or info, got {command!r}")
-
-
-def train(name: str, argv: Sequence[str]) -> int:
-    """Run the trainer `ssl_kernels.trainers.<name>`."""
+    if command not in COMMANDS:
+        return _fail(f"expected one of the commands {', '.join(COMMANDS)}, got {command!r}")
     try:
-        trainer = importlib.import_module(f"ssl_kernels.trainers.{name}")
+        return COMMANDS[command](rest)
     except ImportError as error:
         if "ssl_kernels[train]" not in str(error):  # not a missing extra: a bug, whose traceback helps
             raise
         return _fail(str(error))
-    code: int = trainer.main(argv, prog=f"ssl-kernels train {name}")
+
+
+def train(argv: Sequence[str]) -> int:
+    """Run the trainer `ssl_kernels.trainers.<name>` that the first argument names."""
+    if not argv or argv[0] not in TRAINERS:
+        got = f"got {argv[0]!r}" if argv else "got none"
+        return _fail(f"train: expected one of the trainers {', '.join(TRAINERS)}, {got}")
+    trainer = importlib.import_module(f"ssl_kernels.trainers.{argv[0]}")
+    code: int = trainer.main(argv[1:], prog=f"ssl-kernels train {argv[0]}")
     return code
 
 
@@ -66,18 +59,25 @@ def compare(folders: Sequence[str]) -> int:
     """Print the figures of the runs in these folders."""
     if not folders:
         return _fail("compare: expected the folders of runs, got none")
-    try:
-        from ssl_kernels.trainers.errors import UserError
-        from ssl_kernels.trainers.evaluation import compare as comparison
-    except ImportError as error:
-        if "ssl_kernels[train]" not in str(error):
-            raise
-        return _fail(str(error))
+    from ssl_kernels.trainers.errors import UserError
+    from ssl_kernels.trainers.evaluation import compare as comparison
+
     try:
         comparison.main(folders)
     except UserError as error:
         return _fail(f"compare: {error}")
     return 0
+
+
+def info(_: Sequence[str]) -> int:
+    """Print what is installed."""
+    from ssl_kernels import info
+
+    info.main()
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "compare": compare, "info": info}
 
 
 def _fail(message: str) -> int:

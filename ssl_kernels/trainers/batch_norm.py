@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,6 +22,8 @@ def synchronise(module: nn.Module, device: torch.device, group: dist.ProcessGrou
     if group is None:
         return
     if device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
         convert_sync_batchnorm(module, process_group=group)
         return
     for name, child in module.named_children():

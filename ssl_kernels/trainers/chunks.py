@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from ssl_kernels import grad_cache
 from ssl_kernels.trainers import loop
 from ssl_kernels.trainers.data import Batch
 from ssl_kernels.trainers.ranges import at_least, require
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass

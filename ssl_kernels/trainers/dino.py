@@ -34,7 +34,6 @@ from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
-from timm.layers import HybridEmbed, PatchEmbed
 from torch import Tensor
 
 import ssl_kernels.functional as K
@@ -147,6 +146,8 @@ class MaskedStudent(Student):
     """A student that also tells of patches, some of which can be hidden from it."""
 
     def __init__(self, config: DINOConfig) -> None:
+        from timm.layers import HybridEmbed, PatchEmbed
+
         super().__init__(config)
         patch_embed = getattr(self.trunk, "patch_embed", None)
         if not hasattr(self.trunk, "num_prefix_tokens") or not isinstance(patch_embed, PatchEmbed | HybridEmbed):

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
 TIMED = ("images_per_s", "peak_mb", "elapsed_s")  # the metrics that two runs of one seed need not share
@@ -79,6 +81,8 @@ def open_log(folder: Path | None, console: Console, *, done: int, total: int, ep
     if folder is None:
         yield RunLog(console, progress, bar, None, None, total, epochs)
         return
+    from torch.utils.tensorboard import SummaryWriter
+
     with progress, SummaryWriter(folder / "tensorboard", purge_step=done + 1) as board, \
             open(folder / METRICS, "a") as file:  # fmt: skip
         yield RunLog(console, progress, bar, board, file, total, epochs)

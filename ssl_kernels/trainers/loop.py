@@ -30,13 +30,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.fabric.wrappers import _FabricModule
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -46,6 +43,10 @@ from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
 from ssl_kernels.trainers.errors import InterruptedRunError, LostRankError, NonFiniteError, UserError
 from ssl_kernels.trainers.log import METRICS, json_line, open_log, read_records
 from ssl_kernels.trainers.ranges import NOT_NEGATIVE, SHARE, Range, at_least, require
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
 
 Step = Callable[[Any], tuple[Tensor, dict[str, Any]]]
 
@@ -152,6 +153,9 @@ def make_fabric(config: LoopConfig) -> Fabric:
 
     All processes have the same seeds, and draw alike.
     """
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written twice
@@ -426,7 +430,7 @@ def fit(
     the path of the checkpoint to continue from.
     """
     run = _Training(
-        fabric, cast(_FabricModule, model), optimizer, data, config, step or model,
+        fabric, cast("_FabricModule", model), optimizer, data, config, step or model,
         before_step, after_backward, after_step,
     )  # fmt: skip
     run.begin()

@@ -8,18 +8,17 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, PatchEmbed
-from timm.models.resnet import BasicBlock, downsample_conv
-from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.ranges import SHARE, Range, at_least, require
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 TINY = "tiny-resnet"
 TINY_VIT = "tiny-vit"
@@ -36,6 +35,8 @@ class TinyResNet(nn.Module):
         super().__init__()
         if size % 8:
             raise UserError(f"--image-size: {TINY} needs a multiple of 8, got {size}")
+        from timm.models.resnet import BasicBlock, downsample_conv
+
         self.stem = nn.Sequential(
             nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         )
@@ -68,6 +69,8 @@ class DinoTxtHead(nn.Module):
     """
 
     def __init__(self, trunk: nn.Module, dim: int, blocks: int = 2) -> None:
+        from timm.models.vision_transformer import Block, init_weights_vit_timm
+
         super().__init__()
         width = cast(int, trunk.num_features)
         self.prefix = cast(int, trunk.num_prefix_tokens)
@@ -127,6 +130,8 @@ class ImageTower(nn.Module):
 
     def probe(self, size: int, flag: str) -> int:
         """The width of the features of images of a size; an error names the flag that set it."""
+        from timm.layers import PatchEmbed
+
         embed = getattr(self.trunk, "patch_embed", None)  # of other kinds, patches overlap
         patch = embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1)
         if any(size % p for p in patch):
@@ -163,6 +168,9 @@ class ImageTower(nn.Module):
     def class_attention(self, images: Tensor) -> Tensor | None:
         """The attention [B, 1, h, w] of the class token to each patch in a vision transformer's last block, the mean
         over its heads; None where there is no class token, or another kind of attention."""
+        from timm.layers import Attention
+        from timm.models.vision_transformer import VisionTransformer
+
         if not isinstance(self.trunk, VisionTransformer) or self.trunk.cls_token is None:
             return None
         attention = cast(Any, self.trunk.blocks[-1]).attn
@@ -191,6 +199,8 @@ def _trunk(
             raise UserError(f"--pretrained: {name} has no pretrained weights; name a timm model in --image-model")
         trunk = TinyResNet(size) if name == TINY else tiny_vit(size, any_size)
         return trunk, {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    import timm
+
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:6]}*")[:3]) or "resnet18, vit_tiny_patch16_224"
         raise UserError(
@@ -215,6 +225,8 @@ def _trunk(
 
 def tiny_vit(size: int, any_size: bool) -> VisionTransformer:
     """Four blocks over patches of 4 pixels: the smallest transformer that learns small drawings."""
+    from timm.models.vision_transformer import VisionTransformer
+
     return VisionTransformer(
         img_size=size, patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=0, dynamic_img_size=any_size
     )

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -25,6 +24,9 @@ from ssl_kernels.trainers.evaluation import probes, report
 from ssl_kernels.trainers.models import BUILT_IN, TINY, ImageTower
 from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import POSITIVE, at_least, require
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass

@@ -8,10 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -33,6 +32,9 @@ from ssl_kernels.trainers.models import (
     tokenizer,
 )  # fmt: skip
 from ssl_kernels.trainers.processes import own_share
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 CHECKED = 1024  # pairs of a batch
 

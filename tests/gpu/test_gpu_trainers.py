@@ -11,7 +11,7 @@ from device_cases import ON_GPU
 
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image", reason="the trainers' dependencies are not installed")
-pytest.importorskip("lightning", reason="the trainers' dependencies are not installed")
+pytest.importorskip("lightning_fabric", reason="the trainers' dependencies are not installed")
 
 TWO_TOWERS = ["--dim", "16", "--image-size", "16"]
 IMAGES = ["--held-out", "0.25", "--image-size", "8", "--hidden", "16", "--dim", "8"]

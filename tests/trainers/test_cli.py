@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import start
+from processes import run_python
 
 from ssl_kernels import cli
 from ssl_kernels.trainers import siglip
@@ -27,7 +28,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tarin"], "expected a command, train, compare or info, got 'tarin'"),
+        (["tarin"], f"expected one of the commands {', '.join(cli.COMMANDS)}, got 'tarin'"),
         (["train"], f"one of the trainers {', '.join(cli.TRAINERS)}, got none"),
         (["train", "clap"], f"one of the trainers {', '.join(cli.TRAINERS)}, got 'clap'"),
     ],
@@ -42,10 +43,43 @@ def test_info_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.__version__ in capsys.readouterr().out
 
 
+_LOADED = """
+import contextlib, io, sys
+from ssl_kernels import cli
+
+LATE = {
+    "lightning_fabric", "timm", "torchvision", "open_clip", "sklearn", "scipy", "pandas", "matplotlib", "tensorboard",
+    "transformers", "torch._dynamo",
+}
+
+def run(arguments, code, absent):
+    silence = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            got = cli.main(arguments)
+    except SystemExit as stop:
+        got = stop.code
+    assert got == code, (arguments, got, silence.getvalue())
+    assert not absent & {*sys.modules}, (arguments, absent & {*sys.modules})
+
+for arguments in (["--help"], ["train", "--help"], ["info"]):
+    run(arguments, 0, LATE | {"tyro", "rich", "PIL", "webdataset"})
+for name in cli.TRAINERS:
+    run(["train", name, "--help"], 0, LATE)
+    run(["train", name, "--data", "nowhere.csv"], 2, LATE)
+"""
+
+
+def test_commands_import_only_what_they_need() -> None:
+    """Nets, data and plots come when training starts: help and a wrong argument answer at once."""
+    done = run_python(_LOADED)
+    assert done.returncode == 0, done.stderr
+
+
 _WITHOUT_EXTRA = """
 import importlib.abc, importlib.util, sys
 
-HIDDEN = {"lightning", "timm", "tyro"}
+HIDDEN = {"lightning_fabric", "timm", "tyro"}
 
 class Hide(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -75,7 +109,7 @@ def test_train_names_the_missing_extra() -> None:
     done = without_extra("train", "siglip")
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "ssl-kernels: error: ssl_kernels.trainers: missing lightning, timm, tyro;"
+        "ssl-kernels: error: ssl_kernels.trainers: missing lightning_fabric, timm, tyro;"
         ' install: pip install "ssl_kernels[train]"'
     )
 

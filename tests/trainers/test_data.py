@@ -94,7 +94,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str, content: b
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / name)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="No such file"):
         read(tmp_path / f"absent-{name}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from memory import saved_bytes
+from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from ssl_kernels.trainers import models
@@ -44,7 +45,7 @@ VITS = {
 
 def test_dinotxt_embeds_the_class_token_beside_the_mean_of_the_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     """With blocks, norm and projection out of the way, for every kind of prefix that timm's ViTs have."""
-    monkeypatch.setattr(models, "Block", lambda *_, **__: nn.Identity())
+    monkeypatch.setattr(vision_transformer, "Block", lambda *_, **__: nn.Identity())
     monkeypatch.setattr(nn, "LayerNorm", lambda *_, **__: nn.Identity())
     for name, (prefix, has_class) in VITS.items():
         tokens = torch.randn(3, prefix + 4, 8)

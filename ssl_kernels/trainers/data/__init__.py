@@ -53,6 +53,11 @@ class DataConfig:
         require(self, at_least(0), "split_seed", "epoch_pairs")
         if self.evaluate_on == "validation" and _is_shards(self.data):
             raise UserError("--evaluate-on validation: shards are not split; give --held-out-data")
+        for flag, name in (("--data", self.data), ("--held-out-data", self.held_out_data)):
+            if _is_shards(name):
+                shards.expand(name, flag)
+            elif name not in ("openmoji", ""):
+                _table(name, flag)
 
 
 @dataclass
@@ -111,6 +116,8 @@ def _table(name: str, flag: str) -> Path:
     path = Path(name)
     if path.suffix not in files.SUFFIXES:
         raise UserError(f"{flag}: expected openmoji, a {', '.join(files.SUFFIXES)} file or .tar shards, got {name!r}")
+    if not path.is_file():
+        raise UserError(f"{flag}: no such file: {path}")
     return path
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from ssl_kernels.trainers.errors import UserError
 
@@ -40,12 +39,16 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 def centre_crop(image: Image.Image, size: int) -> Tensor:
     """uint8 [3, size, size]: the shorter side resized, the middle kept."""
+    from torchvision.transforms import v2
+
     cropped: Tensor = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])(image)
     return cropped
 
 
 def random_crop(image: Image.Image, size: int, seed: int) -> Tensor:
     """A random resized crop, uint8 [3, size, size]."""
+    from torchvision.transforms import v2
+
     crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.6, 1.0)), v2.PILToTensor()])
     with torch_draws_from(seed):
         cropped: Tensor = crop(image)

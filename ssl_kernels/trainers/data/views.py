@@ -13,8 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
 from ssl_kernels.trainers.data import digits, openmoji
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
@@ -45,6 +43,8 @@ class ImageConfig:
         require(self, SHARE_BELOW_ONE, "held_out")
         require(self, at_least(8), "image_size")
         require(self, at_least(0), "split_seed")
+        if self.data not in ("mnist", "openmoji"):
+            _folder(self.data)
 
 
 @dataclass
@@ -134,6 +134,8 @@ class PhotoView:
     def __call__(
         self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator, own: slice = slice(None)
     ) -> Tensor:
+        from torchvision.transforms import v2
+
         blur = v2.GaussianBlur(kernel_size=max(3, size // 20 * 2 + 1), sigma=(0.1, 2.0))
         transform = v2.Compose([
             v2.PILToTensor(), v2.RandomResizedCrop(size, scale=self.scale, antialias=True),
@@ -196,7 +198,7 @@ def load(
         view = DrawingView(degrees=15, scale=1.25, shift=0.07, shear=0.05, brightness=0.05, ground=255.0)
         train, held_out = (Images(part.images) for part in openmoji.hold_out(pairs, config.split_seed))
     else:
-        images = read_folder(Path(config.data))
+        images = read_folder(_folder(config.data))
         train, held_out = _split(images, config.held_out, config.split_seed)
     if config.evaluate_on == "validation":
         train, held_out = _split(train, 0.2, config.split_seed + 1)
@@ -211,13 +213,20 @@ def load(
     return ImageData(batches, train, held_out, view)
 
 
+def _folder(name: str) -> Path:
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"--data: expected mnist, openmoji or a folder of images, got {name!r}")
+    return folder
+
+
 def read_folder(folder: Path) -> Images:
     """Every image below a folder, in the order of their paths, labelled by its first subfolder if all are in one.
 
     What is hidden is left out: an editor's or a desktop's copies are neither more images nor a class of their own.
     """
-    if not folder.is_dir():
-        raise UserError(f"--data: expected mnist, openmoji or a folder of images, got {str(folder)!r}")
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     files, places = [], []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts

@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from rich.console import Console
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from torch import Tensor
 
 from ssl_kernels.ops.unit_rows import unit_rows
@@ -25,6 +22,9 @@ from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.pairs import TEMPLATES, ImageTextPairs, Tokenize
 from ssl_kernels.trainers.evaluation import report
 from ssl_kernels.trainers.loop import Result
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _COLUMNS = ("model", "baseline", "chance", "majority")
 _CAPTION = "baseline, where no other is remarked: captions matched by TF-IDF to training images, and those to pixels"
@@ -110,6 +110,8 @@ class TfidfPixels:
     """The trivial baseline between the training pairs and the held-out pairs."""
 
     def __init__(self, train: ImageTextPairs, held_out: ImageTextPairs, size: int) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         self.train, self.held_out, self.size = train, held_out, size
         vectorizer = TfidfVectorizer()  # bigrams and character n-grams are weaker
         train_texts = vectorizer.fit_transform(train.captions)
@@ -181,6 +183,8 @@ def categories(
             np.mean([np.mean([found[j] == name for j in np.flatnonzero(truth == c)]) for c, name in enumerate(classes)])
         )
     name = f"zero-shot {len(classes)} categories, balanced"
+    from sklearn.metrics import balanced_accuracy_score
+
     score, chance = float(balanced_accuracy_score(truth, guess)), 1 / len(classes)
     return [PairFigure(name, score, trivial, chance, chance, note)]
 
@@ -194,6 +198,8 @@ def flags(
     is_flag = torch.tensor([label == "Flags" for label in baseline.train.categories or []])
     trivial = baseline.pixels[:, is_flag].amax(1) - baseline.pixels[:, ~is_flag].amax(1)
     note = f"{int(truth.sum())} flags{_SUPERVISED if supervised else ''}"
+    from sklearn.metrics import roc_auc_score
+
     ours, theirs = float(roc_auc_score(truth, score)), float(roc_auc_score(truth, trivial))
     return PairFigure("flag or not, AUC", ours, theirs, 0.5, 0.5, note)
 

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -19,9 +18,6 @@ from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
 from ssl_kernels.trainers.data.pairs import ImageTextPairs
 from ssl_kernels.trainers.log import METRICS
 from ssl_kernels.trainers.loop import Result
-
-matplotlib.use("Agg")  # runs have no display
-import matplotlib.pyplot as plt
 
 Row = tuple[str, Sequence[str], str]  # a name, the cells of the first columns, and a remark
 
@@ -76,7 +72,7 @@ def plot_curves(path: Path, records: Sequence[dict[str, float]]) -> None:
     names = [name for name in records[-1] if name not in ("step", "epoch", "elapsed_s", "loss_check", "loss_reference")]
     columns = 3
     rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.4 * rows), squeeze=False, layout="constrained")
+    figure, axes = _subplots(rows, columns, width=4 * columns, height=2.4 * rows)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names, strict=False):
@@ -99,10 +95,9 @@ def plot_retrieval(
     """
     top, rows = min(top, len(pairs)), min(rows, len(pairs))
     queries = [round(i * (len(pairs) - 1) / max(1, rows - 1)) for i in range(rows)]
-    figure, axes = plt.subplots(
-        len(queries), top + 1, figsize=(1.1 * top + 4, 1.1 * len(queries)), squeeze=False, layout="constrained",
-        gridspec_kw={"width_ratios": [3.2] + [1] * top},
-    )  # fmt: skip
+    figure, axes = _subplots(
+        len(queries), top + 1, width=1.1 * top + 4, height=1.1 * len(queries), width_ratios=[3.2] + [1] * top
+    )
     for row, query in zip(axes, queries, strict=True):
         subset = f"\n({pairs.subsets[query]})" if pairs.subsets else ""
         row[0].text(1, 0.5, _wrap(pairs.captions[query]) + subset, ha="right", va="center", fontsize=8)
@@ -121,10 +116,8 @@ def plot_features(path: Path, images: Tensor, maps: dict[str, Tensor], credit: s
     """Images [n, 3, S, S] above maps [n, C, h, w] of them: a map of one channel as it is, others by their three
     principal components over all of the images, as red, green and blue. Alike features have alike colours.
     """
-    figure, axes = plt.subplots(
-        1 + len(maps), len(images), figsize=(1.1 * len(images) + 1, 1.15 * (1 + len(maps)) + 0.2), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    rows, columns = 1 + len(maps), len(images)
+    figure, axes = _subplots(rows, columns, width=1.1 * columns + 1, height=1.15 * rows + 0.2)
     for axis, image in zip(axes[0], images, strict=True):
         axis.imshow(image.permute(1, 2, 0).numpy())
     for row, (name, channels) in zip(axes[1:], maps.items(), strict=True):
@@ -156,6 +149,15 @@ def _wrap(text: str, width: int = 34) -> str:
     return textwrap.fill(textwrap.shorten(text, 3 * width), width)
 
 
+def _subplots(
+    rows: int, columns: int, *, width: float, height: float, width_ratios: Sequence[float] | None = None
+) -> tuple[Any, Any]:
+    """A figure that no window shows, and its axes [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, width_ratios=width_ratios)
+
+
 def _save(figure: Any, path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
