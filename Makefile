@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
-.PHONY: setup demo test test-all mutants lint bench gpu-check wheel clean
+.PHONY: setup demo test test-all mutants lint bench gpu-check wheel sdist clean
 
 setup: $(SETUP)
 
@@ -52,9 +52,15 @@ bench: setup
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py
 
+# One wheel for every Python >= 3.10 and torch >= 2.10, with the CUDA C++ where nvcc is.
 wheel: setup
-	rm -rf build/lib* build/bdist* dist
-	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	rm -rf build/lib* build/bdist* dist/*.whl
+	SSL_KERNELS_NATIVE=0 $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+
+# What a build needs, and the texts.
+sdist: .venv/.torch-done
+	rm -rf dist/*.tar.gz *.egg-info  # which remembers files of earlier ones
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 
 clean:
 	rm -rf .venv build dist *.egg-info ssl_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,8 @@ ssl_kernels._C_cuda  ops on CUDA tensors, against the same interfaces; in an obj
                      leaves it out, SSL_KERNELS_CUDA=1 makes its absence an error; TORCH_CUDA_ARCH_LIST says for which
                      architectures.
 ssl_kernels._native  the same kernels on NumPy arrays (pybind11), for the Python that builds it. Of torch it has a few
-                     headers for dtypes and errors, and no library.
+                     headers for dtypes and errors, and no library. Without it (SSL_KERNELS_NATIVE=0) one wheel
+                     serves every Python >= 3.10; with it, a wheel is for the Python that builds it.
 """
 
 import os
@@ -42,6 +43,14 @@ def ask(*command: str) -> str:
     return done.stdout + done.stderr
 
 
+def wish(variable: str) -> str:
+    """What the environment says of a part: 0, 1 or nothing."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        sys.exit(f"{variable}: expected 0 or 1, got {value!r}")
+    return value
+
+
 CUDA_HOME = find_cuda()
 if CUDA_HOME:
     os.environ["CUDA_HOME"] = CUDA_HOME  # read by the import that follows
@@ -72,9 +81,7 @@ HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 def cuda_extensions() -> list[Extension]:
     """ssl_kernels._C_cuda, or nothing and a line about the reason."""
-    wanted = os.environ.get("SSL_KERNELS_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        sys.exit(f"SSL_KERNELS_CUDA: expected 0 or 1, got {wanted!r}")
+    wanted = wish("SSL_KERNELS_CUDA")
     if wanted == "0":
         return []
     release = nvcc_release()
@@ -133,6 +140,19 @@ class KeepObjects(BuildExtension):
         self.build_temp = folder
 
 
+NATIVE = [
+    Extension(
+        "ssl_kernels._native",
+        sorted(glob("csrc/numpy/*.cpp")),
+        include_dirs=[pybind11.get_include()],
+        depends=[*CPU_SOURCES, *HEADERS],
+        extra_compile_args=[*CXX_FLAGS, f"-isystem{Path(torch.__file__).parent}/include"],
+        language="c++",
+    )
+]
+if wish("SSL_KERNELS_NATIVE") == "0":
+    NATIVE = []
+
 setup(
     ext_modules=[
         CppExtension(
@@ -142,16 +162,9 @@ setup(
             extra_compile_args=[*CXX_FLAGS, *STABLE_FLAGS],
             py_limited_api=True,
         ),
-        Extension(
-            "ssl_kernels._native",
-            sorted(glob("csrc/numpy/*.cpp")),
-            include_dirs=[pybind11.get_include()],
-            depends=[*CPU_SOURCES, *HEADERS],
-            extra_compile_args=[*CXX_FLAGS, f"-isystem{Path(torch.__file__).parent}/include"],
-            language="c++",
-        ),
+        *NATIVE,
         *cuda_extensions(),
     ],
     cmdclass={"build_ext": KeepObjects},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={} if NATIVE else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )
