@@ -140,6 +140,7 @@ def train(
     of the features. With `chunk_size` so many images go through the nets at a time; the method is then `InParts`.
     """
     begun = time.perf_counter()
+    config.find_data()
     fabric = loop.make_fabric(config)
     console.quiet = not fabric.is_global_zero
     data = load(

@@ -153,6 +153,7 @@ def train(
 ) -> None:
     """Train the model that `make_model` puts together from its two towers, evaluate it and report on both."""
     begun = time.perf_counter()
+    config.find_data()
     fabric = loop.make_fabric(config)
     console.quiet = not fabric.is_global_zero
     # Drawings are mostly white: a tower that was not trained on photographs sees their ground as zero.

@@ -53,6 +53,9 @@ class DataConfig:
         require(self, at_least(0), "split_seed", "epoch_pairs")
         if self.evaluate_on == "validation" and _is_shards(self.data):
             raise UserError("--evaluate-on validation: shards are not split; give --held-out-data")
+
+    def find_data(self) -> None:
+        """Refuse files that are not there, before anything that takes long."""
         for flag, name in (("--data", self.data), ("--held-out-data", self.held_out_data)):
             if _is_shards(name):
                 shards.expand(name, flag)

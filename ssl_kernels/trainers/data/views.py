@@ -43,6 +43,9 @@ class ImageConfig:
         require(self, SHARE_BELOW_ONE, "held_out")
         require(self, at_least(8), "image_size")
         require(self, at_least(0), "split_seed")
+
+    def find_data(self) -> None:
+        """Refuse a folder that is not there, before anything that takes long."""
         if self.data not in ("mnist", "openmoji"):
             _folder(self.data)
 
