@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench_clip import CLIP
-from bench_dino import DINO
-from bench_ema import EMA
-from bench_info_nce import INFO_NCE
-from bench_nt_xent import NT_XENT
-from bench_queue import QUEUE
-from bench_sigmoid import SIGMOID
 from gpu_meter import Meter
-from problem import Loss, NotComparableError, Op, Problem, step
+
+from ssl_kernels.bench.clip import CLIP
+from ssl_kernels.bench.dino import DINO
+from ssl_kernels.bench.ema import EMA
+from ssl_kernels.bench.info_nce import INFO_NCE
+from ssl_kernels.bench.nt_xent import NT_XENT
+from ssl_kernels.bench.problem import Loss, NotComparableError, Op, Problem, step
+from ssl_kernels.bench.queue import QUEUE
+from ssl_kernels.bench.sigmoid import SIGMOID
 
 Row = dict[str, Any]
 
@@ -114,7 +115,7 @@ def measure(group: Group, device: torch.device, *, tiny: bool, deadline: float) 
     out_of_memory: set[str] = set()  # at one shape: larger ones would be, too
     errors: dict[tuple[Any, ...], float] = {}
     op = group.op
-    for shape in op.quick if tiny else group.shapes:
+    for shape in op.tiny if tiny else group.shapes:
         problem: Problem | None = None
         for provider in group.providers:
             row: Row = {"op": op.name, "provider": provider, "shape": op.describe(*shape), "dtype": _name(dtype)}

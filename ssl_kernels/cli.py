@@ -1,4 +1,4 @@
-"""The `ssl-kernels` command: train a model, compare runs, or say what is installed.
+"""The `ssl-kernels` command: train a model, compare runs, measure the losses, or say what is installed.
 
 Only trainers and what they wrote need the `train` extra. A command imports what it needs when it runs.
 """
@@ -6,6 +6,7 @@ Only trainers and what they wrote need the `train` extra. A command imports what
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,7 @@ usage: ssl-kernels COMMAND ...
   ssl-kernels train TRAINER [OPTIONS]   train a model; --help after the trainer lists its options
 {trainers}
   ssl-kernels compare RUN [RUN ...]     the figures of finished runs, such as those of several seeds, in one table
+  ssl-kernels bench [OP ...]            time and memory of the losses here, beside the peers that are installed
   ssl-kernels info                      versions, instruction set and the backend of each op
 """
 
@@ -77,7 +79,17 @@ def info(_: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "compare": compare, "info": info}
+def bench(argv: Sequence[str]) -> int:
+    """Measure the losses on this machine."""
+    missing = [name for name in ("pytest", "pytest_benchmark", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f'bench: missing {", ".join(missing)}; install: pip install "ssl_kernels[bench]"')
+    from ssl_kernels.bench import command
+
+    return command.main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "compare": compare, "bench": bench, "info": info}
 
 
 def _fail(message: str) -> int:

@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the checkout, whose benchmarks these are", allow_module_level=True)
 
-import bench_sigmoid  # noqa: E402
+
 import gpu_bench  # noqa: E402
 import gpu_check  # noqa: E402
 from gpu_check import Check, Report, Step  # noqa: E402
+
+from ssl_kernels.bench import sigmoid  # noqa: E402
 
 PEERS = {  # by what they are imported as: how pip calls them, and their code
     "siglip_kernel": ("siglip-kernel", "import os\nprint('it is about to end', flush=True)\nos._exit(7)"),
@@ -255,17 +257,17 @@ def test_only_a_toolkit_of_torch_s_cuda_must_build(major: str, tmp_path: Path, m
 
 
 def larger(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    return 1.01 * bench_sigmoid.eager(x, *others)
+    return 1.01 * sigmoid.eager(x, *others)
 
 
 def with_a_gradient_of_nan(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    return bench_sigmoid.eager(x, *others) + (x - x.detach()).abs().sum().sqrt()
+    return sigmoid.eager(x, *others) + (x - x.detach()).abs().sum().sqrt()
 
 
 @pytest.mark.parametrize("wrong", [larger, with_a_gradient_of_nan])
 def test_wrong_numbers_of_ours_fail_the_step(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     group = dataclasses.replace(gpu_bench.GROUPS[0], providers=("ours",))
-    monkeypatch.setattr(bench_sigmoid, "SigLipLoss", lambda: wrong)
+    monkeypatch.setattr(sigmoid, "SigLipLoss", lambda: wrong)
     rows = list(gpu_bench.measure(group, torch.device("cpu"), tiny=True, deadline=time.monotonic() + 60))
     (ours,) = [row for row in rows if row["status"] != gpu_bench.STARTED]
     assert ours["status"] == "outputs differ"

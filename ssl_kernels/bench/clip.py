@@ -7,11 +7,11 @@ import pkgutil
 
 import torch
 import torch.nn.functional as F
-from bench_sigmoid import SIGMOID
-from problem import Floor, Loss, NotComparableError, Op, Problem, bench, gflop, large, pairs, peer, recomputing
 from torch import Tensor
 
 from ssl_kernels import ClipLoss
+from ssl_kernels.bench.problem import Floor, Loss, NotComparableError, Op, Problem, gflop, pairs, peer, recomputing
+from ssl_kernels.bench.sigmoid import SIGMOID
 from ssl_kernels.settings import tile_budget_bytes
 
 
@@ -75,12 +75,12 @@ def problem(batch: int, width: int, dtype: torch.dtype, device: torch.device) ->
 
 CLIP = Op(
     "clip",
+    "CLIP",
     problem,
     ("ours", "ours, recomputing", "open_clip", "transformers", "eager", "compile"),
-    [(1024, 512), (4096, 128), (4096, 512), (4096, 1152), (8192, 512)],
-    quick=[(64, 16)],
+    [(4096, 512), (4096, 128), (4096, 1152)],
+    tiny=[(64, 16)],
+    sweep=SIGMOID.sweep,
     gpu_shapes=SIGMOID.gpu_shapes,
     quadratic=True,
 )
-bench_clip = bench(CLIP)
-bench_large_batch = bench(large(CLIP))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import pkgutil
 
 import torch
-from problem import Floor, Loss, Op, Problem, bench, unit_rows
 from torch import Tensor
 
 from ssl_kernels import KeyQueue
+from ssl_kernels.bench.problem import Floor, Loss, Op, Problem, unit_rows
 
 
 def ours(start: Tensor) -> Loss:
@@ -64,13 +64,13 @@ def problem(batch: int, size: int, width: int, dtype: torch.dtype, device: torch
 
 QUEUE = Op(
     "queue",
+    "Queue of keys",
     problem,
     ("ours", "lightly", "moco"),
     [(256, 65_536, 128), (32, 65_536, 128), (4096, 65_536, 256)],
-    quick=[(16, 64, 16)],
+    tiny=[(16, 64, 16)],
     gpu_shapes=[(256, 65_536, 128), (4096, 65_536, 256)],
     describe="B={} K={} D={}".format,
     modes=("update",),
     tolerance=0.0,
 )
-bench_queue = bench(QUEUE)

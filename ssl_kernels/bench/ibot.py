@@ -12,14 +12,14 @@ import pkgutil
 from dataclasses import replace
 
 import torch
-from bench_sinkhorn import ITERATIONS
-from bench_sinkhorn import TEMP as TEACHER_TEMP
-from bench_sinkhorn import eager as eager_sinkhorn
-from problem import Floor, Loss, Op, Problem, bench, normal
 from torch import Tensor
 
 import ssl_kernels.functional as K
 from ssl_kernels import IBOTPatchLoss
+from ssl_kernels.bench.problem import Floor, Loss, Op, Problem, normal
+from ssl_kernels.bench.sinkhorn import ITERATIONS
+from ssl_kernels.bench.sinkhorn import TEMP as TEACHER_TEMP
+from ssl_kernels.bench.sinkhorn import eager as eager_sinkhorn
 
 STUDENT_TEMP, IMAGES = 0.1, 16
 
@@ -66,10 +66,11 @@ def problem(sinkhorn: bool, patches: int, width: int, dtype: torch.dtype, device
 
 WITH_SINKHORN = Op(
     "ibot",
+    "iBOT",
     functools.partial(problem, True),
     ("ours", "eager", "compile"),
     [(1024, 65_536)],
-    quick=[(32, 64)],
+    tiny=[(32, 64)],
     describe="N={} K={}".format,
     suffix=" sinkhorn",
     label="sinkhorn",
@@ -81,4 +82,3 @@ WITH_CENTER = replace(
     suffix=" center",
     label="center",
 )
-bench_ibot = bench(WITH_SINKHORN, WITH_CENTER)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from problem import Floor, Loss, NotComparableError, Op, Problem, bench, normal
 from torch import Tensor
 
 import ssl_kernels.functional as K
+from ssl_kernels.bench.problem import Floor, Loss, NotComparableError, Op, Problem, normal
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 
@@ -57,16 +58,21 @@ def problem(batch: int, crops: int, width: int, dtype: torch.dtype, device: torc
         logits, gradient = student.numel() + teacher.numel(), student.numel() if backward else 0
         return Floor(gbytes=(logits + gradient) * dtype.itemsize / 1e9, gexp=logits / 1e9)
 
-    providers = {"ours": lambda: ours, "lightly": lambda: lightly(width, dtype, device), "pair loop": lambda: pair_loop}
+    providers: dict[str, Callable[[], Loss]] = {
+        "ours": lambda: ours,
+        "lightly": lambda: lightly(width, dtype, device),
+        "pair loop": lambda: pair_loop,
+    }
     return Problem([student.requires_grad_(), teacher], eager, providers, floor)
 
 
 DINO = Op(
     "dino",
+    "DINO",
     problem,
     ("ours", "lightly", "pair loop", "eager", "compile"),
     [(32, 10, 65_536), (64, 8, 4096)],
-    quick=[(4, 6, 64)],
+    tiny=[(4, 6, 64)],
     gpu_shapes=[(64, 10, 65_536), (64, 10, 131_072)],
     describe="B={} crops={} K={}".format,
     label="fp32",
@@ -81,4 +87,3 @@ DINO_16_BITS = replace(
     dtype=torch.bfloat16,
     tolerance=2**-7,
 )
-bench_dino = bench(DINO, DINO_16_BITS)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from problem import Floor
 
+from ssl_kernels.bench.problem import Floor
 from ssl_kernels.ops.matmul import matmul
 
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from problem import Floor, Loss, Op, Problem, bench, normal
 from torch import Tensor, nn
 
 import ssl_kernels.functional as K
+from ssl_kernels.bench.problem import Floor, Loss, Op, Problem, normal
 
 MOMENTUM = 0.996
 Update = Callable[[], Any]
@@ -59,7 +59,7 @@ def loop(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def foreach_lerp(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets[0].dtype != sources[0].dtype:
         sources = [source.to(targets[0].dtype) for source in sources]
-    torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
+    torch._foreach_lerp_(list(targets), list(sources), 1 - MOMENTUM)
 
 
 def of_lists(update: Callable[[Sequence[Tensor], Sequence[Tensor]], Any]) -> Callable[[nn.Module, nn.Module], Update]:
@@ -120,10 +120,11 @@ def problem(model: str, dtype: torch.dtype, device: torch.device) -> Problem:
 
 EMA = Op(
     "ema",
+    "Momentum update",
     problem,
     tuple(UPDATES),
     [("ViT-S + DINO head",), ("5,000 of 64",)],
-    quick=[("3 parameters",)],
+    tiny=[("3 parameters",)],
     gpu_shapes=[("ViT 24 x 1024",)],
     describe="{}".format,
     suffix=", float32 student",
@@ -138,4 +139,3 @@ EMA_16_BITS = replace(
     dtype=torch.bfloat16,
     tolerance=5e-5,  # some round (1 - m) times a student to bfloat16, twice
 )
-bench_ema = bench(EMA, EMA_16_BITS)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 
 import torch
-from problem import Floor, Op, Problem, bench, normal
 from torch import Tensor
 
 import ssl_kernels.functional as K
+from ssl_kernels.bench.problem import Floor, Op, Problem, normal
 
 TEMP, ITERATIONS = 0.07, 3
 
@@ -49,11 +49,11 @@ def problem(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
 
 SINKHORN = Op(
     "sinkhorn",
+    "Sinkhorn-Knopp",
     problem,
     ("ours", "ours, written", "eager", "compile"),
-    [(64, 65_536), (1024, 65_536), (128, 4096)],
-    quick=[(16, 64)],
+    [(1024, 65_536), (64, 65_536), (128, 4096)],
+    tiny=[(16, 64)],
     describe="N={} K={}".format,
     modes=("forward",),
 )
-bench_sinkhorn = bench(SINKHORN)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from problem import Floor, Loss, NotComparableError, Op, Problem, bench, gflop, pairs, peer, recomputing
 from torch import Tensor
 
 from ssl_kernels import NTXentLoss
+from ssl_kernels.bench.problem import Floor, Loss, NotComparableError, Op, Problem, gflop, pairs, peer, recomputing
 from ssl_kernels.settings import tile_budget_bytes
 
 TEMPERATURE = 0.1
@@ -40,7 +41,7 @@ def problem(batch: int, width: int, dtype: torch.dtype, device: torch.device) ->
         kept = min(1.0, tile_budget_bytes() / (2 * rows**2)) if keeps else 0.0
         return Floor((2 - kept / 2 if backward else 0.5) * gflop(rows, rows, width), width)
 
-    providers = {
+    providers: dict[str, Callable[[], Loss]] = {
         "ours": lambda: NTXentLoss(TEMPERATURE),
         "ours, recomputing": lambda: recomputing(NTXentLoss(TEMPERATURE)),
         "lightly": peer("lightly.loss:NTXentLoss", TEMPERATURE),
@@ -51,12 +52,14 @@ def problem(batch: int, width: int, dtype: torch.dtype, device: torch.device) ->
 
 NT_XENT = Op(
     "nt_xent",
+    "NT-Xent",
     problem,
     ("ours", "ours, recomputing", "lightly", "pytorch-metric-learning", "eager", "compile"),
-    [(128, 128), (512, 128), (2048, 128), (2048, 512), (4096, 128)],
-    quick=[(32, 16)],
+    [(2048, 128), (2048, 512)],
+    tiny=[(32, 16)],
+    sweep=[(2**k, 128) for k in range(8, 16)],
     gpu_shapes=[(4096, 128), (32_768, 512)],
     describe=lambda batch, width: f"2N={2 * batch} D={width}",
     quadratic=True,
+    rows=lambda batch, width: 2 * batch,
 )
-bench_nt_xent = bench(NT_XENT)

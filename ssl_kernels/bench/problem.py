@@ -1,6 +1,6 @@
 """What every benchmark is made of: an op's shapes and providers, and at one shape the inputs, the formula, the floor.
 
-Each bench_<op>.py declares one or more ops; conftest.py runs them on the CPU, gpu_bench.py on a GPU.
+Each <op>.py of this package declares one or more ops. ``suite.py`` lists them; the harness measures them on a CPU.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -64,13 +64,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Op:
-    """What is measured of one op: who at which shapes, in which modes, and how near the formula."""
+    """What is measured of one op: who at which shapes, in which modes, and how near the formula.
+
+    The first shape is measured in all modes, and alone of them in a quick run; the others in the last mode. Along the
+    sweep a batch grows, and only ours, the first peer and the formula are measured.
+    """
 
     name: str
+    title: str  # for readers
     problem: Callable[..., Problem] = field(repr=False)  # of a shape, a dtype and a device
-    providers: tuple[str, ...]
+    providers: tuple[str, ...]  # ours, peers with the most used first, "eager", "compile"
     shapes: Sequence[tuple[Any, ...]]
-    quick: Sequence[tuple[Any, ...]]  # says that it runs, not how fast
+    tiny: Sequence[tuple[Any, ...]]  # says that it runs, not how fast
+    sweep: Sequence[tuple[Any, ...]] = ()
     gpu_shapes: Sequence[tuple[Any, ...]] = ()
     describe: Callable[..., str] = "B={} D={}".format  # of a shape
     suffix: str = ""  # of a description, where another op has the same name and shapes
@@ -80,6 +86,13 @@ class Op:
     tolerance: float = 1e-4
     tolerances: Mapping[str, float] = field(default_factory=dict)  # of providers that need another
     quadratic: bool = False  # its formula keeps several B x B matrices
+    rows: Callable[..., int] = lambda *shape: shape[0]  # of that matrix, at a shape
+    threads: int | None = None  # where they are not those of the run
+
+    @property
+    def peer(self) -> str:
+        """The provider that ours is measured against first: a package's, or else the formula."""
+        return next(name for name in self.providers if not is_ours(name) and name != "compile")
 
     def comparable(self, shape: tuple[Any, ...], most: int) -> tuple[Any, ...]:
         """What cannot be compared whole is compared in the small."""
@@ -97,22 +110,12 @@ class Case(NamedTuple):
         """As -k finds it."""
         op = self.op
         mode = self.mode if len(op.modes) > 1 else ""
-        return "-".join(filter(None, [*map(str, self.shape), op.label, self.provider, mode]))
+        return "-".join(filter(None, [op.name, *map(str, self.shape), op.label, self.provider, mode]))
 
 
-def bench(*ops: Op) -> Callable[..., None]:
-    """What pytest runs: conftest.py draws the cases from the ops, and measures one."""
-
-    def run(measure: Callable[[Case], None], case: Case) -> None:
-        measure(case)
-
-    run.ops = ops
-    return run
-
-
-def large(op: Op) -> Op:
-    """A batch whose similarity matrix (4 GB) the others keep several times over."""
-    return replace(op, providers=("ours",), modes=MODES[1:], shapes=[(32_768, 512)])
+def is_ours(provider: str) -> bool:
+    """Whether it is ours, in one of its settings."""
+    return provider.startswith("ours")
 
 
 # ---- providers
@@ -125,7 +128,7 @@ def peer(name: str, *arguments: Any) -> Callable[[], Loss]:
 
 @functools.cache  # one per formula and process
 def compiled(formula: Loss, backend: str) -> Loss:
-    return torch.compile(formula, backend=backend)
+    return torch.compile(formula, backend=backend, dynamic=False)  # a code to each shape, which is the fastest
 
 
 def recomputing(loss: Loss) -> Loss:

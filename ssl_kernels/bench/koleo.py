@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from problem import Floor, Op, Problem, bench, gflop, normal, peer
 from torch import Tensor
 
 from ssl_kernels import KoLeoLoss
+from ssl_kernels.bench.problem import Floor, Op, Problem, gflop, normal, peer
 
 EPS = 1e-8
 
@@ -30,9 +30,9 @@ def problem(batch: int, width: int, dtype: torch.dtype, device: torch.device) ->
 
 KOLEO = Op(
     "koleo",
+    "KoLeo",
     problem,
     ("ours", "lightly", "eager", "compile"),
-    [(512, 384), (8192, 384), (8192, 1024)],
-    quick=[(48, 16)],
+    [(8192, 384), (512, 384), (8192, 1024)],
+    tiny=[(48, 16)],
 )
-bench_koleo = bench(KOLEO)

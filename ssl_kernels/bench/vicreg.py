@@ -11,10 +11,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from problem import Floor, Loss, Op, Problem, bench, gflop, normal, peer
 from torch import Tensor
 
 from ssl_kernels import BarlowTwinsLoss, VICRegLoss
+from ssl_kernels.bench.problem import Floor, Loss, Op, Problem, gflop, normal, peer
 
 
 def eager_vicreg(za: Tensor, zb: Tensor) -> Tensor:
@@ -48,14 +48,16 @@ def problem(formula: Loss, ours: type, batch: int, width: int, dtype: torch.dtyp
 
 VICREG = Op(
     "vicreg",
+    "VICReg",
     partial(problem, eager_vicreg, VICRegLoss),
     ("ours", "lightly", "eager", "compile"),
     [(256, 2048), (2048, 2048), (256, 8192)],
-    quick=[(16, 64)],
+    tiny=[(16, 64)],
     describe="n={} D={}".format,
-    label="vicreg",
 )
 BARLOW_TWINS = replace(
-    VICREG, name="barlow_twins", label="barlow_twins", problem=partial(problem, eager_barlow_twins, BarlowTwinsLoss)
+    VICREG,
+    name="barlow_twins",
+    title="Barlow Twins",
+    problem=partial(problem, eager_barlow_twins, BarlowTwinsLoss),
 )
-bench_vicreg = bench(VICREG, BARLOW_TWINS)

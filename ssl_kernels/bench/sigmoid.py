@@ -6,10 +6,10 @@ import pkgutil
 
 import torch
 import torch.nn.functional as F
-from problem import Floor, Loss, Op, Problem, bench, gflop, large, pairs, peer
 from torch import Tensor
 
 from ssl_kernels import SigLipLoss
+from ssl_kernels.bench.problem import Floor, Loss, Op, Problem, gflop, pairs, peer
 
 
 def eager(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -32,12 +32,12 @@ def problem(batch: int, width: int, dtype: torch.dtype, device: torch.device) ->
 
 SIGMOID = Op(
     "sigmoid",
+    "SigLIP",
     problem,
     ("ours", "open_clip", "eager", "compile"),
-    [(1024, 512), (4096, 128), (4096, 512), (4096, 768), (4096, 1152), (8192, 128), (8192, 512), (8192, 1152)],
-    quick=[(64, 16)],
+    [(4096, 512), (4096, 128), (4096, 1152)],
+    tiny=[(64, 16)],
+    sweep=[(2**k, 512) for k in range(8, 16)],
     gpu_shapes=[(8192, 512), (8192, 1152), (32_768, 768), (65_536, 512), (131_072, 512), (131_072, 1152)],
     quadratic=True,
 )
-bench_sigmoid = bench(SIGMOID)
-bench_large_batch = bench(large(SIGMOID))

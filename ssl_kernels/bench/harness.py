@@ -1,0 +1,131 @@
+"""How a case is measured on the CPU: outputs compared first, then timed beside ours, and held against the machine."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_kernels import use_tile_budget
+from ssl_kernels.bench.machine import limits
+from ssl_kernels.bench.memory import is_readable, peak_mb
+from ssl_kernels.bench.problem import Case, Floor, Loss, NotComparableError, Problem, is_ours, step
+
+MOST_COMPARED = 4096  # of the rows of a formula that keeps several matrices of them
+MOST_ROUNDS, ROUNDS_S = 200, 1.0
+LEAST_ROUNDS = {0.0: 3, 3.0: 2, 10.0: 1}  # of steps that take so many seconds or more
+CPU = torch.device("cpu")
+
+errors: dict[tuple[Any, ...], float] = {}  # of what was compared; along a sweep, that is the same again
+
+
+@functools.cache  # again when a provider has brought more
+def freeze(modules: int) -> None:
+    """What the modules hold, half a million objects, is no garbage: collections before a peak need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def measure(benchmark: Any, tiny: bool, backend: str, case: Case) -> None:
+    """Time steps and record them with their peak memory, their floor, and the machine's own rates.
+
+    Before each step of another provider ours takes one, whose time is recorded as well: what slows the machine down
+    for a while slows down both.
+    """
+    freeze(len(sys.modules))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.op.threads or threads)
+    try:
+        problem, loss, ours = _prepare(case, backend)
+        _measure(benchmark, tiny, case, problem, loss, ours)
+    except (ModuleNotFoundError, NotComparableError) as reason:
+        pytest.skip("not installed" if isinstance(reason, ModuleNotFoundError) else str(reason))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepare(case: Case, backend: str) -> tuple[Problem, Loss, Loss]:
+    """The problem, the provider's loss once it is compared, and ours."""
+    op, shape, provider, mode = case
+    comparable = op.comparable(shape, MOST_COMPARED)
+    key = (op.name, op.suffix, provider, mode, *comparable)
+    if key not in errors:
+        problem = op.problem(*comparable, op.dtype, CPU)
+        loss = problem.loss(provider, backend)
+        errors[key] = 0.0 if loss is problem.formula else problem.error(provider, loss, mode)
+    allowed = op.tolerances.get(provider, op.tolerance)
+    assert errors[key] <= allowed, f"{provider}: relative error {errors[key]:.2g}, allowed {allowed:.2g}"
+    problem = op.problem(*shape, op.dtype, CPU)
+    return problem, problem.loss(provider, backend), problem.loss("ours")
+
+
+def _measure(benchmark: Any, tiny: bool, case: Case, problem: Problem, loss: Loss, ours: Loss) -> None:
+    op, shape, provider, mode = case
+    floor = problem.floor(provider, mode == "forward+backward")
+    info = benchmark.extra_info
+    info |= {"op": op.name, "shape": op.describe(*shape) + op.suffix, "provider": provider, "mode": mode}
+    if shape in op.sweep and mode == op.modes[-1]:
+        info["batch"] = shape[0]
+    if is_ours(provider):
+        info |= limits(floor, tiny)
+
+    def once() -> None:
+        step(loss, problem.leaves, mode)
+
+    ours_seconds: list[float] = []
+
+    def ours_once() -> None:
+        ours_seconds.append(_seconds(lambda: step(ours, problem.leaves, mode)))
+
+    seconds = _seconds(once)
+    if provider == "compile" and not tiny:
+        seconds = _seconds(once)  # the first has compiled, where what was compared is smaller
+    least = min(rounds for at_least_s, rounds in LEAST_ROUNDS.items() if seconds >= at_least_s)
+    rounds = 1 if tiny else max(least, min(MOST_ROUNDS, int(ROUNDS_S / seconds)))
+    beside = {} if provider == "ours" else {"setup": ours_once}
+
+    def timed() -> None:
+        benchmark.pedantic(once, rounds=rounds, **beside)
+
+    def forget() -> None:
+        for leaf in problem.leaves:
+            leaf.grad = None
+
+    if provider == "ours" and rounds == 1 and not tiny:  # long enough to say both in one step
+        forget()
+        info["peak_mb"] = _peak_mb(timed)
+    else:
+        timed()
+        forget()
+        info["peak_mb"] = _peak_mb(once) if floor.gflop else _peak_mb_of_a_lean_step(once, forget, floor)
+    if ours_seconds:
+        info["ours_seconds"] = min(ours_seconds)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _peak_mb(call: Callable[[], Any]) -> float | None:
+    if is_readable():
+        return peak_mb(call)
+    call()
+    return None
+
+
+def _peak_mb_of_a_lean_step(once: Callable[[], None], forget: Callable[[], None], floor: Floor) -> float | None:
+    """What is held for the next step counts for this one. Small batches, which have no floor, are not asked."""
+    if floor == Floor():
+        return None
+    with use_tile_budget(0):
+        once()
+        forget()
+        return _peak_mb(once)
