@@ -1,4 +1,4 @@
-"""The suite of `ssl-kernels bench`, for `pytest benchmarks -k sigmoid --benchmark-autosave` and `--benchmark-compare`."""
+"""The suite of `ssl-kernels bench`, for `pytest benchmarks` with pytest-benchmark's own options."""
 
 from ssl_kernels.bench.suite import bench_op
 

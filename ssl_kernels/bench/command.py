@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich import box
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -36,7 +37,10 @@ class Watch:
         self.progress.update(self.task, total=len(session.items))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.progress.update(self.task, description=nodeid.partition("[")[2].rstrip("]"))
+        case = nodeid.partition("[")[2].rstrip("]")
+        self.progress.update(self.task, description=case)
+        if not self.progress.console.is_terminal:  # which alone sees the line above change
+            self.progress.console.print(case)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: pytest.CallInfo[None]) -> Any:
@@ -77,7 +81,9 @@ def main(argv: Sequence[str], prog: str = "ssl-kernels bench") -> int:
     document, watch = measure(options, console)
     found = results.from_document(document, watch.absent)
     paths = results.write(arguments.output, found)
-    console.print(make_table(found))
+    for op, result in found.items():
+        console.print(make_table(op, result))
+    console.print("Times are relative to ours: 2.0x means twice as slow.")
     console.print("written:", *map(str, paths), highlight=False, soft_wrap=True)
     for failure in watch.failures:
         print(failure, file=sys.stderr)
@@ -100,20 +106,18 @@ def measure(options: Sequence[str], console: Console) -> tuple[dict[str, Any], W
         return json.loads(path.read_text()), watch
 
 
-def make_table(found: dict[str, results.Result]) -> Table:
-    """A line to each op, shape and mode."""
-    ops = {op.name: op for op in suite.OPS}
-    table = Table(caption="Times are relative to ours: 2.0x means twice as slow.", caption_justify="left")
-    table.add_column("")
-    for column in ("ours, ms", "peer", "eager", "compiled", "MB ours", "MB peer"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, result in found.items():
-        op = ops[name]
-        table.add_row(f"[bold]{op.title}[/bold]" + (f" beside {op.peer}" if results.is_peer(op.peer) else ""))
-        for row in results.rows(result):
-            what = row.shape if row.mode == op.modes[-1] else f"{row.shape}, {row.mode}"
-            times = (row.time(provider) for provider in (op.peer, "eager", "compile"))
-            memory = (row.memory(provider) for provider in ("ours", op.peer))
-            table.add_row(f"  {what}", f"{1e3 * row.ours['seconds']:.3g}", *times, *memory)
-        table.add_section()
+def make_table(name: str, result: results.Result) -> Table:
+    """A line to each shape and mode of an op, a column to each provider."""
+    op = next(op for op in suite.OPS if op.name == name)
+    rows = results.rows(result)
+    providers = list(dict.fromkeys(provider for row in rows for provider in row.others))
+    table = Table(title=op.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    labels = [results.LABELS.get(provider, provider) for provider in providers]
+    for column in ("ours, ms", *labels, "MB ours", "MB peer"):
+        table.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        what = row.shape if row.mode == op.modes[-1] else f"{row.shape}, {row.mode}"
+        memory = (row.memory(provider) for provider in ("ours", row.peer))
+        table.add_row(what, results.milliseconds(row.ours), *map(row.time, providers), *memory)
     return table

@@ -71,7 +71,7 @@ def _measure(benchmark: Any, tiny: bool, case: Case, problem: Problem, loss: Los
     info = benchmark.extra_info
     info |= {"op": op.name, "shape": op.describe(*shape) + op.suffix, "provider": provider, "mode": mode}
     if shape in op.sweep and mode == op.modes[-1]:
-        info["batch"] = shape[0]
+        info |= {"batch": shape[0], "only_swept": shape not in op.shapes}
     if is_ours(provider):
         info |= limits(floor, tiny)
 

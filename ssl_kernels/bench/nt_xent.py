@@ -28,7 +28,7 @@ def eager(z0: Tensor, z1: Tensor) -> Tensor:
 
 def metric_learning(batch: int) -> Loss:
     if batch > PEER_LIMIT:
-        raise NotComparableError("needs more memory than there is")
+        raise NotComparableError("too large")
     loss = pkgutil.resolve_name("pytorch_metric_learning.losses:NTXentLoss")(TEMPERATURE)
     return lambda z0, z1: loss(torch.cat([z0, z1]), torch.arange(len(z0)).repeat(2))
 

@@ -23,6 +23,16 @@ PACKAGES = (
     *("torch", "ssl_kernels", "open_clip_torch", "lightly", "transformers"),
     *("pytorch-metric-learning", "timm", "pytest-benchmark"),
 )
+LABELS = {  # of providers, for readers
+    "ours, recomputing": "ours, no tile kept",
+    "ours, written": "ours, written out",
+    "compile": "torch.compile",
+    "dino": "DINO's loop",
+    "foreach_lerp": "_foreach_lerp_",
+    "loop": "mul_ and add_",
+    "moco": "MoCo's code",
+    "pair loop": "DINO's loop",
+}
 RATES = {  # of a floor's part: the rate that the machine reaches, and what a reader calls it
     ("gflop", "torch_mm_gflops"): "of torch.mm",
     ("gflop", "fastest_gemm_gflops"): "of the fastest GEMM",
@@ -144,6 +154,17 @@ class Row:
     others: dict[str, Run | str]
     limits: dict[str, float]  # what ours reaches of the machine's rates
 
+    @property
+    def peer(self) -> str:
+        """The first of the peers that were measured, or else the formula in plain PyTorch."""
+        measured = (name for name, other in self.others.items() if is_peer(name) and not isinstance(other, str))
+        return next(measured, "eager")
+
+    @property
+    def limit(self) -> float | None:
+        """The share of the fastest product, or where none is needed, of the bandwidth."""
+        return self.limits.get("of the fastest GEMM", self.limits.get("of the bandwidth"))
+
     def time(self, provider: str) -> str:
         """Relative to ours: "2.00x" is twice as slow."""
         other = self.others.get(provider, "")
@@ -158,6 +179,12 @@ class Row:
 def relative(times: float) -> str:
     """With as many digits as a measurement bears."""
     return f"{times:.0f}" if times >= 99.5 else f"{times:.2g}" if times >= 10 else f"{times:.1f}"
+
+
+def milliseconds(run: Run) -> str:
+    """Of a step, with the digits that a measurement bears."""
+    ms = 1e3 * run["seconds"]
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.2g}" if ms < 10 else f"{ms:.0f}"
 
 
 def rows(result: Result, is_swept: bool = False) -> list[Row]:
