@@ -44,6 +44,7 @@ def test_every_case_is_measured_and_reported(tmp_path: Path, backend: str) -> No
     for case in cases:
         op, shape, provider, mode = case
         what = {"shape": op.describe(*shape) + op.suffix, "provider": provider, "mode": mode}
+        assert f"{case.name}\n" in said  # its progress, where there is no terminal
         (measured,) = [entry for entry in found[op.name]["runs"] if what.items() <= entry.items()]
         assert measured["seconds"] > 0
         assert ("ours_seconds" in measured) == (provider != "ours")
@@ -70,7 +71,7 @@ def test_a_full_run_has_each_case_once_and_spares_the_others_large_batches() -> 
     swept = [case for case in suite.cases(["nt_xent"]) if case.shape == (32_768, 128)]
     assert [case.provider for case in swept] == ["ours"]
     dense = max(case.shape[0] for case in suite.cases(["nt_xent"]) if case.provider == "lightly")
-    assert dense == suite.MOST_DENSE["full"] / 2
+    assert dense == suite.MOST_DENSE / 2
 
 
 class Timer:
@@ -90,7 +91,7 @@ class Timer:
 def test_ours_takes_a_step_before_each_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     timer, (op, *_) = Timer(), [op for op in suite.OPS if op.name == "sigmoid"]
     monkeypatch.setattr(harness, "_seconds", lambda call: (timer.order.append("ours"), call(), 0.25)[-1])
-    harness.measure(timer, False, "eager", Case(op, op.tiny[0], "eager", "forward"))
+    harness.measure(timer, "full", "eager", Case(op, op.tiny[0], "eager", "forward"))
     assert timer.order[1:] == ["ours", "timed"] * 4  # the first is to learn how long a step takes
     assert timer.extra_info["ours_seconds"] == 0.25
 
@@ -99,7 +100,7 @@ def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(harness, "errors", {})
     monkeypatch.setattr(sigmoid, "SigLipLoss", lambda: lambda *leaves: 1.001 * sigmoid.eager(*leaves))
     with pytest.raises(AssertionError, match=r"ours: relative error 0.001, allowed 0.0001"):
-        harness.measure(Timer(), True, "eager", Case(sigmoid.SIGMOID, (64, 16), "ours", "forward"))
+        harness.measure(Timer(), "tiny", "eager", Case(sigmoid.SIGMOID, (64, 16), "ours", "forward"))
 
 
 @pytest.mark.parametrize("reason", [ModuleNotFoundError("no open_clip"), NotComparableError("too large")])
@@ -111,7 +112,7 @@ def test_who_cannot_be_measured_is_named(monkeypatch: pytest.MonkeyPatch, reason
     case = Case(sigmoid.SIGMOID, (64, 16), "open_clip", "forward")
     expected = "not installed" if isinstance(reason, ModuleNotFoundError) else "too large"
     with pytest.raises(pytest.skip.Exception, match=expected):
-        harness.measure(Timer(), True, "eager", case)
+        harness.measure(Timer(), "tiny", "eager", case)
 
 
 DOCUMENT: dict[str, Any] = {

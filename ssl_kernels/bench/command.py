@@ -77,7 +77,7 @@ def main(argv: Sequence[str], prog: str = "ssl-kernels bench") -> int:
     options = ["--size", "tiny" if arguments.tiny else "quick" if arguments.quick else "full"]
     options += ["--ops", ",".join(arguments.ops or suite.NAMES), "--compile-backend", arguments.compile_backend]
     options += ["--threads", str(arguments.threads)] if arguments.threads else []
-    console = Console()
+    console = Console(file=sys.stdout)  # also while what pytest prints goes elsewhere
     document, watch = measure(options, console)
     found = results.from_document(document, watch.absent)
     paths = results.write(arguments.output, found)

@@ -17,8 +17,9 @@ from ssl_kernels.bench.machine import limits
 from ssl_kernels.bench.memory import is_readable, peak_mb
 from ssl_kernels.bench.problem import Case, Floor, Loss, NotComparableError, Problem, is_ours, step
 
-MOST_COMPARED = 4096  # of the rows of a formula that keeps several matrices of them
-MOST_ROUNDS, ROUNDS_S = 200, 1.0
+MOST_COMPARED = {"full": 4096, "quick": 1024, "tiny": 1024}  # rows of a formula that keeps several matrices of them
+ROUNDS_S = {"full": 1.0, "quick": 0.2, "tiny": 0.0}
+MOST_ROUNDS = 200
 LEAST_ROUNDS = {0.0: 3, 3.0: 2, 10.0: 1}  # of steps that take so many seconds or more
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ def freeze(modules: int) -> None:
     gc.freeze()
 
 
-def measure(benchmark: Any, tiny: bool, backend: str, case: Case) -> None:
+def measure(benchmark: Any, size: str, backend: str, case: Case) -> None:
     """Time steps and record them with their peak memory, their floor, and the machine's own rates.
 
     Before each step of another provider ours takes one, whose time is recorded as well: what slows the machine down
@@ -42,18 +43,19 @@ def measure(benchmark: Any, tiny: bool, backend: str, case: Case) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(case.op.threads or threads)
     try:
-        problem, loss, ours = _prepare(case, backend)
-        _measure(benchmark, tiny, case, problem, loss, ours)
-    except (ModuleNotFoundError, NotComparableError) as reason:
-        pytest.skip("not installed" if isinstance(reason, ModuleNotFoundError) else str(reason))
+        _measure(benchmark, size, case, *_prepare(case, MOST_COMPARED[size], backend))
+    except ModuleNotFoundError:
+        pytest.skip("not installed")
+    except NotComparableError as reason:
+        pytest.skip(str(reason))
     finally:
         torch.set_num_threads(threads)
 
 
-def _prepare(case: Case, backend: str) -> tuple[Problem, Loss, Loss]:
+def _prepare(case: Case, most_compared: int, backend: str) -> tuple[Problem, Loss, Loss]:
     """The problem, the provider's loss once it is compared, and ours."""
     op, shape, provider, mode = case
-    comparable = op.comparable(shape, MOST_COMPARED)
+    comparable = op.comparable(shape, most_compared)
     key = (op.name, op.suffix, provider, mode, *comparable)
     if key not in errors:
         problem = op.problem(*comparable, op.dtype, CPU)
@@ -65,7 +67,7 @@ def _prepare(case: Case, backend: str) -> tuple[Problem, Loss, Loss]:
     return problem, problem.loss(provider, backend), problem.loss("ours")
 
 
-def _measure(benchmark: Any, tiny: bool, case: Case, problem: Problem, loss: Loss, ours: Loss) -> None:
+def _measure(benchmark: Any, size: str, case: Case, problem: Problem, loss: Loss, ours: Loss) -> None:
     op, shape, provider, mode = case
     floor = problem.floor(provider, mode == "forward+backward")
     info = benchmark.extra_info
@@ -73,7 +75,7 @@ def _measure(benchmark: Any, tiny: bool, case: Case, problem: Problem, loss: Los
     if shape in op.sweep and mode == op.modes[-1]:
         info |= {"batch": shape[0], "only_swept": shape not in op.shapes}
     if is_ours(provider):
-        info |= limits(floor, tiny)
+        info |= limits(floor, size == "tiny")
 
     def once() -> None:
         step(loss, problem.leaves, mode)
@@ -84,10 +86,11 @@ def _measure(benchmark: Any, tiny: bool, case: Case, problem: Problem, loss: Los
         ours_seconds.append(_seconds(lambda: step(ours, problem.leaves, mode)))
 
     seconds = _seconds(once)
-    if provider == "compile" and not tiny:
+    if provider == "compile" and size != "tiny":
         seconds = _seconds(once)  # the first has compiled, where what was compared is smaller
     least = min(rounds for at_least_s, rounds in LEAST_ROUNDS.items() if seconds >= at_least_s)
-    rounds = 1 if tiny else max(least, min(MOST_ROUNDS, int(ROUNDS_S / seconds)))
+    least = {"full": least, "quick": min(least, 2), "tiny": 1}[size]
+    rounds = max(least, min(MOST_ROUNDS, int(ROUNDS_S[size] / seconds)))
     beside = {} if provider == "ours" else {"setup": ours_once}
 
     def timed() -> None:
@@ -97,7 +100,7 @@ def _measure(benchmark: Any, tiny: bool, case: Case, problem: Problem, loss: Los
         for leaf in problem.leaves:
             leaf.grad = None
 
-    if provider == "ours" and rounds == 1 and not tiny:  # long enough to say both in one step
+    if provider == "ours" and rounds == 1 and size != "tiny":  # long enough to say both in one step
         forget()
         info["peak_mb"] = _peak_mb(timed)
     else:

@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case], None]:
     size, backend = (request.config.getoption(name) for name in ("--size", "--compile-backend"))
-    return functools.partial(harness.measure, benchmark, size == "tiny", backend)
+    return functools.partial(harness.measure, benchmark, size, backend)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

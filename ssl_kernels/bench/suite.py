@@ -25,7 +25,7 @@ OPS = (
 )
 NAMES = tuple(dict.fromkeys(op.name for op in OPS))
 SIZES = ("full", "quick", "tiny")  # tiny says that it runs, not how fast
-MOST_DENSE = {"full": 8192, "quick": 2048, "tiny": 2048}  # rows of a matrix that a formula keeps several times over
+MOST_DENSE = 8192  # rows of a matrix that a formula keeps several times over
 
 
 def cases(names: Sequence[str] = NAMES, size: str = "full") -> list[Case]:
@@ -37,10 +37,8 @@ def cases(names: Sequence[str] = NAMES, size: str = "full") -> list[Case]:
         for shape in shapes:
             modes = op.modes[-1:] if size == "quick" or shape != shapes[0] else op.modes
             found += [Case(op, shape, provider, mode) for mode in modes for provider in providers]
-        for shape in op.sweep if size != "tiny" else ():
-            if size == "quick" and op.rows(*shape) > MOST_DENSE[size]:
-                continue
-            swept = ("ours", op.peer, "eager") if op.rows(*shape) <= MOST_DENSE[size] else ("ours",)
+        for shape in op.sweep if size == "full" else ():
+            swept = ("ours", op.peer, "eager") if op.rows(*shape) <= MOST_DENSE else ("ours",)
             found += [Case(op, shape, provider, op.modes[-1]) for provider in swept if shape not in shapes]
     return found
 
