@@ -114,7 +114,7 @@ class Figures:
         try:
             if kind in ("summary", "table", "trainings"):
                 text: str = {"summary": self.summary, "table": self.table, "trainings": self.training}[kind](*names)
-                return f"\n{text}"
+                return f"\n\n{text}\n"
             if kind in ("machine", "fits"):
                 return {"machine": self.machine, "fits": self.fits}[kind](*names)
             if kind in ("time", "memory", "limit"):
@@ -146,17 +146,7 @@ class Figures:
 
     def summary(self) -> str:
         """One line to each op, at its first shape."""
-        head = [
-            "",
-            "shape",
-            "peer",
-            "its time",
-            "eager",
-            "torch.compile",
-            "of the machine's limit",
-            "MB ours",
-            "MB peer",
-        ]
+        head = ["", "shape", "peer", "its time", "eager", "torch.compile", "of the limit", "MB ours", "MB peer"]
         lines = []
         for op in (op for op in suite.OPS if op.name in self.found and op.name != "small"):
             row = self.row(op.name, op.describe(*op.shapes[0]) + op.suffix)
@@ -206,9 +196,8 @@ class Figures:
 
     def page(self) -> str:
         """The machine's part of the page."""
-        machine = next(iter(self.found.values()))
-        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        parts = [f"## {machine['machine']['processor']}\n\n{self.machine()}. Versions: {versions}.\n", self.summary()]
+        first = next(iter(self.found.values()))
+        parts = [f"## {first['machine']['processor']}\n\n{self.machine()}.\n", of_run(first), self.summary()]
         if swept := swept_ops(self):
             parts += ["### Time and memory as the batch grows\n", SWEEP]
         for op in swept:
@@ -221,11 +210,14 @@ class Figures:
                 ]
         for op in first_ops():
             if op.name in self.found:
-                parts += [f"### {op.title}\n", NOTES[op.name], self.table(op.name)]
+                said = of_run(self.found[op.name])
+                note = NOTES[op.name] if said == of_run(first) else f"{NOTES[op.name]}\n{said}"
+                parts += [f"### {op.title}\n", note, self.table(op.name)]
         return "\n".join(parts)
 
     def sweep(self, op: Op) -> str:
-        rows = sorted(results.rows(self.found[op.name], is_swept=True), key=lambda row: row.ours["batch"])
+        swept = [row for row in results.rows(self.found[op.name]) if "batch" in row.ours]
+        rows = sorted(swept, key=lambda row: row.ours["batch"])
         others = [op.peer, "eager"]
         lines = [
             [f"{row.ours['batch']:,}", results.milliseconds(row.ours), *map(row.time, others)]
@@ -241,6 +233,16 @@ with the batch. They are measured up to {suite.MOST_DENSE:,} rows of that matrix
 {CARD_GB} GB is extrapolated: memory is taken to grow as a + c B², with a and c from their two largest batches. That is
 the memory of the loss alone, without the model.
 """
+
+
+def of_run(result: Result) -> str:
+    """With what an op was measured, and what may have disturbed it."""
+    text = "Versions: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".\n"
+    if result["size"] == "quick":
+        text += "This was a quick run, of few rounds.\n"
+    if result["machine"]["load_before"] > result["machine"]["cpus"] / 2:
+        text += "Other programs were at work on the machine: take these figures with caution.\n"
+    return text
 
 
 def first_ops() -> list[Op]:

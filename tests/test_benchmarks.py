@@ -136,7 +136,7 @@ DOCUMENT: dict[str, Any] = {
 
 def test_results_keep_what_a_reader_needs(tmp_path: Path) -> None:
     absent = [{"op": "queue", "shape": "B=1", "mode": "update", "provider": "moco", "reason": "not installed"}]
-    paths = results.write(tmp_path, results.from_document(DOCUMENT, absent))
+    paths = results.write(tmp_path, results.from_document(DOCUMENT, absent, "full"))
     assert [path.relative_to(tmp_path).parts[1] for path in paths] == ["queue.json"]
     result = json.loads(paths[0].read_text())
     assert "somebody" not in paths[0].read_text()

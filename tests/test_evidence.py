@@ -118,7 +118,7 @@ SOME = Figures({"sigmoid": {**STAMP, "runs": RUNS}}, TRAININGS)
         ("machine", "Some 1 (avx2), 2 threads, 8 GB, torch 3.0, measured 2026-01-02"),
         (
             "trainings; train clip",
-            "\n|  | model | chance |\n|---|---:|---:|\n| R@1 | 0.500 to 0.600 | 0.003 |\n",
+            "\n\n|  | model | chance |\n|---|---:|---:|\n| R@1 | 0.500 to 0.600 | 0.003 |\n\n",
         ),
     ],
 )

@@ -74,12 +74,13 @@ def main(argv: Sequence[str], prog: str = "ssl-kernels bench") -> int:
     if unknown := [op for op in arguments.ops if op not in suite.NAMES]:
         parser.error(f"expected ops of {names}, got {unknown[0]!r}")
 
-    options = ["--size", "tiny" if arguments.tiny else "quick" if arguments.quick else "full"]
+    size = "tiny" if arguments.tiny else "quick" if arguments.quick else "full"
+    options = ["--size", size]
     options += ["--ops", ",".join(arguments.ops or suite.NAMES), "--compile-backend", arguments.compile_backend]
     options += ["--threads", str(arguments.threads)] if arguments.threads else []
     console = Console(file=sys.stdout)  # also while what pytest prints goes elsewhere
     document, watch = measure(options, console)
-    found = results.from_document(document, watch.absent)
+    found = results.from_document(document, watch.absent, size)
     paths = results.write(arguments.output, found)
     for op, result in found.items():
         console.print(make_table(op, result))
@@ -101,15 +102,15 @@ def measure(options: Sequence[str], console: Console) -> tuple[dict[str, Any], W
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = pytest.main([*arguments, suite.__file__], plugins=[watch])
-        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            raise SystemExit(said.getvalue() or f"pytest ended with {code}")
+        if not path.exists():  # nothing could be measured
+            raise SystemExit("\n".join(watch.failures) or said.getvalue() or f"pytest ended with {code}")
         return json.loads(path.read_text()), watch
 
 
 def make_table(name: str, result: results.Result) -> Table:
     """A line to each shape and mode of an op, a column to each provider."""
     op = next(op for op in suite.OPS if op.name == name)
-    rows = results.rows(result)
+    rows = list(results.rows(result))
     providers = list(dict.fromkeys(provider for row in rows for provider in row.others))
     table = Table(title=op.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)

@@ -20,7 +20,7 @@ from ssl_kernels.bench.problem import is_ours
 Run = dict[str, Any]  # a provider at a shape and in a mode
 Result = dict[str, Any]  # of an op: the machine, the versions, the runs, and what could not be run and why
 PACKAGES = (
-    *("torch", "ssl_kernels", "open_clip_torch", "lightly", "transformers"),
+    *("torch", "triton", "ssl_kernels", "open_clip_torch", "lightly", "transformers"),
     *("pytorch-metric-learning", "timm", "pytest-benchmark"),
 )
 LABELS = {  # of providers, for readers
@@ -41,29 +41,22 @@ RATES = {  # of a floor's part: the rate that the machine reaches, and what a re
 }
 
 
-def from_document(document: dict[str, Any], absent: Sequence[Run]) -> dict[str, Result]:
-    """By op, of pytest-benchmark's JSON, what a reader needs of it."""
+def from_document(document: dict[str, Any], absent: Sequence[Run], size: str) -> dict[str, Result]:
+    """By op, of pytest-benchmark's JSON of a run of that size, what a reader needs of it."""
     info = document["machine_info"]
     stamp = {
         "machine": machine(info),
         "versions": versions(info["python_version"]),
         "measured": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit(),
+        "size": size,
     }
-    runs = [_run(entry) for entry in document["benchmarks"]]
-    names = dict.fromkeys(run["op"] for run in (*runs, *absent))
-    return {
-        op: {**stamp, **{key: [_but_op(r) for r in of if r["op"] == op] for key, of in _parts(runs, absent)}}
-        for op in names
-    }
-
-
-def _parts(runs: Sequence[Run], absent: Sequence[Run]) -> tuple[tuple[str, Sequence[Run]], ...]:
-    return ("runs", runs), ("absent", absent)
-
-
-def _but_op(run: Run) -> Run:
-    return {key: value for key, value in run.items() if key != "op"}
+    found: dict[str, Result] = {}
+    for kind, runs in (("runs", map(_run, document["benchmarks"])), ("absent", absent)):
+        for run in runs:
+            of_op = found.setdefault(run["op"], {**stamp, "runs": [], "absent": []})
+            of_op[kind].append({key: value for key, value in run.items() if key != "op"})
+    return found
 
 
 def _run(entry: dict[str, Any]) -> Run:
@@ -187,16 +180,12 @@ def milliseconds(run: Run) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.2g}" if ms < 10 else f"{ms:.0f}"
 
 
-def rows(result: Result, is_swept: bool = False) -> list[Row]:
-    """In the order of the run: the shapes of an op's table, or those of its sweep."""
-    return list(_rows(result, is_swept))
-
-
-def _rows(result: Result, is_swept: bool) -> Iterator[Row]:
+def rows(result: Result) -> Iterator[Row]:
+    """In the order of the run."""
     runs, absent = result["runs"], result["absent"]
     for ours in runs:
         at = (ours["shape"], ours["mode"])
-        if ours["provider"] != "ours" or (is_swept and "batch" not in ours):
+        if ours["provider"] != "ours":
             continue
         same = [run for run in runs if (run["shape"], run["mode"]) == at and run is not ours]
         others: dict[str, Run | str] = {run["provider"]: run for run in same}
