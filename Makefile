@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
-.PHONY: setup demo test test-all mutants lint bench bench-report gpu-check wheel sdist clean
+.PHONY: setup demo test test-all mutants lint docs bench bench-report gpu-check wheel sdist clean
 
 setup: $(SETUP)
 
@@ -43,6 +43,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ with the README and the API reference, built offline into build/docs; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 bench: setup
 	$(BIN)/ssl-kernels bench

@@ -1,4 +1,4 @@
-"""Each row of the README's table of ops: its names exist, and on raw rows and with default arguments ours is theirs.
+"""Each row of the table in docs/replace.md: its names exist, and on raw rows and with default arguments ours is theirs.
 
 Peers that no package installs are written here, from their equations.
 """
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import ssl_kernels as S
 from ssl_kernels.ema import ema_multi_avg_fn
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-TABLE = README.partition("| op | function | module | replaces |\n")[2].partition("\n\n")[0].splitlines()[1:]
+PAGE = (Path(__file__).parents[1] / "docs" / "replace.md").read_text(encoding="utf-8")
+TABLE = PAGE.partition("| op | function | module | replaces |\n")[2].partition("\n\n")[0].splitlines()[1:]
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in TABLE]
 CASES: dict[str, Callable[[], None]] = {}
 
@@ -41,7 +41,7 @@ def test_a_row(cells: list[str]) -> None:
     for name in re.findall(r"`([\w.]+)`", functions + modules):
         path = re.sub(r"^K\b", "functional", re.sub(r"^I\b", "integrations", name))
         assert callable(pkgutil.resolve_name(f"ssl_kernels.{path}"))
-    assert op in CASES, "a row of the README without a test here"
+    assert op in CASES, "a row of the table without a test here"
     CASES[op]()
 
 
@@ -215,7 +215,7 @@ def dino() -> None:
     same(integration("dinov3.DINOLoss")(16)(student, p), cross_entropies(student, p).mean(), student)
 
 
-@row("iBOT's, of masked patches")
+@row("iBOT's cross-entropy of masked patches")
 def ibot() -> None:
     mask = torch.rand(3, 4, 4) < 0.5
     patches, images = int(mask.sum()), torch.arange(3)[:, None, None].expand(3, 4, 4)[mask]

@@ -16,7 +16,7 @@ class ClipLoss(LossInGroup):
 
     :math:`L = \frac{1}{2B} \sum_i (\log \sum_j e^{z_{ij}} + \log \sum_j e^{z_{ji}} - 2 z_{ii})`,
     :math:`z_{ij} = t\, x_i \cdot y_j`. See :func:`ssl_kernels.functional.clip_loss`, and for the trainers
-    of open_clip :mod:`ssl_kernels.integrations.open_clip`.
+    of open_clip :func:`ssl_kernels.integrations.open_clip.replaced_losses`.
 
     :meth:`get_logits` and :meth:`get_ground_truth` are open_clip's, for subclasses that call them; the loss itself does
     not. Where a subclass overrides one of them the loss is that of what they return. They make B x B matrices.

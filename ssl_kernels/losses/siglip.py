@@ -16,7 +16,7 @@ class SigLipLoss(LossInGroup):
 
     :math:`L = \frac{1}{B} \sum_{ij} \operatorname{softplus}(-s_{ij} (t\, x_i \cdot y_j + b))`, where :math:`s_{ij}` is
     +1 for i = j and -1 elsewhere. See :func:`ssl_kernels.functional.sigmoid_contrastive_loss`, and for the trainers of
-    open_clip :mod:`ssl_kernels.integrations.open_clip`.
+    open_clip :func:`ssl_kernels.integrations.open_clip.replaced_losses`.
 
     :meth:`get_logits` and :meth:`get_ground_truth` are open_clip's, for subclasses that call them; the loss itself does
     not. Where a subclass overrides one of them the loss is that of what they return. They make B x B matrices.

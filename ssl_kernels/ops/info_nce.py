@@ -36,8 +36,8 @@ def info_nce_loss(
         query: [M, D] features, float32, bfloat16, float16 or float64, any strides. Normalise them first; the function
             does not.
         positive: [M, D] features, of the dtype and device of ``query``. They may require a gradient.
-        negatives: [K, D] features without gradient, such as :attr:`ssl_kernels.KeyQueue.keys`, of any of these dtypes
-            and any strides, read in place: for a queue that is stored as [D, K] pass ``queue.t()``.
+        negatives: [K, D] features without gradient, such as ``keys`` of :class:`ssl_kernels.KeyQueue`, of any of these
+            dtypes and any strides. They are read in place: for a queue that is stored as [D, K] pass ``queue.t()``.
         scale: t = 1 / temperature, a float or a floating tensor of one element; gradients flow to tensors.
         reduction: "mean" or "sum" over the rows, or "none", [M].
 

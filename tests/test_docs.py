@@ -1,0 +1,218 @@
+"""What README.md and docs/ print: code runs, commands parse, links lead somewhere, names exist, none is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib.util
+import pkgutil
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import ssl_kernels
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md", ROOT / "tests/README.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+TRAINERS = ("clip", "dino", "moco", "siglip", "simclr")
+
+
+def blocks(name: str, language: str) -> list[tuple[int, str]]:
+    """The line that each begins at, and its text."""
+    text = TEXTS[name]
+    return [(text[: m.start()].count("\n") + 1, m[3]) for m in FENCE.finditer(text) if m[2] == language]
+
+
+def spans(name: str) -> list[str]:
+    """Code within sentences."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", TEXTS[name]))
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As torchrun starts it; without a port of its own, for there is nobody to be found by."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", [name for name in TEXTS if blocks(name, "python")])
+def test_python_runs(name: str) -> None:
+    """The blocks of a page follow each other, as a reader pastes them."""
+    names: dict[str, Any] = {"__name__": "page"}
+    try:
+        for line, block in blocks(name, "python"):
+            if ">>>" in block:
+                test = doctest.DocTestParser().get_doctest(block, names, name, name, line)
+                runner = doctest.DocTestRunner(verbose=False)
+                assert runner.run(test, clear_globs=False).failed == 0, f"{name}:{line}"
+                names = test.globs
+            else:
+                exec(compile("\n" * line + block, ROOT / name, "exec"), names)
+    finally:
+        ssl_kernels.set_defaults(backend="auto", workspace_mb=64, tile_budget_mb=64)
+
+
+def trainer(name: str) -> ModuleType:
+    return importlib.import_module(f"ssl_kernels.trainers.{name}")
+
+
+@pytest.fixture
+def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers read their arguments, check them, and stop."""
+    from ssl_kernels.trainers import command
+
+    def run(kind: type[Any], train: object, argv: list[str], prog: str) -> int:
+        if "--resume" in argv:  # what it names is in no checkout
+            at = argv.index("--resume")
+            argv = argv[:at] + argv[at + 2 :]
+        command.parse(kind, argv, prog).check()
+        return 0
+
+    monkeypatch.setattr(command, "run", run)
+
+
+def is_command(words: list[str]) -> bool:
+    """Whether there is such a command here, with such arguments. Nothing is run but parsers."""
+    from ssl_kernels import cli
+
+    if words[0] == "torchrun":
+        words = ["ssl-kernels", *words[words.index("ssl_kernels.cli") + 1 :]] if "-m" in words else words[3:]
+    if words[0] == "ssl-kernels":
+        return words[1:2] == ["compare"] or "--help" in words or cli.main(words[1:]) == 0
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        return all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:])
+    if words[:2] == ["pip", "install"]:
+        project = (ROOT / "pyproject.toml").read_text()
+        extras = [match[1] for word in words if (match := re.fullmatch(r"\.\[([\w,]+)\]", word))]
+        return all(
+            re.search(rf"^{extra} = \[", project, re.MULTILINE) for found in extras for extra in found.split(",")
+        )
+    if words[0] in ("python", ".venv/bin/python") and words[1] == "-m":
+        return importlib.util.find_spec(words[2]) is not None
+    return words[0] in ("python", ".venv/bin/python") and (ROOT / words[1]).is_file()
+
+
+@pytest.mark.usefixtures("parsed_only")
+@pytest.mark.parametrize("name", [name for name in TEXTS if blocks(name, "sh")])
+def test_commands_parse(name: str) -> None:
+    for first, block in blocks(name, "sh"):
+        for line, text in enumerate(block.splitlines(), first + 1):
+            words = shlex.split(text, comments=True)
+            try:
+                assert not words or is_command(words), f"{name}:{line}: {text}"
+            except SystemExit:
+                pytest.fail(f"{name}:{line}: {text}")
+
+
+def test_options_exist() -> None:
+    """Those that sentences name, and what `make` is told in them."""
+    configs = [value for name in TRAINERS for value in vars(trainer(name)).values() if dataclasses.is_dataclass(value)]
+    options = {f"--{field.name.replace('_', '-')}" for config in configs for field in dataclasses.fields(config)}
+    options |= {"--help", "--no-build-isolation"}
+    for name in TEXTS.keys() - {"CONTRIBUTING.md"}:
+        for span in spans(name):
+            if span.startswith("--"):
+                assert span.split()[0] in options, f"{name}: {span}"
+            if span.startswith("make "):
+                assert is_command(span.split()), f"{name}: {span}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_names_exist(name: str) -> None:
+    for span in spans(name):
+        if re.fullmatch(r"(ssl_kernels|K)(\.[A-Za-z]\w*)+", span):
+            pkgutil.resolve_name(re.sub(r"^K\.", "ssl_kernels.functional.", span))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name: str) -> None:
+    """Files and headings, as a reader of the repository follows them."""
+    for target in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", FENCE.sub("", TEXTS[name])):
+        path, _, anchor = target.partition("#")
+        page = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert page.exists(), f"{name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_every_setting_is_told() -> None:
+    """Environment variables that the sources read, and settings of `set_defaults`."""
+    sources = [ROOT / "setup.py", *(ROOT / "ssl_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]
+    sources += [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    sources.remove(Path(__file__))
+    read = {name for path in sources for name in re.findall(r"SSL_KERNELS_[A-Z_]*[A-Z]", path.read_text("utf-8"))}
+    page = TEXTS["docs/settings.md"]
+    assert read == set(re.findall(r"SSL_KERNELS_[A-Z_]*[A-Z]", page))
+    for name in ("use_backend", "use_workspace", "use_tile_budget", *ssl_kernels.set_defaults.__kwdefaults__):
+        assert f"{name}" in page
+    assert set(re.findall(r"^\| `(\w+)` \|", page.partition("## Memory")[0], re.MULTILINE)) == {
+        *ssl_kernels.settings.BACKENDS
+    }
+
+
+def public_names() -> set[str]:
+    """Of modules that users import: what is defined there, without an underscore."""
+    names = {f"ssl_kernels.{name}" for name in ssl_kernels.__all__ if name not in ("__version__", "functional")}
+    names |= {f"ssl_kernels.functional.{name}" for name in ssl_kernels.functional.__all__}
+    modules = [f"ssl_kernels.integrations.{m.name}" for m in pkgutil.iter_modules(ssl_kernels.integrations.__path__)]
+    for module in (*modules, "ssl_kernels.schedules"):
+        for name, value in vars(importlib.import_module(module)).items():
+            if getattr(value, "__module__", None) == module and not name.startswith("_"):
+                names.add(f"{module}.{name}")
+    base = {"ssl_kernels.integrations.dinov2.CenteredLoss"}  # what the losses there inherit from
+    others = {"ema.ema_multi_avg_fn", "collapse.CollapseWarning", "distributed", "distributed.gather_rows"}
+    return names - base | {f"ssl_kernels.{name}" for name in others}
+
+
+def test_the_api_reference_is_whole() -> None:
+    told = [name for text in TEXTS.values() for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
+    assert sorted(told) == sorted(public_names())
+    for name in told:
+        assert pkgutil.resolve_name(name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("check", "page"),
+    [
+        (test_python_runs, "```python\nassert False\n```\n"),
+        (test_python_runs, "```python\n>>> 1 + 1\n3\n```\n"),
+        (test_commands_parse, "```sh\nssl-kernels train siglip --epoch 3\n```\n"),
+        (test_commands_parse, "```sh\nssl-kernels train dino --momentum 3\n```\n"),
+        (test_commands_parse, "```sh\nmake tea\n```\n"),
+        (test_commands_parse, '```sh\npip install ".[tea]"\n```\n'),
+        (test_names_exist, "`K.clip_lost`"),
+        (test_names_exist, "`ssl_kernels.ClipLost`"),
+        (test_links_lead_somewhere, "[a](docs/no.md)"),
+        (test_links_lead_somewhere, "[a](docs/install.md#no-such-heading)"),
+    ],
+)
+@pytest.mark.usefixtures("parsed_only")
+def test_these_tests_can_fail(check: Callable[[str], None], page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TEXTS, "planted.md", page)
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        check("planted.md")
+
+
+def test_the_site_names_every_page() -> None:
+    """mkdocs builds what the navigation names; `make docs` fails on what it does not."""
+    navigation = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(navigation) == sorted([*(name.removeprefix("docs/") for name in TEXTS), "CHANGELOG.md"])
