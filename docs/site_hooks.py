@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-import textwrap
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -50,44 +49,27 @@ class Docstrings(Extension):
     """The markup of Sphinx that docstrings are written in, and ```math blocks."""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
-        md.preprocessors.register(Markup(md), "sphinx", 40)  # before fenced code
+        md.preprocessors.register(Markup(md), "sphinx", 28)  # before fenced code
 
 
 class Markup(Preprocessor):
     def run(self, lines: list[str]) -> list[str]:
-        text = "\n".join(lines)
-        # A formula as a block: below ".. math::" and indented as deep as it begins, or fenced.
-        text = re.sub(
-            r"^( *)\.\. math::((?:.*\S.*\n|\s*\n(?=\1 +\S))(?:\1 +\S.*(?:\n|$)|\s*\n(?=\1 +\S))*)",
-            block,
-            text,
-            flags=re.M,
-        )
-        text = re.sub(r"^( *)```math\n(.*?)\n *```$", block, text, flags=re.M | re.S)
-        text = re.sub(r":math:`([^`]+)`", lambda m: formula(m[1], "inline"), text)
-        text = re.sub(r":(?:func|class|meth|attr|mod|data):`~?([\w.]+)`", reference, text)
-        text = re.sub(r"^( *)>>> (?:.+\n?)+", example, text, flags=re.M)
+        text = re.sub(r"^```math\n(.*?)^```$", self.block, "\n".join(lines), flags=re.M | re.S)
+        # ".. math::", what follows it on its line, and all indented lines below.
+        text = re.sub(r"^\.\. math::(.*(?:\n+ +\S.*)*)", self.block, text, flags=re.M)
+        text = re.sub(r":math:`([^`]+)`", lambda m: self.formula(m[1], "inline"), text)
+        text = re.sub(r":(?:func|class|meth|attr|mod|data):`([\w.]+)`", reference, text)
+        text = re.sub(r"^>>> (?:.+\n?)+", lambda m: f"```pycon\n{m[0].rstrip()}\n```\n", text, flags=re.M)
         return re.sub(r"::$", ":", text, flags=re.M).split("\n")
 
-    @staticmethod
-    def of(text: str) -> str:
-        return text
+    def block(self, match: re.Match[str]) -> str:
+        return f"\n{self.formula(match[1], 'block')}\n"
 
-
-def block(match: re.Match[str]) -> str:
-    return f"\n{match[1]}{formula(textwrap.dedent(match[2]), 'block')}\n\n"
-
-
-def formula(latex: str, display: str) -> str:
-    return convert(" ".join(latex.split()), display=display)
+    def formula(self, latex: str, display: str) -> str:
+        return self.md.htmlStash.store(convert(" ".join(latex.split()), display=display))
 
 
 def reference(match: re.Match[str]) -> str:
     """Names of this package have an anchor where the API pages name them."""
     name = match[1]
     return f"[`{name.rpartition('.')[2]}`][{name}]" if name.startswith("ssl_kernels.") else f"`{name}`"
-
-
-def example(match: re.Match[str]) -> str:
-    indent = match[1]
-    return f"{indent}```pycon\n{match[0].rstrip()}\n{indent}```\n"
