@@ -1,4 +1,4 @@
-"""Says when self-distillation collapses: its loss alone does not."""
+"""A warning when self-distillation collapses, which its loss alone does not show."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ class CollapseWarning(UserWarning):
 
 
 class CollapseMonitor:
-    r"""Watches a teacher's probabilities p = softmax((T - c) / tau), and warns when they collapse.
+    r"""Watches a teacher's probabilities p = softmax((T - c) / tau) and warns when they collapse.
 
-    There are two ways to: every p uniform, which shows as a loss that stays at ln K, and every sample's p the same,
-    often a single prototype, whose loss is about 0. A loss may reach either value on its own account, but the entropies
-    may not: that of the mean p exceeds the mean of those of p by what p tells of the sample.
+    They collapse in one of two ways. Either every p is uniform, and the loss stays at ln K. Or p is the same for every
+    sample, often a single prototype, and the loss is about 0. A healthy run may have a loss near these values as well,
+    so the monitor looks at entropies: the entropy of the mean p exceeds the mean entropy of p by the information that p
+    carries about the sample.
 
     Args:
         out_dim: number of prototypes K.
-        max_rows: rows that a call looks at, spread evenly over those it is given: a softmax of 64 x 65,536 is little
-            beside a training step. More make the marginal entropy finer, which is at most that of as many rows.
-        tolerance: of entropies, as a share of ln K: within this of ln K is uniform, within this of each other the same.
-        patience: calls in a row that must look collapsed; the first steps of a run may.
+        max_rows: how many rows a call looks at, spread evenly over those it is given. A softmax over 64 x 65,536 logits
+            is small beside a training step. The marginal entropy cannot exceed the mean entropy by more than the
+            logarithm of this number.
+        tolerance: a share of ln K. A mean entropy within this of ln K counts as uniform, and two entropies within this
+            of each other count as the same.
+        patience: how many calls in a row must look collapsed before the warning; the first steps of a run may.
 
     Raises:
-        ValueError: naming the argument, what came and what is expected.
+        ValueError: if an argument does not fit; the message names it, what it got and what it expects.
 
     >>> import torch
     >>> from ssl_kernels.collapse import CollapseMonitor
@@ -59,12 +62,12 @@ class CollapseMonitor:
         teacher_temp: Tensor | float,
         center: Tensor | None = None,
     ) -> dict[str, float]:
-        """The numbers of a step; the host waits for them, so call it in steps that are logged.
+        """The entropies of a step. The host waits for them, so call this only in steps that you log.
 
         Args:
             teacher_logits: [..., K], two rows at least.
-            loss: the mean cross-entropy of these and the student's probabilities.
-            teacher_temp, center: as the loss had them.
+            loss: the mean cross-entropy between these and the student, as DINO's loss gives it.
+            teacher_temp, center: the values that the loss was given.
 
         Returns:
             ``teacher_entropy``, the mean entropy of p; ``marginal_entropy``, the entropy of the mean p;

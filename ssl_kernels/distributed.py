@@ -1,23 +1,29 @@
 """Batches that several processes of ``torch.distributed`` hold together.
 
-W ranks of a group hold some rows each, of any number, in the order of the ranks. A loss over the group is that of one
-process with all rows, and so are its gradients: features travel, in their own dtype, and gradients never do. What a
-rank computes does not depend on what the network does first, so that a run on the same ranks repeats bit for bit.
+Each of the W ranks of a group holds some rows of a batch, in the order of the ranks; their numbers may differ. A loss
+over the group is the loss of one process that has all rows, and so are its gradients. Features travel between the
+ranks, in their own dtype; gradients never do. The same run on as many ranks gives the same bits, in whatever order
+messages arrive.
 
-* ``strategy="gather"`` takes the features of all ranks at once; ``"ring"`` passes them on from rank to rank, while the
-  block before is computed, and holds two blocks at a time. ``"auto"`` gathers as long as the features of a side, of all
-  ranks, take at most 1 GiB.
-* ``grad_reduce="mean"``: the mean of the ranks' gradients, which ``DistributedDataParallel`` and FSDP take, is the
-  gradient of the loss: the gradients of a rank's features are W times it. ``"sum"`` is for trainers that add.
-* ``even_batches=True`` promises that all ranks call alike and have equal numbers of rows, and spares the exchange of
-  these that comes before features travel, and that CUDA graphs do not record. What follows if that is not so depends on
-  the backend, which may end the process.
+The losses that take a group have these arguments in common:
 
-Scales, temperatures and biases must be equal on all ranks, and so must the upstream gradient; they are not compared. A
-call in which the ranks differ otherwise raises on all of them. Where a rank does not answer, the others raise once the
-group gives up, after its timeout at most, and name it. Of that, gloo tells, which carries the exchange before features
-where the group has it for the CPU (``init_process_group()`` or ``"cpu:gloo,cuda:nccl"``); NCCL ends the process by its
-own watchdog.
+* ``group``: a ``ProcessGroup``, or a ``DeviceMesh`` of one dimension such as ``mesh["dp"]``.
+* ``strategy``: ``"gather"`` collects the features of all ranks at once. ``"ring"`` passes them from rank to rank while
+  the block before is computed, and holds two blocks at a time. ``"auto"`` gathers as long as the features of a side, of
+  all ranks, take at most 1 GiB.
+* ``grad_reduce``: with ``"mean"``, the mean of the ranks' gradients is the gradient of the loss. This is what
+  ``DistributedDataParallel`` and FSDP compute; the gradients of a rank's features are therefore W times larger than in
+  one process. Use ``"sum"`` for trainers that add gradients.
+* ``even_batches``: True promises that all ranks call alike and have equal numbers of rows. This saves an exchange
+  before features travel, which CUDA graphs do not record. If the promise is broken, what happens depends on the
+  backend, which may end the process.
+* ``own_share``: True returns this rank's share of the loss, whose mean over the ranks is the loss, instead of the loss.
+
+Scales, temperatures, biases and the upstream gradient must be equal on all ranks; they are not compared. If the ranks'
+calls differ in anything else, the call raises on all of them. If a rank does not answer, the others raise, at the
+latest after the timeout of the group, and name it. This takes gloo, which carries the exchange before features if the
+group has it for CPU tensors (``init_process_group()`` or ``"cpu:gloo,cuda:nccl"``). NCCL ends the process by its own
+watchdog.
 """
 
 from __future__ import annotations
@@ -342,9 +348,10 @@ class _Ring(Blocks):
 
 @torch.no_grad()
 def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
-    """The rows [n, D] of all ranks of a group, in their order and without gradient; any n on each.
+    """The rows [n, D] of all ranks of a group, in the order of the ranks and without gradient. Each rank may have any
+    n.
 
-    None is all processes. A process alone has its own.
+    A group of None means all processes. In a single process these are its own rows.
     """
     rows = rows.detach()
     name = _name_of(world() if group is None else group)

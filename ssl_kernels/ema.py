@@ -19,32 +19,34 @@ from ssl_kernels.ops.ema import is_sharded, sharding
 class ModelEma(nn.Module):
     r"""A copy of a model whose parameters follow it as :math:`\theta_t \leftarrow m\,\theta_t + (1 - m)\,\theta_s`.
 
-    Calling it calls the copy, :attr:`module`, which is never trained. Copy and model are paired by name at every
-    update, so a model that is moved or cast afterwards is followed too; a tied parameter is averaged once. Update it
-    once per optimizer step, not per micro-batch, or m means something else.
+    Calling it calls the copy, :attr:`module`, which is never trained. Every update pairs copy and model by name, so the
+    model may be moved or cast in between. A tied parameter is averaged once. Update once per optimizer step, not per
+    micro-batch, because m is meant per step.
 
-    What wraps a model makes no difference: ``torch.compile``, DataParallel, DistributedDataParallel and Fabric, in any
-    order, here or at an update. The copy is of the model below, so wrap it too if it is to be compiled. Checkpoints
-    hold it under ``module.`` with the names of that model, whether or not it was wrapped; those with ``module.`` and
-    ``_orig_mod.`` of wrappers in their names load as well. Parts that are compiled are paired likewise, but stay.
+    The model may be wrapped in ``torch.compile``, DataParallel, DistributedDataParallel and Fabric, in any order, here
+    and at each update. The copy is of the model inside the wrappers; wrap the copy yourself if you want it compiled. A
+    checkpoint has ``module.`` before the inner model's names, whether or not it was wrapped, and checkpoints with the
+    wrappers' own ``module.`` and ``_orig_mod.`` in their names load as well. If only a part of the model is compiled,
+    that part of the copy is compiled too.
 
-    Shard it as the model: make it first, then ``fully_shard`` both ``model`` and ``ema.module``, and each process
-    averages its own part. One of both may also be whole, or sharded in another way: what the average follows is then
-    brought to its own layout, in an update that all processes call. Parameters that are made after sharding, from the
-    meta device, reach the average by an update with a momentum of 0.
+    With FSDP2, make the average first and then call ``fully_shard`` on both ``model`` and ``ema.module``; each process
+    averages its own part. One of the two may also be whole, or sharded differently. The update then brings the model's
+    tensors to the layout of the average, and all processes must call it. If parameters get their values only after
+    sharding, as with the meta device, call an update with a momentum of 0 to copy them.
 
     Args:
-        model: what to follow; the copy starts as its equal, in the same mode. Put it into ``eval()`` where needed.
-        momentum: m in [0, 1], unless :meth:`update` is given another.
-        buffers: "average" treats floating buffers that ``state_dict`` holds (statistics of BatchNorm) as parameters,
-            "copy" copies them. Integers and buffers outside of ``state_dict`` are copied either way, the latter only
-            where both have one of the same shape: a cache that grows with the sequence is each model's own.
-        dtype: in which the copy is kept, such as float32 for a bfloat16 model: in 16 bits an average stands still once
-            a step is less than its rounding. None keeps the model's.
+        model: the model to follow. The copy starts equal to it and in the same mode; call ``eval()`` on it where you
+            need to.
+        momentum: m in [0, 1]; :meth:`update` may be given another.
+        buffers: "average" averages floating-point buffers of ``state_dict``, such as BatchNorm's statistics, and "copy"
+            copies them. Integer buffers are always copied. So are buffers outside of ``state_dict``, if the copy has
+            one of the same shape; a cache that grows with the sequence stays each model's own.
+        dtype: the dtype of the copy, such as float32 for a bfloat16 model; in 16 bits an average stops moving once a
+            step is smaller than its rounding. None means the model's dtype.
 
     Raises:
-        ValueError: if a momentum is outside of [0, 1], if the model no longer has the copy's names and shapes, or if it
-            is to be copied once ``fully_shard`` has sharded it.
+        ValueError: if a momentum is outside of [0, 1], if the model no longer has the copy's names and shapes, or if
+            the model that is to be copied is already sharded by ``fully_shard``.
 
     Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722; Tarvainen & Valpola, Mean teachers, 2017,
     arXiv:1703.01780.
@@ -83,19 +85,21 @@ class ModelEma(nn.Module):
         self.register_load_state_dict_pre_hook(_leave_out_wrappers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the average returns for these arguments."""
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def update(
         self, model: nn.Module, momentum: float | Tensor | None = None, *, copies_to: nn.Module | None = None
     ) -> None:
-        """Move towards ``model``.
+        """Move the average towards ``model``.
 
         Args:
-            model: as at the start, but for its values, dtypes, devices and wrappers.
-            momentum: instead of the usual one; a tensor of one element is not read by the host, if it is on a GPU.
-            copies_to: another copy of the model, in bfloat16 for fast inference, say, that becomes the average's equal
-                in the same pass over memory.
+            model: the model that was copied at the start. Its values, dtypes, devices and wrappers may have changed.
+            momentum: m for this update instead of the constructor's. A tensor of one element on a GPU is not read by
+                the host.
+            copies_to: another copy of the model, such as one in bfloat16 for fast inference. The same pass over memory
+                makes it equal to the average.
         """
         m = self.momentum if momentum is None else _checked(momentum)
         self._follow(model, m, copies_to, self.buffers_are == "average")
@@ -146,11 +150,11 @@ def ema_multi_avg_fn(
 ) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """The exponential moving average for ``torch.optim.swa_utils.AveragedModel`` and Lightning's ``WeightAveraging``.
 
-    Unlike ``torch.optim.swa_utils.get_ema_multi_avg_fn`` it averages a bfloat16 model into a float32 one, and copies
-    integers, of which there is no average, instead of rounding them.
+    Unlike ``torch.optim.swa_utils.get_ema_multi_avg_fn``, it can average a bfloat16 model into a float32 one, and it
+    copies integers instead of rounding their average.
 
     Args:
-        momentum: m in [0, 1], a float or a floating tensor of one element, which is read at every update.
+        momentum: m in [0, 1], a float, or a floating-point tensor of one element, which is read at every update.
 
     Raises:
         ValueError: if ``momentum`` is outside of [0, 1].

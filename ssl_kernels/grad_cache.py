@@ -1,4 +1,4 @@
-"""Contrastive batches far larger than what the towers can hold at a time."""
+"""Contrastive batches that are far larger than what the networks can hold at once."""
 
 from __future__ import annotations
 
@@ -22,48 +22,50 @@ def grad_cache(
     *,
     modules: Iterable[nn.Module] | None = None,
 ) -> tuple[Any, ...]:
-    r"""The embeddings of a batch, for which towers hold the activations of only ``chunk_size`` rows at a time.
+    r"""Embed a batch while the towers hold the activations of only ``chunk_size`` rows at a time.
 
-    They and the gradients are those of ``[tower(input) for tower, input in zip(towers, inputs)]``. The loss is whatever
-    is made of them, and sees the whole batch. Nothing else of a training step changes:
+    The embeddings and the gradients are those of ``[tower(input) for tower, input in zip(towers, inputs)]``. Any loss
+    can be computed from them, and it sees the whole batch. The rest of a training step stays as it is:
 
-    1. This call embeds chunk after chunk, and keeps the embeddings alone.
-    2. ``loss.backward()`` first computes :math:`\partial L / \partial x` of all embeddings x, [B, D], and the gradients
-       of the loss's own parameters.
-    3. Then it embeds each chunk c again, with activations, and adds :math:`(\partial L / \partial x_c)^\top\,
-       \partial x_c / \partial \theta` to the gradients of the parameters.
+    1. This call embeds one chunk after the other and keeps only the embeddings. 2. ``loss.backward()`` first computes
+    :math:`\partial L / \partial x` of all embeddings x, [B, D], and the gradients of the loss's own parameters. 3. Then
+    it embeds each chunk c again, with activations, and adds :math:`(\partial L / \partial x_c)^\top\, \partial x_c /
+    \partial \theta` to the gradients of the parameters.
 
-    The memory is that of a plain step of ``chunk_size`` rows, the embeddings and the loss; the price is one more
-    forward pass. In it the random numbers of torch's default generators, autocast and the modules' buffers are as they
-    were, so that dropout drops the same and running statistics move once a step. BatchNorm normalises by the statistics
-    of a chunk. Between this call and ``backward``, parameters and modes must stay as they are.
+    The memory is that of a plain step with ``chunk_size`` rows, plus the embeddings and the loss. The price is one more
+    forward pass. The second pass sees the same random numbers of torch's default generators, the same autocast and the
+    same buffers as the first, so dropout drops the same elements and running statistics move once per step. BatchNorm
+    normalises each chunk by its own statistics. Do not change parameters or modes between this call and ``backward``.
 
-    A tower without gradient, frozen or unused, has no second pass, and under ``no_grad`` there is none at all. If each
-    batch fits into its ``chunk_size``, this is a plain step.
+    A tower that needs no gradient, because it is frozen or unused, has no second pass; nor has any tower under
+    ``no_grad``. If every batch fits into its ``chunk_size``, this is a plain step.
 
-    DistributedDataParallel and FSDP2 reduce gradients once a step, with the last chunks of all towers. As ever, towers
-    must go through the wrapper's ``forward``; call this beside it, not within. What the loss takes of a wrapped model,
-    such as a logit scale, must be returned by it, as open_clip's models do: ``(out,) = grad_cache([ddp], [(images,
-    texts)], 256)``. DistributedDataParallel with ``find_unused_parameters`` would not notice, nor reduce, one that
-    comes another way. Ranks may have different numbers of chunks, except under FSDP2, where all gather weights.
+    DistributedDataParallel and FSDP2 reduce gradients once per step, with the last chunks of all towers. As usual,
+    towers must run through the wrapper's ``forward``; call this function outside of that ``forward``, not inside. If
+    the loss needs a parameter of a wrapped model, such as its logit scale, the model must return it, as open_clip's
+    models do: ``(out,) = grad_cache([ddp], [(images, texts)], 256)``. Otherwise DistributedDataParallel with
+    ``find_unused_parameters`` neither notices nor reduces that parameter's gradient. Ranks may have different numbers
+    of chunks, except under FSDP2, where all ranks gather the weights together.
 
     Args:
-        towers: any number of callables, of which some may be the same or share parts. Each returns a tensor, or tuples,
-            lists and dicts of tensors: embeddings [B, ...], of any dtype, and scalars that do not depend on the input,
-            of one element and at most one dimension.
-        inputs: for each tower its one argument, or a tuple of arguments, or a dict of named ones. Tensors anywhere in
-            it have B rows and are split; B may differ between towers. Tensors without dimension and what is no tensor
-            go to each chunk whole; other tensors can be bound to a tower by ``functools.partial``.
-        chunk_size: rows at a time, at least 1; one number, or one for each tower.
-        modules: those that the towers run through. They need not be given where each tower is a module, a method of
-            one, or a ``functools.partial`` of these.
+        towers: any number of callables; some may be the same, or share parts. Each returns a tensor, or tuples, lists
+            and dicts of tensors. A tensor is either an embedding [B, ...] of any dtype, or a scalar that does not
+            depend on the input, with one element and at most one dimension.
+        inputs: for each tower its one argument, or a tuple of arguments, or a dict of named arguments. All tensors in
+            it must have B rows, which are split into chunks; B may differ between towers. Tensors without a dimension,
+            and anything that is not a tensor, go to every chunk as they are. Bind other tensors to a tower by
+            ``functools.partial``.
+        chunk_size: how many rows at a time, at least 1; one number, or one for each tower.
+        modules: the modules that the towers run through. They are needed only if a tower is neither a module, nor a
+            method of one, nor a ``functools.partial`` of these.
 
     Returns:
-        What each tower returns, with all rows.
+        For each tower what it returns, with all rows.
 
     Raises:
-        ValueError: naming the argument, what came and what is expected. An input must not require a gradient.
-        RuntimeError: in the backward pass, if a wrapped model waits for a gradient that no tower passes on.
+        ValueError: if an argument does not fit; the message names it, what it got and what it expects. An input must
+            not require a gradient.
+        RuntimeError: in the backward pass, if a wrapped model waits for a gradient that does not go through a tower.
 
     Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021, arXiv:2101.06983.
 

@@ -1,4 +1,4 @@
-"""Projection heads, loaded from and saved as their authors' checkpoints."""
+"""DINO's projection head, which loads its authors' checkpoints."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from ssl_kernels.ops.unit_rows import unit_rows
 
 
 class DINOHead(nn.Module):
-    r"""DINO's projection head: an MLP to a normalised bottleneck, then its products with ``out_dim`` prototypes.
+    r"""DINO's projection head: an MLP, a normalised bottleneck, and its products with ``out_dim`` prototypes.
 
     .. math::
 
         z = \mathrm{mlp}(x) / \lVert \mathrm{mlp}(x) \rVert, \qquad
         \ell_k = g_k \, \langle z, v_k / \lVert v_k \rVert \rangle
 
-    The weights have Meta's names (``mlp.0.weight``, ``last_layer.weight_g``, ``last_layer.weight_v``), so that a head
-    of a DINO or iBOT checkpoint loads as it is. Two other spellings load too: that of lightly's ``DINOProjectionHead``,
-    whose linear layers have no bias below BatchNorm (it is zero then), and that of PyTorch's ``parametrizations``.
+    The weights have Meta's names (``mlp.0.weight``, ``last_layer.weight_g``, ``last_layer.weight_v``), so the head of a
+    DINO or iBOT checkpoint loads as it is. The names of lightly's ``DINOProjectionHead`` and of PyTorch's
+    ``parametrizations`` load too. Where lightly's linear layers have no bias, before BatchNorm, the bias is set to
+    zero.
 
     Args:
         in_dim: width of the features.
         out_dim: number of prototypes K; 65,536 on ImageNet, and far fewer on little data.
         hidden_dim: width of the hidden layers.
         bottleneck_dim: width of the bottleneck.
-        layers: linear layers of the MLP, at least 1; between two of them there is a GELU.
-        batch_norm: BatchNorm below each GELU; it helps convolutional nets and small ones.
-        norm_last_layer: fix every g to 1, which steadies training; False learns them.
-        freeze_last_layer: epochs during which :meth:`cancel_last_layer_gradients` keeps the prototypes as they are.
+        layers: the number of linear layers in the MLP, at least 1, with a GELU between two of them.
+        batch_norm: put BatchNorm before each GELU, which helps convolutional and small networks.
+        norm_last_layer: True fixes every g to 1, which steadies training; False learns them.
+        freeze_last_layer: the number of first epochs in which :meth:`cancel_last_layer_gradients` keeps the prototypes
+            as they are.
 
-    Called with features ``[..., in_dim]`` (``[N, in_dim]`` with BatchNorm), it returns logits ``[..., out_dim]``. The
-    bottleneck is normalised in float32 where its dtype has 16 bits.
+    It takes features ``[..., in_dim]``, or ``[N, in_dim]`` with BatchNorm, and returns logits ``[..., out_dim]``. A
+    16-bit bottleneck is normalised in float32.
 
     Raises:
         ValueError: if a size is less than 1 or ``freeze_last_layer`` is negative.
@@ -88,13 +90,15 @@ class DINOHead(nn.Module):
         self.register_load_state_dict_pre_hook(_rename)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits [..., out_dim] of features [..., in_dim]."""
         z = self.mlp(x)
         z = unit_rows(z.to(accumulation_dtype(z.dtype)))
         logits: Tensor = self.last_layer(z)
         return logits
 
     def cancel_last_layer_gradients(self, epoch: int) -> None:
-        """Drop the prototypes' gradients in the first epochs, counted from 0; call it between backward and the step."""
+        """Drop the prototypes' gradients in the first epochs, counted from 0. Call it between ``backward`` and the
+        optimizer step."""
         if epoch < self.freeze_last_layer:
             for parameter in self.last_layer.parameters():
                 parameter.grad = None

@@ -1,4 +1,4 @@
-"""The queue of keys that momentum contrast draws its negatives from."""
+"""The queue of keys from which momentum contrast takes its negatives."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ssl_kernels.ops.unit_rows import unit_rows
 
 
 class KeyQueue(nn.Module):
-    """The last ``size`` keys, as a ring buffer that is written in place.
+    """The last ``size`` keys, in a ring buffer that is written in place.
 
-    The rows of :attr:`keys` start as random unit vectors, as in MoCo, so that the loss has all its negatives from the
-    first step on. Rows and pointer are buffers: checkpoints hold them and training resumes exactly.
+    The rows of :attr:`keys` start as random unit vectors, as in MoCo, so the loss has all its negatives from the first
+    step on. Rows and pointer are buffers: checkpoints contain them, and training resumes exactly.
 
-    Enqueue strictly after the loss. Keys that are in the queue before it are among their own negatives, and even a
-    perfect match then scores ln 2. The losses of this library keep no reference to the queue: enqueueing between a
-    forward pass and its backward is safe.
+    Enqueue after the loss. Keys that are in the queue before it are among their own negatives, and even a perfect match
+    then has the loss ln 2. The losses of this library keep no reference to the queue, so you may enqueue between a
+    forward pass and its backward pass.
 
     Args:
         size: number of keys.
         dim: features of a key.
-        dtype: in which keys are kept: float32, bfloat16, float16 or float64.
-        normalize: divide each key by its norm on the way in.
-        gather: enqueue the keys of all ``torch.distributed`` processes, in the order of their ranks, on each of them.
-            Processes may bring different numbers of keys. For equal queues start from equal keys: wrap the module in
-            ``DistributedDataParallel``, which broadcasts buffers, or give each process a generator of the same seed.
-            Without ``gather`` each process has a queue of its own only under ``broadcast_buffers=False``; else
-            ``DistributedDataParallel`` overwrites it with that of rank 0 in every forward pass.
-        group: those whose keys are gathered, a ``ProcessGroup`` or a ``DeviceMesh``; None is all processes.
-        generator: of the random keys to start from.
+        dtype: the dtype of the stored keys: float32, bfloat16, float16 or float64.
+        normalize: divide each key by its norm when it is enqueued.
+        gather: enqueue the keys of all ``torch.distributed`` processes on each of them, in the order of their ranks.
+            Processes may have different numbers of keys. The queues stay equal if they start equal: wrap the module in
+            ``DistributedDataParallel``, which broadcasts buffers, or give each process a generator with the same seed.
+            Without ``gather``, each process has its own queue only if ``DistributedDataParallel`` has
+            ``broadcast_buffers=False``; otherwise every forward pass overwrites it with the queue of rank 0.
+        group: the processes whose keys are gathered, a ``ProcessGroup`` or a ``DeviceMesh``; None means all.
+        generator: the random generator of the first keys.
 
     Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722.
 

@@ -8,17 +8,17 @@ from ssl_kernels.ops._checks import check_fraction
 
 
 def cosine_momentum(step: int, total: int, base: float, final: float = 1.0) -> float:
-    r"""The momentum of a teacher that follows ever more slowly:
-    :math:`m_1 - (m_1 - m_0)\,\frac{1 + \cos(\pi\, \mathrm{step} / \mathrm{total})}{2}`.
+    r"""The momentum of a teacher that follows more and more slowly, along a cosine: :math:`m_1 - (m_1 - m_0)\,\frac{1 +
+    \cos(\pi\, \mathrm{step} / \mathrm{total})}{2}`.
 
     Args:
-        step: optimizer steps done; from ``total`` on the momentum stays at ``final``.
-        total: optimizer steps of the whole training, at least 1.
+        step: the number of optimizer steps done. From ``total`` on, the momentum stays at ``final``.
+        total: the number of optimizer steps of the whole training, at least 1.
         base: m_0 in [0, 1], the momentum of step 0.
         final: m_1 in [0, 1], the momentum of step ``total``.
 
     Raises:
-        ValueError: naming the argument, what came and what is expected.
+        ValueError: if an argument does not fit; the message names it, what it got and what it expects.
 
     Source: Grill et al., Bootstrap Your Own Latent, 2020, arXiv:2006.07733.
 
@@ -34,15 +34,15 @@ def cosine_momentum(step: int, total: int, base: float, final: float = 1.0) -> f
 def linear_warmup(step: int, steps: int, start: float, end: float) -> float:
     r"""From ``start`` at step 0 to ``end`` at step ``steps`` in equal steps, and ``end`` from then on.
 
-    DINO warms up the temperature of its teacher so, from 0.04 to 0.07 over 30 epochs.
+    DINO warms up its teacher's temperature in this way, from 0.04 to 0.07 over 30 epochs.
 
     Args:
-        step: steps, or epochs, done.
-        steps: how many the warm-up takes; none with 0.
+        step: the number of steps, or epochs, done.
+        steps: how many of them the warm-up takes; 0 for no warm-up.
         start, end: any two numbers.
 
     Raises:
-        ValueError: naming the argument, what came and what is expected.
+        ValueError: if an argument does not fit; the message names it, what it got and what it expects.
 
     Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021, arXiv:2104.14294.
 

@@ -109,11 +109,11 @@ _tile_budget_mb = _Setting(_megabytes("SSL_KERNELS_TILE_BUDGET_MB", 64, _check_b
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Run every op inside the block with the backend ``name`` (one of :data:`BACKENDS`).
 
-    The block counts for its own thread (or asyncio task); other threads keep theirs. :func:`set_defaults` and the
-    environment variable ``SSL_KERNELS_BACKEND`` set what counts outside of blocks: use these where other threads run
-    the forward pass, as those of ``DataParallel``, or run it again, as activation checkpointing does. A call takes its
-    backend once; its backward pass has the same. A graph of ``torch.compile`` takes that of the block that was entered
-    last in the whole process.
+    The block affects its own thread or asyncio task only. :func:`set_defaults` and the environment variable
+    ``SSL_KERNELS_BACKEND`` set the backend outside of blocks, in all threads. Use those if other threads run the
+    forward pass, as with ``DataParallel``, or run it again, as with activation checkpointing. A call chooses its
+    backend once, and its backward pass uses the same. A graph of ``torch.compile`` uses the backend of the block that
+    was entered last in the whole process.
 
     >>> import torch, ssl_kernels
     >>> x = torch.eye(2)
@@ -125,23 +125,24 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
 
 def use_workspace(mb: float) -> AbstractContextManager[None]:
-    """Bound the panel driver's workspace to ``mb`` megabytes inside the block; see :func:`use_backend` for its reach.
+    """Limit the workspace of every op inside the block to ``mb`` megabytes.
 
-    The environment variable ``SSL_KERNELS_WORKSPACE_MB`` sets the default, 64 if absent. Panels shrink to fit it; a
-    smaller workspace is slower, never wrong.
+    A tile of similarities and a panel of features take at most this much each. A smaller workspace is slower, never
+    wrong. The environment variable ``SSL_KERNELS_WORKSPACE_MB`` sets the default, which is 64 without it. Which threads
+    the block affects is told at :func:`use_backend`.
     """
     return _workspace_mb.block(_check_workspace(mb, "use_workspace"))
 
 
 def use_tile_budget(mb: float) -> AbstractContextManager[None]:
-    """Let a softmax loss keep up to ``mb`` megabytes of similarities from its first pass for its second.
+    """Let softmax losses keep up to ``mb`` megabytes of similarities from their first pass for their second.
 
-    What is kept need not be computed again: 3 units instead of 4 for CLIP. The default is 64, all of a batch of 4,096
-    in fp32, or what the environment variable ``SSL_KERNELS_TILE_BUDGET_MB`` says; 0 turns it off. On the CPU the
-    process holds on to this memory for its next step, since fresh pages cost as much time as the products that they
-    save; the first loss with a budget of 0 lets it go. So it does with the memory of gradients as large as the logits
-    (DINO, iBOT). The Triton kernels keep nothing: on a GPU a product is faster than the memory. See
-    :func:`use_backend` for the reach of the block.
+    What is kept need not be computed again: CLIP then takes three matrix products instead of four. The environment
+    variable ``SSL_KERNELS_TILE_BUDGET_MB`` sets the default. Without it the default is 64, which holds all of a batch
+    of 4,096 in float32; 0 keeps nothing. On the CPU, the process holds on to this memory for its next step, because
+    fresh memory costs as much time as it saves. It does the same with gradients as large as the logits (DINO, iBOT).
+    The first loss with a budget of 0 releases both. The Triton kernels keep nothing, because on a GPU a product is
+    faster than the memory. Which threads the block affects is told at :func:`use_backend`.
     """
     return _tile_budget_mb.block(_check_budget(mb, "use_tile_budget"))
 
@@ -149,10 +150,15 @@ def use_tile_budget(mb: float) -> AbstractContextManager[None]:
 def set_defaults(
     *, backend: str | None = None, workspace_mb: float | None = None, tile_budget_mb: float | None = None
 ) -> None:
-    """Set what counts in the whole process outside of :func:`use_backend` and its relatives; None leaves a setting.
+    """Set the defaults of the whole process, outside of ``with`` blocks such as :func:`use_backend`.
+
+    Args:
+        backend: as in :func:`use_backend`; None leaves it as it is, as for the others.
+        workspace_mb: as in :func:`use_workspace`.
+        tile_budget_mb: as in :func:`use_tile_budget`.
 
     Raises:
-        ValueError: naming the setting, what came and what is expected; nothing is set then.
+        ValueError: if a value does not fit; the message names the setting. No setting is changed then.
 
     >>> import ssl_kernels
     >>> ssl_kernels.set_defaults(backend="auto", workspace_mb=64)

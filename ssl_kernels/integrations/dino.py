@@ -14,15 +14,15 @@ from ssl_kernels.schedules import linear_warmup
 class DINOLoss(nn.Module):
     """Replaces ``DINOLoss`` of ``main_dino.py``; checkpoints load both ways.
 
-    See :func:`ssl_kernels.functional.dino_loss`. A single process needs no ``torch.distributed``; of several, the
-    centre follows the mean over all, whose numbers of samples may differ.
+    See :func:`ssl_kernels.functional.dino_loss`. Unlike Meta's class, this one works without ``torch.distributed``.
+    With several processes the centre follows the mean over all of them; they may have different numbers of samples.
 
     Args:
         out_dim: number of prototypes K.
-        ncrops: crops V of the student, of which the first two are the teacher's.
+        ncrops: the number V of the student's crops; the first two are the teacher's.
         warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs: the teacher's temperature goes linearly
             from the first to the second in the warm-up epochs and stays there for the rest of ``nepochs``.
-        student_temp, center_momentum: of the student's softmax, and of the centre.
+        student_temp, center_momentum: the temperature of the student's softmax, and the momentum of the centre.
 
     >>> import torch
     >>> from ssl_kernels.integrations.dino import DINOLoss
@@ -59,7 +59,8 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
-        """The loss of ``student_output`` [V B, K] and ``teacher_output`` [2 B, K], crop by crop; the centre moves."""
+        """The loss of ``student_output`` [V B, K] and ``teacher_output`` [2 B, K], ordered crop by crop. Then the
+        centre moves."""
         for name, logits, crops in (("student", student_output, self.ncrops), ("teacher", teacher_output, 2)):
             if logits.dim() != 2 or logits.shape[0] % crops:
                 raise ValueError(f"{name}_output: expected shape [{crops} B, K], got {tuple(logits.shape)}")
@@ -75,7 +76,7 @@ class DINOLoss(nn.Module):
         return loss
 
     def update_center(self, teacher_output: Tensor) -> None:
-        """Move the centre towards the mean of logits [rows, K]; a call of the module has done so."""
+        """Move the centre towards the mean of logits [rows, K]. Calling the module does this already."""
         self._move(total_of(teacher_output))
 
     @torch.no_grad()

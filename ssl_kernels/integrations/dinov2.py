@@ -1,7 +1,6 @@
-"""The losses of DINOv2's own code, argument for argument: the teacher's probabilities are made by the caller.
-
-Code that is free to change passes logits and a centre to :func:`ssl_kernels.functional.dino_loss` and
-:func:`ssl_kernels.functional.ibot_patch_loss` instead, where probabilities are never written.
+"""The losses of DINOv2's own code, argument for argument. The caller computes and stores the teacher's probabilities.
+If you may change the caller, pass logits and a centre to :func:`ssl_kernels.functional.dino_loss` and
+:func:`ssl_kernels.functional.ibot_patch_loss` instead, which never store the probabilities.
 """
 
 from __future__ import annotations
@@ -51,23 +50,26 @@ class CenteredLoss(nn.Module):
     def softmax_center_teacher(
         self, teacher_output: Tensor, teacher_temp: Tensor | float, update_centers: bool = True
     ) -> Tensor:
-        """softmax((T - c) / tau) of logits [..., K] in float32, with the centre up to date if ``update_centers``."""
+        """softmax((T - c) / tau) of logits T [..., K], in float32. ``update_centers`` first applies a waiting update of
+        c."""
         if update_centers:
             self.apply_center_update()
         return K.centered_softmax(teacher_output, teacher_temp, self.center)
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:
-        """Start to move the centre towards the mean of logits [..., K]."""
+        """Start to move the centre towards the mean of logits [..., K]; the next use of the centre waits for it."""
         self.reduce_center_update(teacher_output)
 
     @torch.no_grad()
     def reduce_center_update(self, teacher_output: Tensor) -> None:
+        """What :meth:`update_center` does, under DINOv2's other name."""
         total = total_of(teacher_output)
         self._waiting.append((total, all_reduce_(total, self._group, async_op=True)))
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
+        """Wait for the updates that have started, and move the centre."""
         if not self._waiting:
             return
         for _, work in self._waiting:
@@ -91,7 +93,7 @@ class DINOLoss(CenteredLoss):
 
     Args:
         out_dim: number of prototypes K.
-        student_temp, center_momentum: of the student's softmax, and of the centre.
+        student_temp, center_momentum: the temperature of the student's softmax, and the momentum of the centre.
 
     >>> import torch
     >>> from ssl_kernels.integrations.dinov2 import DINOLoss
@@ -107,7 +109,7 @@ class DINOLoss(CenteredLoss):
     def sinkhorn_knopp_teacher(
         self, teacher_output: Tensor, teacher_temp: Tensor | float, n_iterations: int = 3
     ) -> Tensor:
-        """Assignment of the rows [N, K] of all processes; N may differ between them."""
+        """The Sinkhorn-Knopp assignment of the rows [N, K] of all processes, which may have different N."""
         return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, group=self._group)
 
     def forward(
@@ -115,7 +117,7 @@ class DINOLoss(CenteredLoss):
         student_output_list: Tensor | Sequence[Tensor],
         teacher_out_softmaxed_centered_list: Tensor | Sequence[Tensor],
     ) -> Tensor:
-        """The sum over all pairs of crops, logits [B, K] and probabilities [B, K], of the mean cross-entropy."""
+        """The mean cross-entropy between logits [B, K] and probabilities [B, K], summed over all pairs of crops."""
         pairs = len(student_output_list) * len(teacher_out_softmaxed_centered_list)
         loss = K.dino_loss(
             student_output_list,
@@ -132,7 +134,7 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801
 
     Args:
         patch_out_dim: number of prototypes K.
-        student_temp, center_momentum: of the student's softmax, and of the centre.
+        student_temp, center_momentum: the temperature of the student's softmax, and the momentum of the centre.
 
     >>> import torch
     >>> from ssl_kernels.integrations.dinov2 import iBOTPatchLoss
@@ -153,11 +155,13 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801
         n_masked_patches_tensor: Tensor | None = None,
         n_iterations: int = 3,
     ) -> Tensor:
-        """Assignment of the rows [N, K] of all processes. Their number cancels, so it is neither needed nor written."""
+        """The Sinkhorn-Knopp assignment of the rows [N, K] of all processes. ``n_masked_patches_tensor`` is not used,
+        because the number of rows cancels out."""
         return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, group=self._group)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
-        """The mean over images of the mean over their masked patches, of logits and probabilities [B, patches, K]."""
+        """The cross-entropy between logits and probabilities [B, patches, K]: the mean over images of the mean over
+        their masked patches."""
         images = student_masks_flat.shape[0]
         weights = student_masks_flat / (images * student_masks_flat.sum(-1, keepdim=True).clamp(min=1))
         return self._loss(student_patch_tokens.flatten(0, 1), teacher_patch_tokens.flatten(0, 1), weights.flatten())
@@ -170,9 +174,10 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801
         n_masked_patches: int | None = None,
         masks_weight: Tensor | None = None,
     ) -> Tensor:
-        """The same of the masked patches alone, the first ``n_masked_patches`` rows [N, K] of both.
+        """The same loss, given the masked patches alone: the first ``n_masked_patches`` rows [N, K] of both tensors.
 
-        ``masks_weight`` [N] is 1 over the number of masked patches of a row's image, found in the mask if absent.
+        ``masks_weight`` [N] is 1 over the number of masked patches of each row's image. If it is None, it is found from
+        the mask.
         """
         student = student_patch_tokens_masked[:n_masked_patches]
         teacher = teacher_patch_tokens_masked[:n_masked_patches]

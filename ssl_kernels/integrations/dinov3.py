@@ -1,9 +1,8 @@
-"""The losses of DINOv3's own code, argument for argument: those of DINOv2 but for what is here.
+"""The losses of DINOv3's own code, argument for argument. They are those of DINOv2, except for the ones defined here.
 
-The centre, Sinkhorn-Knopp and the distributed KoLeo are over the processes of
-``dinov3.distributed.get_process_subgroup()``, which DINOv3's trainer sets, in a program that has imported
-``dinov3.distributed``; in another one they are over all processes. For any other group pass it to
-:class:`ssl_kernels.SinkhornKnopp` and :class:`ssl_kernels.KoLeoLoss`.
+If the program has imported ``dinov3.distributed``, the centre, Sinkhorn-Knopp and the distributed KoLeo are over the
+processes of ``dinov3.distributed.get_process_subgroup()``, which DINOv3's trainer sets. Otherwise they are over all
+processes. For another group, use :class:`ssl_kernels.SinkhornKnopp` and :class:`ssl_kernels.KoLeoLoss`, which take one.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class DINOLoss(dinov2.DINOLoss):
 
     Args:
         out_dim: number of prototypes K.
-        student_temp, center_momentum: of the student's softmax, and of the centre.
+        student_temp, center_momentum: the temperature of the student's softmax, and the momentum of the centre.
 
     >>> import torch
     >>> from ssl_kernels.integrations.dinov3 import DINOLoss
@@ -49,9 +48,10 @@ class DINOLoss(dinov2.DINOLoss):
         return _process_subgroup()
 
     def forward(self, student_logits: Tensor, teacher_probs: Tensor, ignore_diagonal: bool = False) -> Tensor:  # type: ignore[override]
-        """The mean over pairs of crops and over samples, of logits [V, B, K] and probabilities [T, B, K].
+        """The cross-entropy between logits [V, B, K] and probabilities [T, B, K], averaged over pairs of crops and
+        samples.
 
-        ``ignore_diagonal`` leaves out the pairs of the same crop.
+        ``ignore_diagonal`` leaves out the pairs of a crop with itself.
         """
         return K.dino_loss(
             student_logits,
@@ -67,7 +67,7 @@ class iBOTPatchLoss(dinov2.iBOTPatchLoss):  # noqa: N801
 
     Args:
         patch_out_dim: number of prototypes K.
-        student_temp, center_momentum: of the student's softmax, and of the centre.
+        student_temp, center_momentum: the temperature of the student's softmax, and the momentum of the centre.
 
     >>> import torch
     >>> from ssl_kernels.integrations.dinov3 import iBOTPatchLoss
@@ -99,19 +99,21 @@ class SinkhornKnoppTeacher(nn.Module):
         n_masked_patches_tensor: Tensor | None = None,
         n_iterations: int = 3,
     ) -> Tensor:
-        """Assignment of the rows [N, K] of the subgroup. Their number cancels, so it is neither needed nor written."""
+        """The Sinkhorn-Knopp assignment of the rows [N, K] of the subgroup. ``n_masked_patches_tensor`` is not used,
+        because the number of rows cancels out."""
         return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=n_iterations, group=_process_subgroup())
 
 
 class KoLeoLossDistributed(nn.Module):
-    """Replaces ``dinov3.loss.KoLeoLossDistributed``: neighbours are among the rows of several processes.
+    """Replaces ``dinov3.loss.KoLeoLossDistributed``, which looks for neighbours among the rows of several processes.
 
-    Gradients are those of DINOv3. The value is the mean over the rows of the processes, not those of one alone.
+    The gradients are those of DINOv3. The value is the mean over the rows of all these processes, where DINOv3 returns
+    the mean over the rows of its own process.
 
     Args:
         topk: how many neighbours; only 1 is implemented.
-        loss_group_size: rows among which neighbours are searched, those of consecutive processes with equal numbers of
-            them; None is the rows of all, of which each process may have any number.
+        loss_group_size: neighbours are searched within groups of this many rows, held by consecutive processes with
+            equal numbers of rows. None means the rows of all processes, which may then have different numbers of them.
 
     >>> import torch
     >>> from ssl_kernels.integrations.dinov3 import KoLeoLossDistributed

@@ -14,18 +14,18 @@ from ssl_kernels.queue import gather_rows, keep_missing_bank, random_keys
 class MemoryBankModule(nn.Module):
     """Replaces ``lightly.models.modules.memory_bank.MemoryBankModule``.
 
-    It returns what lightly's returns: the bank as it was before the update. Unlike that one it keeps every row of a
-    batch that wraps around the end of the bank, takes batches of more rows than the bank, does not synchronise with the
-    device, and saves the bank in checkpoints. A checkpoint of lightly's, which lacks the bank, leaves it as it is; one
-    of these loads into lightly's with ``strict=False``. The bank is copied in a call that updates it, and else returned
-    as a view.
+    Like lightly's, it returns the bank as it was before the update. Unlike lightly's, it keeps every row of a batch
+    that wraps around the end of the bank, takes batches with more rows than the bank, does not wait for the device, and
+    saves the bank in checkpoints. A checkpoint of lightly's has no bank and leaves this one as it is; lightly loads a
+    checkpoint of ours with ``strict=False``. A call that updates the bank returns a copy, and other calls return a
+    view.
 
-    A loss over :class:`ssl_kernels.KeyQueue` with :func:`ssl_kernels.functional.info_nce_loss` needs no copy at all.
+    With :class:`ssl_kernels.KeyQueue` and :func:`ssl_kernels.functional.info_nce_loss` no copy is needed at all.
 
     Args:
-        size: rows and features of the bank, or 0 for none.
+        size: (rows, features) of the bank, or 0 for none.
         gather_distributed: update with the rows of all processes.
-        feature_dim_first: return the bank as [features, rows], else as [rows, features].
+        feature_dim_first: True returns the bank as [features, rows], False as [rows, features].
 
     >>> import torch
     >>> from ssl_kernels.integrations.lightly import MemoryBankModule
@@ -53,7 +53,8 @@ class MemoryBankModule(nn.Module):
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``output`` [B, features], and the bank before ``update`` writes it there; ``labels`` are ignored."""
+        """Return ``output`` [B, features] and the bank. With ``update``, ``output`` is then written into the bank.
+        ``labels`` are ignored."""
         if self.size[0] == 0:
             return output, None
         bank = self.bank.clone() if update else self.bank
@@ -66,8 +67,8 @@ class MemoryBankModule(nn.Module):
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float | Tensor) -> None:
     """Replaces ``lightly.models.utils.update_momentum``: parameters of ``model_ema`` move towards those of ``model``.
 
-    Pairs are by order, as lightly's, but models that differ are refused. Buffers, such as the statistics of BatchNorm,
-    stay as they are: :class:`ssl_kernels.ModelEma` takes care of them, too.
+    Parameters are paired by their order, as in lightly, but models that differ are refused. Buffers, such as
+    BatchNorm's statistics, stay as they are; :class:`ssl_kernels.ModelEma` updates them too.
 
     >>> import torch
     >>> from ssl_kernels.integrations.lightly import update_momentum

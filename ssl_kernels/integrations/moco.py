@@ -10,10 +10,11 @@ from ssl_kernels.queue import gather_rows, random_keys
 
 
 class MoCoQueue(nn.Module):
-    """:class:`ssl_kernels.KeyQueue` with the buffers of MoCo: ``queue`` [dim, K] and ``queue_ptr`` [1].
+    """:class:`ssl_kernels.KeyQueue` under the names that MoCo gives its buffers: ``queue`` [dim, K] and ``queue_ptr``
+    [1].
 
-    A model that inherits from it, or holds it, loads MoCo's checkpoints and writes such. In memory a key is contiguous:
-    ``queue`` is the transposed view of :attr:`keys`.
+    A model that inherits from it, or contains it, loads MoCo's checkpoints, and MoCo loads the model's. Each key is
+    contiguous in memory; ``queue`` is the transposed view of :attr:`keys`.
 
     Args:
         dim: features of a key.
@@ -47,7 +48,7 @@ class MoCoQueue(nn.Module):
         return self.queue.t()
 
     def enqueue(self, keys: Tensor) -> None:
-        """Write ``keys`` [B, dim], any B, over the oldest ones; strictly after the loss."""
+        """Write ``keys`` [B, dim], with any B, over the oldest ones. Call it after the loss."""
         if self.queue.stride(0) != 1:  # the memory of a checkpoint, after load_state_dict(assign=True)
             self.queue = self.queue.t().contiguous().t()
         enqueue_(self.keys, self.queue_ptr, gather_rows(keys) if self.gather else keys, normalize=self.normalize)

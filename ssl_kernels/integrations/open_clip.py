@@ -13,7 +13,8 @@ from ssl_kernels.losses import ClipLoss, SigLipLoss
 
 @contextmanager
 def replaced_losses() -> Iterator[None]:
-    """Inside, ``open_clip.create_loss(args)`` and ``open_clip.create_task(args, ...)`` build losses of this library.
+    """Inside this block, ``open_clip.create_loss(args)`` and ``open_clip.create_task(args, ...)`` build losses of this
+    library.
 
     So does ``open_clip_train``, which calls them::
 
@@ -23,9 +24,9 @@ def replaced_losses() -> Iterator[None]:
         with replaced_losses():
             main(sys.argv[1:])
 
-    The names ``ClipLoss`` and ``SigLipLoss`` are replaced in ``open_clip.loss`` and in ``open_clip.factory``, which has
-    imported them. Other modules that have imported them before keep open_clip's. The losses of CoCa and of distillation
-    are not in this library: to build one inside is an error.
+    The block replaces the names ``ClipLoss`` and ``SigLipLoss`` in ``open_clip.loss`` and in ``open_clip.factory``,
+    which imports them. Other modules that imported them earlier keep open_clip's classes. This library has no losses of
+    CoCa and of distillation, and building one inside the block is an error.
 
     Raises:
         ImportError: if open_clip is not installed, or does not have these names there.

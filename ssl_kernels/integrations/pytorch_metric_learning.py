@@ -13,11 +13,11 @@ from ssl_kernels.ops.unit_rows import fused_unit_rows
 class SupConLoss(losses.SupConLoss):
     """Replaces ``pytorch_metric_learning.losses.SupConLoss`` with its default distance and reducer.
 
-    Embeddings are normalised here; rows without a positive contribute nothing, and a batch of one label has the loss 0.
-    pytorch-metric-learning also leaves rows out of the mean whose loss is 0 to rounding, which this does not.
+    Embeddings are normalised here. Rows without a positive contribute nothing, and a batch with a single label has the
+    loss 0. pytorch-metric-learning also leaves out of the mean all rows whose loss rounds to 0; this class does not.
 
     Args:
-        temperature: of the similarities.
+        temperature: divides the similarities.
 
     Raises:
         NotImplementedError: for a miner's ``indices_tuple``, and for reference embeddings.

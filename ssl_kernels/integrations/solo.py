@@ -16,7 +16,11 @@ from ssl_kernels.schedules import cosine_momentum
 
 
 def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
-    """MoCo v2+ loss of normalised ``query`` and ``key`` [B, D] against a ``queue`` [D, K], which is read in place.
+    """MoCo v2+ loss of normalised ``query`` and ``key`` [B, D] against a ``queue`` [D, K], which is not copied.
+
+    Args:
+        query, key, queue: normalised features; ``key`` and ``queue`` without gradient.
+        temperature: divides the similarities.
 
     >>> import torch
     >>> from ssl_kernels.integrations.solo import mocov2plus_loss_func
@@ -30,13 +34,20 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
-    """SimCLR loss of two views of every index among the rows of ``z`` [2 B, D], normalised here.
+    """SimCLR loss of two views of each image.
 
-    The rows are those of all processes, which may have any number. As in solo-learn, ``indexes`` are to tell an image
-    of one process from those of the others, and the value is the mean over all rows on every process.
+    The rows of all processes are taken together; each process may have any number of them. As in solo-learn,
+    ``indexes`` must differ between images of different processes, and the value on every process is the mean over all
+    rows.
 
-    Of more than two views solo-learn takes the logarithm of the positives' summed probabilities, this the mean of their
-    logarithms: Khosla et al. 2020, arXiv:2004.11362, found the latter to learn better.
+    With more than two views, this function takes the mean of the logarithms of the positives' probabilities, where
+    solo-learn takes the logarithm of their sum. Khosla et al. 2020, arXiv:2004.11362, found that the former learns
+    better.
+
+    Args:
+        z: [2 B, D] features of all views, which are normalised here.
+        indexes: integers [2 B], equal for views of one image.
+        temperature: divides the similarities.
 
     >>> import torch
     >>> from ssl_kernels.integrations.solo import simclr_loss_func
@@ -53,9 +64,13 @@ def vicreg_loss_func(
     var_loss_weight: float = 25.0,
     cov_loss_weight: float = 1.0,
 ) -> Tensor:
-    """VICReg loss of two views [N, D], whose variance term is the sum over both.
+    """VICReg loss of two views [N, D]. Its variance term is the sum over both views.
 
-    The rows are those of all processes, which may have any number.
+    The rows of all processes are taken together; each process may have any number of them.
+
+    Args:
+        z1, z2: the two views.
+        sim_loss_weight, var_loss_weight, cov_loss_weight: weights of invariance, variance and covariance.
 
     >>> import torch
     >>> from ssl_kernels.integrations.solo import vicreg_loss_func
@@ -68,8 +83,13 @@ def vicreg_loss_func(
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
     """Barlow Twins loss of two views [N, D], times ``scale_loss``.
 
-    The rows are those of all processes. solo-learn takes means and variances of each process's own rows, and averages
-    the correlations; here they are those of all rows, as of one process that has them.
+    The rows of all processes are taken together, as if one process had them. In solo-learn each process normalises its
+    own rows, and the correlations are averaged.
+
+    Args:
+        z1, z2: the two views.
+        lamb: weight of the correlations off the diagonal.
+        scale_loss: factor on the loss.
 
     >>> import torch
     >>> from ssl_kernels.integrations.solo import barlow_loss_func
@@ -80,7 +100,13 @@ def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: flo
 
 
 def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
-    """MoCo v3 loss in one direction, for ``query`` and frozen ``key`` [B, D], normalised here; keys of all processes.
+    """MoCo v3 loss in one direction, of ``query`` and frozen ``key`` [B, D], which are normalised here.
+
+    The keys of all processes are taken together.
+
+    Args:
+        query, key: features of two views; ``key`` without gradient.
+        temperature: divides the similarities.
 
     >>> import torch
     >>> from ssl_kernels.integrations.solo import mocov3_loss_func
@@ -91,10 +117,10 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Te
 
 
 class MomentumUpdater:
-    """Replaces ``solo.utils.momentum.MomentumUpdater``: an average whose momentum rises from base to final by a cosine.
+    """Replaces ``solo.utils.momentum.MomentumUpdater``, whose momentum rises along a cosine from base to final.
 
-    Parameters are paired by order, as solo-learn's, but networks that differ are refused. Buffers stay as they are:
-    :class:`ssl_kernels.ModelEma` takes care of them, too.
+    Parameters are paired by their order, as in solo-learn, but networks that differ are refused. Buffers stay as they
+    are; :class:`ssl_kernels.ModelEma` updates them too.
 
     Args:
         base_tau: momentum in [0, 1] until :meth:`update_tau` is called, and at step 0.
@@ -121,7 +147,9 @@ class MomentumUpdater:
         self.final_tau = final_tau
 
     def update(self, online_net: nn.Module, momentum_net: nn.Module) -> None:
+        """Move the parameters of ``momentum_net`` towards those of ``online_net``."""
         K.ema_update_(momentum_net.parameters(), online_net.parameters(), self.cur_tau)
 
     def update_tau(self, cur_step: int, max_steps: int) -> None:
+        """Set the momentum for step ``cur_step`` of ``max_steps``."""
         self.cur_tau = cosine_momentum(cur_step, max_steps, self.base_tau, self.final_tau)

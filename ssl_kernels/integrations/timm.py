@@ -10,30 +10,29 @@ from ssl_kernels.ema import ModelEma
 
 
 class ModelEmaV3(ModelEma):
-    r"""Replaces ``timm.utils.ModelEmaV3``: an average of parameters and buffers whose decay can warm up.
+    r"""Replaces ``timm.utils.ModelEmaV3``, an average of parameters and buffers whose decay can warm up.
 
     .. math:: d_{\mathrm{step}} = \min\left(d,\ 1 - (1 + n / \gamma)^{-p}\right), \qquad
               n = \mathrm{step} - \mathrm{update\_after\_step} - 1 > 0
 
-    Checkpoints are timm's. Those that its ``CheckpointSaver`` writes never name what wraps a model, and neither do
-    these: the average is of the model below ``torch.compile``, DataParallel or DistributedDataParallel, and loads what
-    timm's average of a wrapped model has saved. Unlike timm's, tied parameters are averaged once, not once for each of
-    their names, buffers outside of ``state_dict`` are copied, and a model whose parameters have other names or shapes
-    is refused.
+    Checkpoints are timm's, and load both ways. As in those of its ``CheckpointSaver``, the names are those of the model
+    inside ``torch.compile``, DataParallel or DistributedDataParallel; a checkpoint of timm's average of a wrapped model
+    loads too. Unlike timm's class, this one averages a tied parameter once, not once for each of its names, copies
+    buffers outside of ``state_dict``, and refuses a model whose parameters have other names or shapes.
 
     Args:
-        model: what to follow; the copy is put into ``eval()``.
-        decay: d in [0, 1], which :class:`ssl_kernels.ModelEma` calls momentum.
-        min_decay: the least decay of a warm-up.
-        update_after_step: up to the step after this one the average is a copy of the model.
+        model: the model to follow; the copy is put into ``eval()``.
+        decay: d in [0, 1]; :class:`ssl_kernels.ModelEma` calls it momentum.
+        min_decay: the smallest decay during a warm-up.
+        update_after_step: until the step after this one, the average is a copy of the model.
         use_warmup, warmup_gamma, warmup_power: whether and how the decay warms up; the :math:`\gamma` and p above.
-        device: where to keep the average, by default with the model.
-        dtype: in which to keep it, by default the model's.
-        stochastic_rounding: round an average in bfloat16 at random, so that steps that are less than its rounding add
-            up in expectation, as timm's do. ``dtype=torch.float32`` is faster, and exact.
-        stochastic_rounding_seed: of its generator.
-        foreach: accepted and ignored; all tensors are one call.
-        exclude_buffers: copy buffers instead of averaging them.
+        device: the device of the average, by default the model's.
+        dtype: the dtype of the average, by default the model's.
+        stochastic_rounding: round an average in bfloat16 at random, as timm does, so that steps which are smaller than
+            its rounding add up in expectation. ``dtype=torch.float32`` is faster, and exact.
+        stochastic_rounding_seed: the seed of its random generator.
+        foreach: accepted and ignored; one call updates all tensors.
+        exclude_buffers: True copies buffers instead of averaging them.
 
     Raises:
         ValueError: if a decay is outside of [0, 1], or if the model no longer has the copy's names and shapes.
@@ -81,7 +80,7 @@ class ModelEmaV3(ModelEma):
         self._generator = torch.Generator(device or "cpu").manual_seed(stochastic_rounding_seed)
 
     def get_decay(self, step: int | None = None) -> float:
-        """The decay of an update at ``step``; without one, that after the warm-up."""
+        """The decay of an update at ``step``. Without a step, it is the decay after the warm-up."""
         if step is None:
             return self.decay
         updates = step - self.update_after_step - 1
@@ -92,7 +91,7 @@ class ModelEmaV3(ModelEma):
         return max(min(1 - (1 + updates / self.warmup_gamma) ** -self.warmup_power, self.decay), self.min_decay)
 
     def update(self, model: nn.Module, step: int | None = None) -> None:  # type: ignore[override]
-        """Move towards ``model``, with the decay of ``step``."""
+        """Move the average towards ``model``, with the decay of ``step``."""
         decay = self.get_decay(step)
         if self.exclude_buffers:
             self.apply_update_no_buffers_(model, decay)
@@ -101,16 +100,16 @@ class ModelEmaV3(ModelEma):
 
     @torch.no_grad()
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Move parameters and buffers towards those of ``model``."""
+        """Move parameters and buffers of the average towards those of ``model``."""
         self._follow(model, decay, None, average_buffers=True)
 
     @torch.no_grad()
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
-        """Move parameters towards those of ``model``, and copy its buffers."""
+        """Move parameters of the average towards those of ``model``, and copy its buffers."""
         self._follow(model, decay, None, average_buffers=False)
 
     def set(self, model: nn.Module) -> None:
-        """Make the average the model's equal."""
+        """Make the average equal to ``model``."""
         self.apply_update_(model, 0.0)
 
     def extra_repr(self) -> str:

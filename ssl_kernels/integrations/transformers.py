@@ -24,14 +24,19 @@ def contrastive_loss(
 ) -> Tensor:
     """``model(..., return_loss=True).loss`` of a ``CLIPModel`` or ``SiglipModel``, in memory linear in the batch.
 
-    ``model(...)`` makes the B x B logits even where nobody asks for them; this calls the model's ``get_text_features``
-    and ``get_image_features``. It takes what ``model`` takes; ``return_loss`` is accepted and ignored.
+    ``model(...)`` computes the B x B logits even if nobody needs them. This function calls the model's
+    ``get_text_features`` and ``get_image_features`` instead.
 
-    A wrapper such as ``DistributedDataParallel`` has to see the call: wrap a module whose ``forward`` makes it. Each
-    process then has the loss of its own batch, as with ``model(...)``.
+    With ``DistributedDataParallel``, wrap a module whose ``forward`` calls this function, because the wrapper must see
+    the call. Each process then has the loss of its own batch, as with ``model(...)``.
+
+    Args:
+        model: a ``CLIPModel`` or a ``SiglipModel``.
+        input_ids, pixel_values, attention_mask, position_ids, interpolate_pos_encoding, options: what ``model`` takes.
+        return_loss: accepted and ignored.
 
     Raises:
-        TypeError: if ``model`` is neither of the two.
+        TypeError: if ``model`` is another model.
         ValueError: if there are not as many texts as images.
 
     >>> import torch, transformers

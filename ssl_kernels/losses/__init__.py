@@ -1,4 +1,4 @@
-"""Loss modules: ``nn.Module`` faces of :mod:`ssl_kernels.functional`, call-compatible with the peers they replace."""
+"""Loss modules around :mod:`ssl_kernels.functional`. Each has the arguments of the peer's class that it replaces."""
 
 from ssl_kernels.losses.albef import ALBEFContrastiveLoss
 from ssl_kernels.losses.barlow_twins import BarlowTwinsLoss

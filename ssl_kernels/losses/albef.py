@@ -13,7 +13,7 @@ class ALBEFContrastiveLoss(nn.Module):
     See :func:`ssl_kernels.functional.albef_contrastive_loss`.
 
     Args:
-        alpha: weight of the soft targets; ALBEF raises it from 0 to 0.4 over the first epoch.
+        alpha: weight of the soft targets. ALBEF raises it from 0 to 0.4 over the first epoch.
 
     Source: Li et al. 2021, arXiv:2107.07651.
 
@@ -39,9 +39,9 @@ class ALBEFContrastiveLoss(nn.Module):
         logit_scale: Tensor | float,
         alpha: float | None = None,
     ) -> Tensor:
-        """The loss of [B, D] normalised features with [K, D] queues; ``logit_scale`` is 1 / temperature.
+        """The loss of normalised features [B, D] with queues [K, D]. ``logit_scale`` is 1 / temperature.
 
-        ``alpha`` stands in for the module's own in this call.
+        ``alpha``, if given, replaces the module's alpha in this call.
         """
         return K.albef_contrastive_loss(
             image_features,

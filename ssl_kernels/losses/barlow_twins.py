@@ -12,16 +12,17 @@ from ssl_kernels.losses.in_group import LossInGroup
 class BarlowTwinsLoss(LossInGroup):
     r"""Redundancy reduction between two views; replaces ``lightly.loss.BarlowTwinsLoss``.
 
-    :math:`L = \sum_j (C_{jj} - 1)^2 + \lambda \sum_{j \ne k} C_{jk}^2` with the cross-correlation C of both views; see
-    :func:`ssl_kernels.functional.barlow_twins_loss`.
+    :math:`L = \sum_j (C_{jj} - 1)^2 + \lambda \sum_{j \ne k} C_{jk}^2` where C is the cross-correlation of both views;
+    see :func:`ssl_kernels.functional.barlow_twins_loss`.
 
     Args:
         lambda_param: :math:`\lambda`.
-        gather_distributed: take the rows of all processes. Means, variances and C are of all of them, as in the paper's
-            code under SyncBatchNorm: the loss does not depend on how the rows are spread. lightly's does, for it brings
-            the rows of each process to mean 0 and variance 1 by themselves, and averages C.
-        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
-            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``gather_distributed``.
+        gather_distributed: take the rows of all processes. Means, variances and C are those of all rows, as in the
+            paper's code under SyncBatchNorm, so the loss does not depend on how the rows are spread over processes. In
+            lightly it does: each process normalises its own rows, and C is averaged.
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group, these are all processes if ``gather_distributed`` is True,
+            otherwise this one alone.
 
     Source: Zbontar et al. 2021, arXiv:2103.03230.
 

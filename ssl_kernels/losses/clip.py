@@ -18,17 +18,19 @@ class ClipLoss(LossInGroup):
     :math:`z_{ij} = t\, x_i \cdot y_j`. See :func:`ssl_kernels.functional.clip_loss`, and for the trainers
     of open_clip :func:`ssl_kernels.integrations.open_clip.replaced_losses`.
 
-    :meth:`get_logits` and :meth:`get_ground_truth` are open_clip's, for subclasses that call them; the loss itself does
-    not. Where a subclass overrides one of them the loss is that of what they return. They make B x B matrices.
+    :meth:`get_logits` and :meth:`get_ground_truth` exist for subclasses that call or override them, as with open_clip's
+    class. They make B x B matrices, and the loss itself does not call them, unless a subclass overrides one: the loss
+    is then computed from what they return.
 
     Args:
         local_loss: return this process's share of the loss, whose mean over the processes is the loss.
-        gather_with_grad: accepted for compatibility: gradients are those of the whole batch in any case.
-        cache_labels: accepted for compatibility; there are no labels to cache.
-        rank, world_size: of the process, among all of ``torch.distributed``.
-        use_horovod: must be False in several processes.
-        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
-            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``world_size`` is above 1.
+        gather_with_grad: accepted because open_clip has it; gradients are those of the whole batch in any case.
+        cache_labels: accepted because open_clip has it; there are no labels to cache.
+        rank, world_size: this process's rank and the number of processes, as ``torch.distributed`` numbers them.
+        use_horovod: must be False if there are several processes.
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group, these are all processes if ``world_size`` is above 1,
+            otherwise this one alone.
 
     Source: Radford et al. 2021, arXiv:2103.00020.
 
@@ -69,10 +71,10 @@ class ClipLoss(LossInGroup):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of [B, D] normalised features; ``logit_scale`` is already exponentiated.
+        """The loss of normalised features [B, D]. ``logit_scale`` is the scale, not its logarithm.
 
-        A ``logit_bias`` has no effect, and its gradient is zero: a softmax does not see what all logits share. With
-        ``output_dict`` the result is ``{"contrastive_loss": loss}``.
+        A ``logit_bias`` has no effect, and its gradient is zero, because adding one number to all logits does not
+        change a softmax. With ``output_dict`` the result is ``{"contrastive_loss": loss}``.
         """
         if image_features.shape[:1] != text_features.shape[:1]:
             raise ValueError(
@@ -98,7 +100,7 @@ class ClipLoss(LossInGroup):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The logits t x y + b of all pairs: [images, texts] and [texts, images]."""
+        """The logits t x y + b of all pairs, as matrices [images, texts] and [texts, images]."""
         per_image = logit_scale * image_features @ text_features.t()
         per_text = logit_scale * text_features @ image_features.t()
         if logit_bias is not None:
@@ -107,7 +109,7 @@ class ClipLoss(LossInGroup):
         return per_image, per_text
 
     def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
-        """The column of each row's positive, which is its own number."""
+        """For each row the column of its positive: 0, 1, 2 and so on."""
         return torch.arange(num_logits, device=device)
 
     def extra_repr(self) -> str:

@@ -20,18 +20,18 @@ class DINOLoss(nn.Module):
     :math:`p_{tb} = \operatorname{softmax}((T_{tb} - c) / \tau_t)` over the P pairs of crops, and then
     :math:`c \leftarrow m c + (1 - m) \operatorname{mean}_{tb} T_{tb}`. See :func:`ssl_kernels.functional.dino_loss`.
 
-    The latter mean is over the samples of all processes of the group, whose numbers may differ. The centre, (1, 1, K),
-    is part of ``state_dict`` and, unlike lightly's, stands still in evaluation mode. Keep it in float32: in 16 bits it
-    stands still once a step is less than its rounding.
+    The mean for the centre is over the samples of all processes of the group, which may have different numbers of them.
+    The centre, of shape (1, 1, K), is part of ``state_dict``. Unlike lightly's, it does not move in evaluation mode.
+    Keep it in float32: in 16 bits it stops moving once a step is smaller than its rounding.
 
     Args:
         output_dim: number of prototypes K.
-        warmup_teacher_temp, teacher_temp: the teacher's temperature goes from one to the other, linearly in the first
-            ``warmup_teacher_temp_epochs`` epochs, in calls that say the epoch; in others it is ``teacher_temp``.
-        student_temp: :math:`\tau_s`.
-        center_momentum: m.
-        center_mode: "mean".
-        group: processes that have a centre in common, a ``ProcessGroup`` or a ``DeviceMesh``; None is all of them.
+        warmup_teacher_temp, teacher_temp: the teacher's temperature rises linearly from the first to the second over
+            the first ``warmup_teacher_temp_epochs`` epochs. Calls that do not say the epoch use ``teacher_temp``.
+        student_temp: the student's temperature :math:`\tau_s`.
+        center_momentum: m, how slowly the centre moves.
+        center_mode: "mean", the only mode there is.
+        group: the processes that share a centre, a ``ProcessGroup`` or a ``DeviceMesh``; None means all.
 
     Raises:
         ValueError: if a temperature is not positive, m not in [0, 1] or the mode not "mean".
@@ -85,15 +85,15 @@ class DINOLoss(nn.Module):
         epoch: int | None = None,
         accumulate: bool = False,
     ) -> Tensor:
-        """The loss of a batch; then the centre moves, for the next one.
+        """The loss of a batch. Afterwards the centre moves, which the next batch will see.
 
         Args:
-            teacher_out: T crops [B, K], or one tensor [T, B, K], of logits, which get no gradient.
-            student_out: V crops likewise, those of the teacher first and in its order.
-            teacher_temp: instead of that of the schedule.
-            epoch: counted from 0, for the schedule.
-            accumulate: more micro-batches follow before the optimizer steps. The centre waits for the last of them,
-                which is called without, and moves once, towards the mean over all of them.
+            teacher_out: logits of T crops, as a sequence of [B, K] or as one tensor [T, B, K]. They get no gradient.
+            student_out: logits of V crops, likewise. The teacher's crops come first, in the same order.
+            teacher_temp: the teacher's temperature, instead of the schedule's.
+            epoch: the epoch for the schedule, counted from 0.
+            accumulate: True for every micro-batch but the last before an optimizer step. The centre then moves once,
+                with the last, towards the mean over all of them.
         """
         if teacher_temp is None:
             teacher_temp, steps = self.teacher_temp, self.warmup_teacher_temp_epochs
@@ -116,7 +116,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_out: Tensor) -> None:
-        """Move the centre towards the mean of logits [T, B, K]; a call of the module has done so."""
+        """Move the centre towards the mean of logits [T, B, K]. Calling the module does this already."""
         self._move(total_of(teacher_out))
 
     @torch.no_grad()

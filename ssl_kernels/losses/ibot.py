@@ -16,15 +16,15 @@ class IBOTPatchLoss(nn.Module):
 
     :math:`L = \frac{1}{B} \sum_b \frac{1}{n_b} \sum_{i \in b} -\sum_k p_{ik} \log \operatorname{softmax}_k(S_i/\tau_s)`
     with :math:`p_i = \operatorname{softmax}((T_i - c) / \tau_t)` over the :math:`n_b` masked patches of each of B
-    images. See :func:`ssl_kernels.functional.ibot_patch_loss`, and for the centre :class:`ssl_kernels.DINOLoss`; it is
-    ``center.center`` in ``state_dict``.
+    images. See :func:`ssl_kernels.functional.ibot_patch_loss`. The centre moves as that of
+    :class:`ssl_kernels.DINOLoss` does; ``state_dict`` names it ``center.center``.
 
     Args:
         output_dim: number of prototypes K.
-        teacher_temp, student_temp: :math:`\tau_t` and :math:`\tau_s`.
-        center_mode: "mean".
-        center_momentum: m.
-        group: processes that have a centre in common, as in :class:`ssl_kernels.DINOLoss`.
+        teacher_temp, student_temp: the temperatures :math:`\tau_t` and :math:`\tau_s`.
+        center_mode: "mean", the only mode there is.
+        center_momentum: m, how slowly the centre moves.
+        group: the processes that share a centre, as in :class:`ssl_kernels.DINOLoss`.
 
     Raises:
         ValueError: if a temperature is not positive, m not in [0, 1] or the mode not "mean".
@@ -65,14 +65,14 @@ class IBOTPatchLoss(nn.Module):
         teacher_temp: Tensor | float | None = None,
         accumulate: bool = False,
     ) -> Tensor:
-        """The loss of a batch; then the centre moves, for the next one.
+        """The loss of a batch. Afterwards the centre moves, which the next batch will see.
 
         Args:
-            teacher_out: [N, K] logits of the masked patches, image by image, which get no gradient.
-            student_out: likewise, with gradient.
-            mask: boolean [B, H, W], true for N patches. On a GPU the host does not count them: where they are not N,
-                the loss is NaN.
-            teacher_temp: instead of that of the constructor.
+            teacher_out: logits [N, K] of the masked patches, image by image. They get no gradient.
+            student_out: the student's logits, likewise, with a gradient.
+            mask: boolean [B, H, W], True for the N masked patches. On a GPU nobody checks their number, because
+                counting them would wait for the device; if they are not N, the loss is NaN.
+            teacher_temp: the teacher's temperature, instead of the constructor's.
             accumulate: as in :class:`ssl_kernels.DINOLoss`.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3:

@@ -10,10 +10,10 @@ import ssl_kernels.functional as K
 class InfoNCELoss(nn.Module):
     r"""InfoNCE: the cross-entropy of one positive among frozen negatives, at a fixed temperature.
 
-    See :func:`ssl_kernels.functional.info_nce_loss`; for a learnt temperature call that.
+    See :func:`ssl_kernels.functional.info_nce_loss`, and call that function if the temperature is learned.
 
     Args:
-        temperature: 1 / scale of the similarities; 0.07 in MoCo v1, 0.2 in v2.
+        temperature: divides the similarities; 0.07 in MoCo v1, 0.2 in v2.
         reduction: "mean", "sum" or "none".
 
     >>> import torch
@@ -29,7 +29,7 @@ class InfoNCELoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, query: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
-        """The loss of normalised ``query`` and ``positive`` [B, D] among ``negatives`` [K, D]."""
+        """The loss of ``query`` and ``positive`` [B, D] among ``negatives`` [K, D]; normalise all three first."""
         return K.info_nce_loss(query, positive, negatives, 1 / self.temperature, reduction=self.reduction)
 
     def extra_repr(self) -> str:

@@ -16,11 +16,12 @@ class KoLeoLoss(LossInGroup):
     the nearest of the other normalised rows; see :func:`ssl_kernels.functional.koleo_loss`.
 
     Args:
-        p: norm of the distance; only 2 is implemented.
-        eps: :math:`\epsilon`.
+        p: the norm of the distance; only 2 is implemented.
+        eps: :math:`\epsilon` above, which keeps the loss of equal rows finite.
         gather_distributed: look for the neighbours among the rows of all processes.
-        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
-            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``gather_distributed``.
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group, these are all processes if ``gather_distributed`` is True,
+            otherwise this one alone.
 
     Source: Sablayrolles et al. 2018, arXiv:1806.03198; Oquab et al. 2023, arXiv:2304.07193.
 
@@ -48,7 +49,7 @@ class KoLeoLoss(LossInGroup):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """The loss of features [B, D], normalised here. A row that is alone is its own neighbour, as in the peers."""
+        """The loss of features [B, D], which are normalised here. A single row is its own neighbour, as in lightly."""
         how = self.how()
         if x.dim() == 2 and len(x) == 1 and not across(**how, own_share=False, reduction="mean").group:
             x = x.expand(2, -1)

@@ -17,10 +17,10 @@ from ssl_kernels.queue import KeyQueue
 
 
 class MoCoLoss(nn.Module):
-    r"""InfoNCE against a queue of past keys, which receives the new keys once the loss is computed.
+    r"""InfoNCE against a queue of past keys. The new keys are written into the queue once the loss is computed.
 
     Args:
-        temperature: 0.07 in MoCo v1, 0.2 in v2.
+        temperature: divides the similarities; 0.07 in MoCo v1, 0.2 in v2.
 
     Source: He et al. 2019, arXiv:1911.05722; Chen et al. 2020, arXiv:2003.04297.
 
@@ -37,9 +37,9 @@ class MoCoLoss(nn.Module):
         self.temperature = positive_temperature(temperature)
 
     def forward(self, query: Tensor, key: Tensor, queue: KeyQueue, update: bool = True) -> Tensor:
-        """The loss of ``query`` [B, D] and the momentum encoder's ``key`` [B, D], both normalised here.
+        """The loss of ``query`` [B, D] and the momentum encoder's ``key`` [B, D], which are both normalised here.
 
-        ``update=False`` leaves the queue as it is, for an evaluation.
+        Pass ``update=False`` to leave the queue as it is, as in an evaluation.
         """
         query, key = fused_unit_rows(query, name="query"), fused_unit_rows(key, name="key")
         loss = K.info_nce_loss(query, key, queue.keys, 1 / self.temperature)
@@ -60,8 +60,9 @@ class MoCoV3Loss(LossInGroup):
     Args:
         temperature: :math:`\tau`; 1.0 for ResNets, 0.2 for vision transformers.
         gather: take the keys of all ``torch.distributed`` processes.
-        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
-            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``gather``.
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group, these are all processes if ``gather`` is True, otherwise
+            this one alone.
 
     Source: Chen et al. 2021, arXiv:2104.02057.
 
@@ -87,11 +88,11 @@ class MoCoV3Loss(LossInGroup):
         self.gather = gather
 
     def forward(self, q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
-        """The loss of queries and frozen keys of two views, each [B, D] and normalised here."""
+        """The loss of the queries and the frozen keys of two views, each [B, D]. All are normalised here."""
         return 2 * self.temperature * (self._cross_entropy(q1, k2) + self._cross_entropy(q2, k1))
 
     def one_direction(self, query: Tensor, key: Tensor) -> Tensor:
-        """The same of one view's queries and the other's keys."""
+        """The loss in one direction: one view's queries and the other view's keys."""
         return 2 * self.temperature * self._cross_entropy(query, key)
 
     def _cross_entropy(self, query: Tensor, key: Tensor) -> Tensor:

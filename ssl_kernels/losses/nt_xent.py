@@ -18,18 +18,18 @@ class NTXentLoss(LossInGroup):
     r"""Normalised temperature-scaled cross-entropy of SimCLR; replaces ``lightly.loss.NTXentLoss``.
 
     :math:`L = \frac{1}{2N} \sum_i (\log \sum_{k \ne i} \exp(z_i \cdot z_k / \tau) - z_i \cdot z_{p(i)} / \tau)`, over
-    the 2 N normalised rows of both views. See :func:`ssl_kernels.functional.nt_xent_loss`. With a memory bank the
-    negatives are past rows of the second view: InfoNCE, see :func:`ssl_kernels.functional.info_nce_loss`.
+    the 2 N normalised rows of both views. See :func:`ssl_kernels.functional.nt_xent_loss`. With a memory bank, the
+    negatives are past rows of the second view instead, as in :func:`ssl_kernels.functional.info_nce_loss`.
 
     Args:
         temperature: :math:`\tau`.
-        memory_bank_size: (number of rows, features) of the bank; 0, alone or as the number of rows, for none. The bank
-            is written after the loss, while the first view requires a gradient. It is part of ``state_dict``; lightly's
-            is not: a checkpoint of lightly's leaves the bank as it is, and lightly loads one of these with
-            ``strict=False``.
+        memory_bank_size: (rows, features) of the bank; 0, or 0 rows, for none. The bank is written after the loss, if
+            the first view requires a gradient. It is part of ``state_dict``, which lightly's is not. A checkpoint of
+            lightly's therefore leaves the bank as it is, and lightly loads a checkpoint of ours with ``strict=False``.
         gather_distributed: take the rows of all processes, as negatives or into the bank.
-        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together, or whose rows go into
-            the bank; see :mod:`ssl_kernels.distributed`. Without a group they are all if ``gather_distributed``.
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together, or whose rows go
+            into the bank; see :mod:`ssl_kernels.distributed`. Without a group, these are all processes if
+            ``gather_distributed`` is True, otherwise this one alone.
 
     Source: Chen et al. 2020, arXiv:2002.05709.
 
@@ -61,7 +61,7 @@ class NTXentLoss(LossInGroup):
         self.register_load_state_dict_pre_hook(keep_missing_bank)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The loss of two views [N, D] of a batch, normalised here."""
+        """The loss of two views [N, D] of a batch, which are normalised here."""
         if self.memory_bank is None:
             return K.nt_xent_loss(out0, out1, self.temperature, **self.how())
         query, key = fused_unit_rows(out0, name="out0"), fused_unit_rows(out1, name="out1")

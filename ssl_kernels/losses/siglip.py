@@ -18,17 +18,19 @@ class SigLipLoss(LossInGroup):
     +1 for i = j and -1 elsewhere. See :func:`ssl_kernels.functional.sigmoid_contrastive_loss`, and for the trainers of
     open_clip :func:`ssl_kernels.integrations.open_clip.replaced_losses`.
 
-    :meth:`get_logits` and :meth:`get_ground_truth` are open_clip's, for subclasses that call them; the loss itself does
-    not. Where a subclass overrides one of them the loss is that of what they return. They make B x B matrices.
+    :meth:`get_logits` and :meth:`get_ground_truth` exist for subclasses that call or override them, as with open_clip's
+    class. They make B x B matrices, and the loss itself does not call them, unless a subclass overrides one: the loss
+    is then computed from what they return.
 
     Args:
-        cache_labels: accepted for compatibility; there are no labels to cache.
-        rank, world_size: of the process, among all of ``torch.distributed``.
-        dist_impl: how open_clip exchanges features: "bidir" and "shift" are the strategy "ring" here, "gather" is
-            "gather"; "reduce" and None leave the choice to ``strategy``.
-        chunk_size: rows at a time in open_clip; unused, memory is linear in the batch here.
-        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
-            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``world_size`` is above 1.
+        cache_labels: accepted because open_clip has it; there are no labels to cache.
+        rank, world_size: this process's rank and the number of processes, as ``torch.distributed`` numbers them.
+        dist_impl: how open_clip exchanges features. Here "bidir" and "shift" mean the strategy "ring", "gather" means
+            "gather", and "reduce" and None leave the choice to ``strategy``.
+        chunk_size: accepted because open_clip has it, for rows at a time; memory is linear in the batch without it.
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group, these are all processes if ``world_size`` is above 1,
+            otherwise this one alone.
 
     Source: Zhai et al. 2023, arXiv:2303.15343.
 
@@ -69,7 +71,7 @@ class SigLipLoss(LossInGroup):
         logit_bias: Tensor | float | None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of [B, D] normalised features; ``logit_scale`` is already exponentiated, a bias of None is 0.
+        """The loss of normalised features [B, D]. ``logit_scale`` is the scale, not its logarithm; a bias of None is 0.
 
         With ``output_dict`` the result is ``{"contrastive_loss": loss}``.
         """
@@ -94,14 +96,14 @@ class SigLipLoss(LossInGroup):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
-        """The logits t x y + b of all pairs, [images, texts]."""
+        """The logits t x y + b of all pairs, as a matrix [images, texts]."""
         logits = logit_scale * image_features @ text_features.t()
         return logits if logit_bias is None else logits.add_(logit_bias)
 
     def get_ground_truth(
         self, device: torch.device | str, dtype: torch.dtype, num_logits: int, negative_only: bool = False
     ) -> Tensor:
-        """[num_logits, num_logits]: 1 on the diagonal, unless ``negative_only``, and -1 elsewhere."""
+        """Labels [num_logits, num_logits]: -1, but 1 on the diagonal unless ``negative_only``."""
         labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
         return labels if negative_only else labels.fill_diagonal_(1)
 

@@ -10,15 +10,15 @@ from ssl_kernels.distributed import Group
 
 
 class SinkhornKnopp(nn.Module):
-    """The teacher's probabilities by Sinkhorn-Knopp, over the samples of all ``torch.distributed`` processes.
+    """A teacher's probabilities by Sinkhorn-Knopp, balanced over the samples of all ``torch.distributed`` processes.
 
-    See :func:`ssl_kernels.functional.sinkhorn_center`. A loss of this library needs :meth:`center` only, and then the
-    probabilities are never written.
+    See :func:`ssl_kernels.functional.sinkhorn_center`. The losses of this library need only :meth:`center`; the
+    probabilities are then never stored.
 
     Args:
-        n_iterations: how often columns and rows are scaled.
-        group: processes whose samples are assigned together, a ``ProcessGroup`` or a ``DeviceMesh``; None is all of
-            them.
+        n_iterations: how often prototypes and samples are balanced in turn.
+        group: the processes whose samples are balanced together, a ``ProcessGroup`` or a ``DeviceMesh``; None means
+            all.
 
     >>> import torch, ssl_kernels.functional as K
     >>> from ssl_kernels import SinkhornKnopp
@@ -36,12 +36,12 @@ class SinkhornKnopp(nn.Module):
 
     @torch.no_grad()
     def forward(self, teacher_output: Tensor, teacher_temp: Tensor | float) -> Tensor:
-        """Probabilities of the shape of the logits [..., K], in float32."""
+        """The probabilities, in the shape of the logits [..., K] and in float32."""
         return K.sinkhorn_knopp(teacher_output, teacher_temp, n_iterations=self.n_iterations, group=self.group)
 
     @torch.no_grad()
     def center(self, teacher_output: Tensor, teacher_temp: Tensor | float) -> Tensor:
-        """The centre [K] of which those are the softmax."""
+        """The centre c [K] for which softmax((T - c) / tau) are these probabilities."""
         return K.sinkhorn_center(teacher_output, teacher_temp, n_iterations=self.n_iterations, group=self.group)
 
     def extra_repr(self) -> str:

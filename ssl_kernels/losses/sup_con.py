@@ -19,11 +19,12 @@ class SupConLoss(LossInGroup):
 
     Args:
         temperature: :math:`\tau`.
-        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together, whose labels mean the
-            same; see :mod:`ssl_kernels.distributed`. Without a group the loss is of this process alone.
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Labels mean the same on all of them. Without a group the loss is over the
+            rows of this process alone.
 
-    ``unpaired`` holds how many rows of the last batch had no positive and contributed nothing, as a tensor: reading it
-    waits for the device.
+    The attribute ``unpaired`` is a tensor that says how many rows of the last batch had no positive and contributed
+    nothing. Reading it waits for the device.
 
     Source: Khosla et al. 2020, arXiv:2004.11362.
 
@@ -50,7 +51,8 @@ class SupConLoss(LossInGroup):
         self.register_buffer("unpaired", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The loss of [N, D] normalised features with integer labels [N]; several views are rows of one label."""
+        """The loss of normalised features [N, D] with integer labels [N]. Several views of an image are rows with one
+        label."""
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels: expected a tensor of integers, got {got}")

@@ -18,11 +18,13 @@ class VICRegLoss(LossInGroup):
 
     Args:
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
-        gather_distributed: take the rows of all processes, of which each may have any number. Gradients are lightly's;
-            the value is the mean of those that lightly shows the processes, whose invariance is of their own rows.
-        eps: added to the variance.
-        group, strategy, grad_reduce, even_batches: of the processes that hold a batch together; see
-            :mod:`ssl_kernels.distributed`. Without a group these are all processes if ``gather_distributed``.
+        gather_distributed: take the rows of all processes, which may have different numbers of them. The gradients are
+            lightly's. The value is the mean of the values that lightly shows on the processes, since there each process
+            takes the invariance of its own rows.
+        eps: added to the variance before its square root.
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group, these are all processes if ``gather_distributed`` is True,
+            otherwise this one alone.
 
     Source: Bardes et al. 2021, arXiv:2105.04906.
 
@@ -52,7 +54,7 @@ class VICRegLoss(LossInGroup):
         self.eps = eps
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """The loss of two views [batch, ..., features]; of features at several places, the mean over the places."""
+        """The loss of two views [batch, ..., features]. If there are dimensions between, it is the mean over them."""
         if z_a.shape != z_b.shape or z_a.dim() < 2:
             raise ValueError(
                 f"z_a, z_b: expected one shape [batch, ..., features], got {tuple(z_a.shape)} and {tuple(z_b.shape)}"

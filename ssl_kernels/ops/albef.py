@@ -31,7 +31,7 @@ def albef_contrastive_loss(
     *,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Image-text contrastive loss of ALBEF: targets softened by the momentum features, keys from batch and queue.
+    r"""Image-text contrastive loss of ALBEF. Momentum features soften its targets; its keys are the batch and a queue.
 
     With the keys :math:`K_T` = [text_momentum; text_queue], from image to text
 
@@ -41,13 +41,13 @@ def albef_contrastive_loss(
     where x' is the momentum feature of x; likewise from text to image. The loss is the mean of both directions.
 
     Args:
-        image, text: [M, D] features of pairs, float32, bfloat16, float16 or float64, any strides. Normalise all
-            features first; the function does not.
-        image_momentum, text_momentum: [M, D] features of the momentum encoders, of the dtype and device of ``image``,
-            without gradient.
-        image_queue, text_queue: [K, D] past momentum features without gradient, of any of these dtypes and any
-            strides, read in place: for a queue that is stored as [D, K] pass ``queue.t()``.
-        scale: t = 1 / temperature, a float or a floating tensor of one element. Gradients flow to tensors, but not
+        image, text: [M, D] features of pairs, in float32, bfloat16, float16 or float64 and with any strides. Normalise
+            all features first; this function does not.
+        image_momentum, text_momentum: [M, D] features of the momentum encoders, of the same dtype and device as
+            ``image``, without gradient.
+        image_queue, text_queue: [K, D] past momentum features without gradient, of any of these dtypes and any strides.
+            They are read in place: for a queue that is stored as [D, K] pass ``queue.t()``.
+        scale: t = 1 / temperature. A float, or a floating-point tensor of one element, which gets a gradient, but not
             through the targets.
         alpha: weight of the soft targets, from 0 to 1.
         reduction: "mean" or "sum" over the pairs, or "none", [M].
@@ -56,12 +56,13 @@ def albef_contrastive_loss(
         The loss, accumulated and returned in float32 (float64 for float64 features). The mean over no rows is NaN.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected; momentum features and queues that
-            require a gradient are to be detached.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+            Momentum features and queues that require a gradient do not fit: detach them.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
-    Under autocast, the features of the batch are cast as for a matrix product. Memory beside the arguments is a few
-    times [M, D] in float32 and one tile of similarities. Enqueue the momentum features after the loss.
+    Under autocast, the features of the batch are cast as for a matrix product. Besides its arguments the function needs
+    a few times [M, D] in float32 and one tile of similarities. Write the momentum features into the queues after the
+    loss, not before.
 
     Source: Li et al., Align before Fuse, 2021, arXiv:2107.07651.
 

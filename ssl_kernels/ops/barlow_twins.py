@@ -41,26 +41,26 @@ def barlow_twins_loss(
     grad_reduce: str = "mean",
     even_batches: bool = False,
 ) -> Tensor:
-    r"""Barlow Twins: the cross-correlation of two views' features is to be the identity.
+    r"""Barlow Twins: brings the cross-correlation matrix of two views' features close to the identity.
 
     .. math:: L = \sum_j (C_{jj} - 1)^2 + \lambda \sum_{j \ne k} C_{jk}^2, \qquad
               C = \frac{1}{n} \sum_i a_i b_i^T
 
-    where each feature of a and b has been brought to mean 0 and variance 1 over the batch, as by batch normalisation
-    (1e-5 is added to the variance).
+    where a and b are the two views with each feature brought to mean 0 and variance 1 over the batch, as batch
+    normalisation does (1e-5 is added to the variance).
 
     Args:
         za, zb: [n, D] features of two views, as in :func:`vicreg_loss`.
-        lambda_param: :math:`\lambda`.
+        lambda_param: the weight :math:`\lambda`.
         group, strategy, grad_reduce, even_batches: as in :func:`vicreg_loss`. Means and variances are those of the
-            whole batch, as of the paper's code under SyncBatchNorm.
+            whole batch, as in the paper's code under SyncBatchNorm.
 
     Returns:
         The loss, computed and returned in float32 (float64 for float64 features).
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
     Operations, memory and precision are as in :func:`vicreg_loss`.
 

@@ -29,42 +29,46 @@ def clip_loss(
     even_batches: bool = False,
     own_share: bool = False,
 ) -> Tensor:
-    r"""Symmetric softmax contrastive loss of CLIP, in memory linear in the batch, with exact gradients.
+    r"""Symmetric softmax contrastive loss of CLIP, with exact gradients, in memory that is linear in the batch.
 
     .. math:: L = \frac{1}{2 M} \sum_i \Big[ \log \sum_j e^{z_{ij}} - \frac{1}{|P_i|} \sum_{j \in P_i} z_{ij} \Big]
                 + \frac{1}{2 N} \sum_j \Big[ \log \sum_i e^{z_{ij}} - \frac{1}{|P_j|} \sum_{i \in P_j} z_{ij} \Big],
               \qquad z_{ij} = t\, x_i \cdot y_j
 
-    where P are the positives of a row or a column. One without any contributes nothing, and M and N count the others.
+    where P are the positives of a row or a column. Rows and columns without a positive contribute nothing, and M and N
+    do not count them.
 
     Args:
-        x: [M, D] features (images), float32, bfloat16, float16 or float64, any strides. Normalise them first; the
-            function does not.
-        y: [N, D] features (texts), of the dtype and device of ``x``.
-        scale: t >= 0, already exponentiated, a float or a floating tensor of one element; gradients flow to tensors.
-            CLIP learns ln t from ln(1 / 0.07) and clamps it at ln 100, which is left to the caller.
-        x_ids, y_ids: int64 [M] and [N], both or neither. Pairs with equal ids are positive (``same_id="positive"``),
-            such as several captions of an image, or left out of every sum (``same_id="ignore"``): false negatives.
-        offset: pair (i, i + offset) is always positive, whatever the ids say; out of range it is no pair.
-        label_smoothing: share of each target that is spread evenly over all pairs that count, as in
+        x: [M, D] features, such as those of images, in float32, bfloat16, float16 or float64 and with any strides.
+            Normalise them first; this function does not.
+        y: [N, D] features, such as those of texts, of the same dtype and device as ``x``.
+        scale: t >= 0, not its logarithm. A float, or a floating-point tensor of one element, which gets a gradient.
+            CLIP learns ln t, starting from ln(1 / 0.07), and clamps it at ln 100; the clamp is left to the caller.
+        x_ids, y_ids: int64 [M] and [N], both or neither. Pairs with equal ids, such as several captions of one image,
+            are positive if ``same_id`` is "positive". If it is "ignore", they are left out of every sum as false
+            negatives.
+        offset: row i of ``x`` and row i + offset of ``y`` are a positive pair, whatever the ids say, if there are such
+            rows.
+        label_smoothing: share of each target that is spread evenly over all pairs that are not left out, as in
             :func:`torch.nn.functional.cross_entropy`.
-        reduction: "mean" as above; "sum" divides neither sum by its count; "none", for M = N and offset 0, gives row
-            and column i together, [M].
-        group, strategy, grad_reduce, even_batches, own_share: of several processes that hold the batch together, as in
-            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone.
+        reduction: "mean" is the equation above; "sum" does not divide by M and N; "none" returns for each i the terms
+            of row i and of column i together, [M], and needs M = N and offset 0.
+        group, strategy, grad_reduce, even_batches, own_share: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group the loss is over the rows of this process alone.
 
     Returns:
         The loss, accumulated and returned in float32 (float64 for float64 features); 0 without any positive pair.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
-    Under autocast, ``x`` and ``y`` are cast as for a matrix product; the loss is still accumulated in float32.
-    float32 products follow ``torch.get_float32_matmul_precision()``. Between forward and backward the sums of the
-    gradients that are needed are kept, [M, D] and [N, D] in float32. A tile, and a panel of features, take at most
-    ``SSL_KERNELS_WORKSPACE_MB`` (default 64) megabytes each; up to ``SSL_KERNELS_TILE_BUDGET_MB`` (default 64) more
-    spare the second pass its products. See :func:`ssl_kernels.use_workspace`, :func:`ssl_kernels.use_tile_budget`.
+    Under autocast, ``x`` and ``y`` are cast as for a matrix product; the loss is still accumulated in float32. float32
+    products follow ``torch.get_float32_matmul_precision()``. Between forward and backward, the gradients that are
+    needed are kept, [M, D] and [N, D] in float32. A tile of similarities and a panel of features take at most
+    ``SSL_KERNELS_WORKSPACE_MB`` megabytes each, 64 by default. Up to ``SSL_KERNELS_TILE_BUDGET_MB`` megabytes more,
+    also 64, hold similarities of the first pass, so that the second does not compute them again. See
+    :func:`ssl_kernels.use_workspace` and :func:`ssl_kernels.use_tile_budget`.
 
     Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021,
     arXiv:2103.00020.

@@ -71,40 +71,40 @@ def dino_loss(
     reduction: str = "mean",
     want_teacher_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Self-distillation of DINO: cross-entropy of the student's crops under the teacher's, over all pairs of crops.
+    r"""Self-distillation of DINO: the cross-entropy between each crop of the student and each crop of the teacher.
 
     .. math:: L_b = \frac{1}{P} \sum_{(t, v)} -\sum_k p_{tbk} \log \operatorname{softmax}_k(S_{vb} / \tau_s), \qquad
               p_{tb} = \operatorname{softmax}((T_{tb} - c) / \tau_t)
 
-    where P is the number of pairs (t, v). The teacher's crops are the first of the student's, in the same order.
+    where P is the number of pairs (t, v). The student's first T crops are the teacher's crops, in the same order.
 
     Args:
-        student: logits of V crops, as one tensor [V, B, K] or a sequence of crops [B, K] and blocks of crops [n, B, K],
-            float32, bfloat16, float16 or float64, any strides.
-        teacher: logits of T crops likewise, without gradient, of any of these dtypes.
-        student_temp, teacher_temp: :math:`\tau_s` and :math:`\tau_t`, positive floats or floating tensors of one
-            element, which the host does not read on a GPU; no gradient flows to them.
-        center: c, K floating elements in any shape; None is zero. That of :func:`sinkhorn_center` makes the p those of
-            Sinkhorn-Knopp.
-        pairs: "distinct" leaves out pairs of the same crop, t = v; "all" does not.
-        teacher_probs: ``teacher`` holds probabilities p instead of logits, and there is no centre.
-        reduction: "mean" or "sum" over the samples, or "none", [B].
-        want_teacher_sum: also return the sum of the teacher's logits over t and b, [K], from the same pass: divided by
-            T B it is what c moves towards, as by :class:`ssl_kernels.DINOLoss`.
+        student: logits of V crops, as one tensor [V, B, K], or as a sequence of crops [B, K] and of blocks of crops [n,
+            B, K], in float32, bfloat16, float16 or float64 and with any strides.
+        teacher: logits of T crops, likewise, without gradient and of any of these dtypes.
+        student_temp, teacher_temp: the temperatures :math:`\tau_s` and :math:`\tau_t`, positive floats or
+            floating-point tensors of one element. A tensor on a GPU is not read by the host. They get no gradient.
+        center: the centre c, K floating-point elements in any shape; None means 0. Pass the result of
+            :func:`sinkhorn_center` to get Sinkhorn-Knopp targets.
+        pairs: "distinct" leaves out the pairs of a crop with itself, t = v; "all" keeps them.
+        teacher_probs: True if ``teacher`` holds the probabilities p instead of logits; there is no centre then.
+        reduction: "mean" or "sum" over the samples, or "none" for the loss of each, [B].
+        want_teacher_sum: also return the sum of the teacher's logits over t and b, [K], which the same pass computes.
+            Divided by T B, it is the mean that DINO's centre moves towards; :class:`ssl_kernels.DINOLoss` uses it so.
 
     Returns:
-        The loss, accumulated and returned in float32 (float64 for float64 logits), or a pair with the sum. The mean
-        over no samples is NaN.
+        The loss, accumulated and returned in float32 (float64 for float64 logits), or a pair of the loss and the
+        teacher's sum. The mean over no samples is NaN.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected; a teacher or a centre that requires
-            a gradient is to be detached.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects. A
+            teacher or a centre that requires a gradient does not fit: detach it.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
-    Each crop is visited once, however many pairs it is in. Probabilities are formed in float32 whatever the dtype of
-    the logits, and never written; those below e^-64 may count as 0. The gradient is written in the forward pass, one
-    exponential to an element, and handed over by the backward pass. Memory beside logits and gradient is a few rows of
-    K elements to a thread.
+    Each crop is read once, however many pairs it is in. Probabilities are computed in float32, whatever the dtype of
+    the logits, and never stored; those below e^-64 may count as 0. The gradient is computed in the forward pass, with
+    one exponential per element, and the backward pass hands it over. Besides logits and gradient, the function needs a
+    few rows of K elements per thread.
 
     Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021, arXiv:2104.14294.
 

@@ -27,27 +27,28 @@ def ema_update_(
 ) -> None:
     r"""Exponential moving average of a list of tensors, in place: :math:`t \leftarrow m\,t + (1 - m)\,s` for each.
 
-    All parameters of a model are one call and one pass over memory, whatever their sizes and dtypes, computed in
-    float32 (float64 where one of a pair is float64). With m = 1 targets keep every bit; with m = 0 they take those of
-    the sources, whatever they were.
+    One call updates all parameters of a model in one pass over memory, whatever their sizes and dtypes. It computes in
+    float32, or in float64 if one of a pair is float64. With m = 1 the targets keep every bit, and with m = 0 they
+    become the sources, even if they held NaN.
 
     Args:
-        targets: float32, bfloat16, float16 or float64 tensors of any shapes and strides, taken as constants by
-            autograd. In 16 bits an average stands still once a step is less than its rounding: keep it in float32.
+        targets: float32, bfloat16, float16 or float64 tensors of any shapes and strides. No gradient flows through
+            them. Keep averages in float32: in 16 bits they stop moving once a step is smaller than their rounding.
         sources: as many tensors of the same shapes, each of any of these dtypes. A source may be its own target, but
-            share no memory with others.
-        momentum: m in [0, 1], a float or a floating tensor of one element. A tensor on another device is not read by
-            the host, nor checked, and there m = 0 and m = 1 are exact for finite numbers only.
-        copies: as many tensors, or None for those without, that receive the new targets in their own dtype, such as
-            bfloat16 weights for inference of averages in float32.
+            must not share memory with other targets.
+        momentum: m in [0, 1], a float or a floating-point tensor of one element. A tensor on a GPU is neither read by
+            the host nor checked; m = 0 and m = 1 are then exact for finite numbers only.
+        copies: for each target a tensor, or None, that receives the new target in its own dtype. An example are
+            bfloat16 weights for inference, copied from averages in float32.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected; also if a tensor is written twice.
-        RuntimeError: if contiguous tensors overlap of which one is written; by the kernels in C++ and CUDA C++, which
-            have everything but float64.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects. A
+            tensor that would be written twice does not fit.
+        RuntimeError: if contiguous tensors overlap and one of them is written. The C++ and CUDA C++ kernels check this;
+            float64 tensors, which they do not handle, are not checked.
 
-    All tensors are on one device, and only DTensors of one sharding are paired: each process updates its own part.
-    Integer tensors are refused, for there is no average of counters; :class:`ssl_kernels.ModelEma` copies them.
+    All tensors must be on one device. DTensors are paired only if they are sharded alike; each process then updates its
+    own part. Integer tensors are refused, because counters have no average; :class:`ssl_kernels.ModelEma` copies them.
 
     Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722; Tarvainen & Valpola, Mean teachers, 2017,
     arXiv:1703.01780.

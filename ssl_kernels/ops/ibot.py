@@ -44,21 +44,23 @@ def ibot_patch_loss(
     reduction: str = "sum",
     want_teacher_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Cross-entropy of masked patches under the teacher's view of them (iBOT), of the masked patches alone.
+    r"""Cross-entropy of masked patches between student and teacher (iBOT). It receives the masked patches alone.
 
     .. math:: L = \sum_i w_i \Big( -\sum_k p_{ik} \log \operatorname{softmax}_k(S_i / \tau_s) \Big), \qquad
               p_i = \operatorname{softmax}((T_i - c) / \tau_t)
 
     Args:
-        student, teacher: [N, K] logits of the N masked patches of a batch, as in :func:`dino_loss`.
-        weights: [N] floating weights w without gradient; None is 1. The mean over B images of the mean over an image's
-            masked patches has :math:`w_i = 1 / (B\, n)`, where n patches of its image are masked.
+        student, teacher: [N, K] logits of the N masked patches of a batch. Dtypes and strides are as in
+            :func:`dino_loss`.
+        weights: the weights w, a floating-point tensor [N] without gradient; None means 1. For iBOT's mean over B
+            images of the mean over each image's masked patches, pass :math:`w_i = 1 / (B\, n)`, where n is the number
+            of masked patches of the image of patch i.
         student_temp, teacher_temp, center, teacher_probs, want_teacher_sum: as in :func:`dino_loss`.
-        reduction: "sum" over the patches, or "none", [N].
+        reduction: "sum" over the patches, or "none" for the loss of each, [N].
 
     Returns:
-        The loss, accumulated and returned in float32 (float64 for float64 logits), or a pair with the sum of the
-        teacher's logits. The sum over no patches is 0.
+        The loss, accumulated and returned in float32 (float64 for float64 logits), or a pair of the loss and the sum of
+        the teacher's logits. The sum over no patches is 0.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`dino_loss`.

@@ -28,30 +28,30 @@ from ssl_kernels.settings import choose_backend, workspace_bytes
 def info_nce_loss(
     query: Tensor, positive: Tensor, negatives: Tensor, scale: Tensor | float, *, reduction: str = "mean"
 ) -> Tensor:
-    r"""InfoNCE loss of MoCo: one positive for each query, and negatives without gradient that all queries share.
+    r"""InfoNCE loss of MoCo: each query has one positive, and all queries share the negatives, which get no gradient.
 
     .. math:: L_i = -\log \frac{\exp(t\, q_i \cdot p_i)}{\exp(t\, q_i \cdot p_i) + \sum_j \exp(t\, q_i \cdot k_j)}
 
     Args:
-        query: [M, D] features, float32, bfloat16, float16 or float64, any strides. Normalise them first; the function
-            does not.
-        positive: [M, D] features, of the dtype and device of ``query``. They may require a gradient.
+        query: [M, D] features in float32, bfloat16, float16 or float64 and with any strides. Normalise them first; this
+            function does not.
+        positive: [M, D] features of the same dtype and device as ``query``. They may require a gradient.
         negatives: [K, D] features without gradient, such as ``keys`` of :class:`ssl_kernels.KeyQueue`, of any of these
             dtypes and any strides. They are read in place: for a queue that is stored as [D, K] pass ``queue.t()``.
-        scale: t = 1 / temperature, a float or a floating tensor of one element; gradients flow to tensors.
+        scale: t = 1 / temperature. A float, or a floating-point tensor of one element, which gets a gradient.
         reduction: "mean" or "sum" over the rows, or "none", [M].
 
     Returns:
         The loss, accumulated and returned in float32 (float64 for float64 features). The mean over no rows is NaN.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected; ``negatives`` that require a
-            gradient are to be detached.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+            ``negatives`` that require a gradient do not fit: detach them.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
-    Under autocast, ``query`` and ``positive`` are cast as for a matrix product. Memory beside the arguments is a few
-    times [M, D] in float32 and one tile of similarities; no copy of ``negatives`` is made and none is kept for
-    backward, so that a queue may be updated before it. See also :func:`key_softmax`.
+    Under autocast, ``query`` and ``positive`` are cast as for a matrix product. Besides its arguments the function
+    needs a few times [M, D] in float32 and one tile of similarities. ``negatives`` are neither copied nor kept for the
+    backward pass, so a queue may be updated before it. See also :func:`key_softmax`.
 
     Source: He et al., Momentum Contrast, 2019, arXiv:1911.05722.
 

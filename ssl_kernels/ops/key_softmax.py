@@ -31,32 +31,32 @@ KERNELS = ("cpu", "triton")
 
 
 def key_softmax(query: Tensor, keys: Tensor, scale: Tensor | float, *, want_mean: bool = True) -> tuple[Tensor, Tensor]:
-    r"""Log-sum-exp and softmax-weighted mean of keys that receive no gradient, in one pass that keeps no similarities.
+    r"""Log-sum-exp and softmax-weighted mean of keys that receive no gradient, in one pass that stores no similarities.
 
     .. math:: \mathrm{lse}_i = \log \sum_j \exp(t\, q_i \cdot k_j), \qquad
               \mathrm{mean}_i = \sum_j \operatorname{softmax}_j(t\, q_i \cdot k_j)\, k_j
 
-    What losses over frozen keys are made of: the cross-entropy against targets :math:`w_{ij}` that sum to 1 is
-    :math:`\mathrm{lse}_i - t\, q_i \cdot \sum_j w_{ij} k_j`, and over keys in several tensors
-    ``torch.logaddexp(lse_a, lse_b)`` is the log-sum-exp.
+    Losses over frozen keys can be made of these two. The cross-entropy against targets :math:`w_{ij}` that sum to 1 is
+    :math:`\mathrm{lse}_i - t\, q_i \cdot \sum_j w_{ij} k_j`. If the keys are in two tensors, their log-sum-exp is
+    ``torch.logaddexp(lse_a, lse_b)``.
 
     Args:
-        query: [M, D] features, float32, bfloat16, float16 or float64, any strides.
-        keys: [K, D] features without gradient, of any of these dtypes and any strides, read in place: for a queue that
-            is stored as [D, K] pass ``queue.t()``. The CPU multiplies in float32 (float64 for a float64 query),
-            a GPU in the dtype of ``query``, to which each key is cast as it is read.
-        scale: t = 1 / temperature, a float or a floating tensor of one element; gradients flow to tensors.
-        want_mean: whether the mean is needed. Without it, and without gradients, half of the work is left out.
+        query: [M, D] features in float32, bfloat16, float16 or float64 and with any strides.
+        keys: [K, D] features without gradient, of any of these dtypes and any strides. They are read in place: for a
+            queue that is stored as [D, K] pass ``queue.t()``. The CPU multiplies in float32, or in float64 for a
+            float64 query. A GPU multiplies in the dtype of ``query``, to which each key is cast as it is read.
+        scale: t = 1 / temperature. A float, or a floating-point tensor of one element, which gets a gradient.
+        want_mean: whether the mean is needed. If neither it nor a gradient is needed, half of the work is left out.
 
     Returns:
-        lse [M], differentiable in ``query`` and ``scale``, and mean [M, D], a constant to autograd; in float32 (float64
-        for a float64 query). Without ``want_mean`` the mean is not to be relied on, and may have no rows. Over no keys
-        lse is -inf and mean 0.
+        lse [M], which has gradients for ``query`` and ``scale``, and mean [M, D], which has none; both in float32, or
+        in float64 for a float64 query. Without ``want_mean``, do not use the mean: it may have no rows. Without keys,
+        lse is -inf and the mean is 0.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected; ``keys`` that require a gradient
-            are to be detached.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+            ``keys`` that require a gradient do not fit: detach them.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
     Source: the running maximum and rescaling of Milakov and Gimelshein, Online normalizer calculation for softmax,
     2018, arXiv:1805.02867.

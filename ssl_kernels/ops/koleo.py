@@ -51,36 +51,38 @@ def koleo_loss(
     grad_reduce: str = "mean",
     even_batches: bool = False,
 ) -> Tensor:
-    r"""KoLeo: spreads the features of a batch by the distance of each to its nearest neighbour; in linear memory.
+    r"""KoLeo: spreads the features of a batch by pushing each away from its nearest neighbour. Its memory is linear.
 
     .. math:: L_i = -\log(\lVert u_i - u_{n(i)} + \epsilon \rVert + \epsilon), \qquad
               u_i = \frac{x_i}{\max(\lVert x_i \rVert, \epsilon)}, \qquad n(i) = \arg\max_{j \ne i} u_i \cdot u_j
 
-    The neighbour is the first of those with the largest product, and a constant of the gradient.
+    If several rows have the largest product, the neighbour is the first of them. Its choice gets no gradient.
 
     Args:
-        x: [B, D] features, at least 2 rows, float32, bfloat16, float16 or float64, any strides. They are normalised
-            here.
+        x: [B, D] features with at least 2 rows, in float32, bfloat16, float16 or float64 and with any strides. They are
+            normalised here.
         eps: :math:`\epsilon > 0`; it is added to every component of the difference, as by
             :class:`torch.nn.PairwiseDistance`.
-        reduction: "mean" or "sum" over the rows, or "none", [B].
-        group, strategy, grad_reduce, even_batches: of several processes that hold the batch together, as in
-            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone. The neighbour may be a
-            row of any process, and its gradient reaches that row. In a group any process may have fewer than 2 rows.
+        reduction: "mean" or "sum" over the rows, or "none" for the loss of each, [B].
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group the loss is over the rows of this process alone. The
+            neighbour may be a row of any process, and its gradient reaches that row. In a group any process may have
+            fewer than 2 rows.
 
     Returns:
-        The loss, accumulated and returned in float32 (float64 for float64 features). That of two equal rows is finite,
-        about 15 for 1,024 features, and so is its gradient, of the order of 1 / :math:`\epsilon`, which float16
-        features cannot hold.
+        The loss, accumulated and returned in float32 (float64 for float64 features). The loss of two equal rows is
+        finite, about 15 for 1,024 features. Their gradient is finite too, but of the order of 1 / :math:`\epsilon`,
+        which float16 cannot hold.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected. A single row has no neighbour.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects. A
+            single row has no neighbour.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
     Autocast has no effect here: 16-bit features are compared as float32, whose products follow
-    ``torch.get_float32_matmul_precision()``. Each pair is multiplied once, by both processes if it is of two. Nothing
-    of B x B elements is kept: beside a few times [B, D] in float32, a tile of similarities takes at most
-    ``SSL_KERNELS_WORKSPACE_MB`` megabytes.
+    ``torch.get_float32_matmul_precision()``. Each pair of rows is multiplied once; if its rows are on two processes,
+    both multiply it. No B x B matrix is stored: besides a few times [B, D] in float32, a tile of similarities takes at
+    most ``SSL_KERNELS_WORKSPACE_MB`` megabytes.
 
     Source: Sablayrolles et al., Spreading Vectors for Similarity Search, 2018, arXiv:1806.03198; Oquab et al., DINOv2,
     2023, arXiv:2304.07193.

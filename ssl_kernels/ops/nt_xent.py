@@ -26,27 +26,27 @@ def nt_xent_loss(
     even_batches: bool = False,
     own_share: bool = False,
 ) -> Tensor:
-    r"""NT-Xent loss of SimCLR over two views of a batch, in memory linear in it, with exact gradients.
+    r"""NT-Xent loss of SimCLR over two views of a batch, with exact gradients, in memory that is linear in the batch.
 
     .. math:: L_i = \log \sum_{k \ne i} \exp(z_i \cdot z_k / \tau) - z_i \cdot z_{p(i)} / \tau
 
-    for the 2 N rows of z = [z0; z1], normalised here, where p(i) is the other view of i. Similarities are symmetric:
-    each is computed once.
+    for the 2 N rows of z = [z0; z1], which are normalised here, where p(i) is the other view of i. Similarities are
+    symmetric, and each is computed once.
 
     Args:
-        z0: [N, D] features of one view, float32, bfloat16, float16 or float64, any strides.
-        z1: [N, D] features of the other, of the dtype and device of ``z0``.
-        temperature: tau > 0, a float or a floating tensor of one element; gradients flow to tensors.
+        z0: [N, D] features of one view, in float32, bfloat16, float16 or float64 and with any strides.
+        z1: [N, D] features of the other view, of the same dtype and device as ``z0``.
+        temperature: tau > 0. A float, or a floating-point tensor of one element, which gets a gradient.
         reduction: "mean" or "sum" over all rows, or "none", [2 N].
-        group, strategy, grad_reduce, even_batches, own_share: of several processes that hold the batch together, as in
-            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone.
+        group, strategy, grad_reduce, even_batches, own_share: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group the loss is over the rows of this process alone.
 
     Returns:
         The loss, accumulated and returned in float32 (float64 for float64 features); 0 for no rows.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
     Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020, arXiv:2002.05709.
 

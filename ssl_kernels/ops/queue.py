@@ -27,17 +27,17 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = 
 
     Args:
         queue: [K, D], float32, bfloat16, float16 or float64, with rows that are contiguous in memory.
-        pointer: int64 tensor of one element on the device of ``queue``: the row that the next key goes to. It moves on
-            by B, modulo K, without synchronising the device with the host. On a GPU, it lies in [-2^52, 2^52).
-        keys: [B, D] of any of these dtypes, any strides and any B; of more than K keys the last K remain. They are
-            taken as constants, cast to the dtype of ``queue``.
-        normalize: divide each key by its norm first, as ``torch.nn.functional.normalize`` does, in float32.
+        pointer: int64 tensor of one element on the device of ``queue``: the row that the next key goes to. It is moved
+            on by B, modulo K, without waiting for the device. On a GPU it must lie in [-2^52, 2^52).
+        keys: [B, D] of any of these dtypes, any strides and any B. If there are more than K, the last K remain. They
+            are cast to the dtype of ``queue``, and no gradient flows to them.
+        normalize: first divide each key by its norm, in float32, as ``torch.nn.functional.normalize`` does.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
 
-    Enqueue strictly after the loss: keys that are in the queue before it are among their own negatives. A queue belongs
-    to one CUDA stream at a time: on another, while a launch runs, the pointer may hold what its blocks count.
+    Enqueue after the loss. Keys that are in the queue before it are among their own negatives. Use a queue on one CUDA
+    stream at a time: while a kernel runs, the pointer holds an intermediate value.
 
     >>> import torch, ssl_kernels.functional as K
     >>> queue, pointer = torch.zeros(4, 1), torch.tensor(3)

@@ -44,35 +44,37 @@ def sigmoid_contrastive_loss(
     even_batches: bool = False,
     own_share: bool = False,
 ) -> Tensor:
-    r"""Pairwise sigmoid loss of SigLIP, in memory linear in the batch, with exact gradients.
+    r"""Pairwise sigmoid loss of SigLIP, with exact gradients, in memory that is linear in the batch.
 
     .. math:: L = \frac{1}{M} \sum_{ij} \operatorname{softplus}(-s_{ij} (t\, x_i \cdot y_j + b)),
               \qquad s_{ij} = +1 \text{ on positives}, -1 \text{ elsewhere}
 
     Args:
-        x: [M, D] features (images), float32, bfloat16, float16 or float64, any strides. Normalise them first; the
-            function does not.
-        y: [N, D] features (texts), of the dtype and device of ``x``.
-        scale: t > 0, already exponentiated, a float or a floating tensor of one element; gradients flow to tensors.
-        bias: b, likewise. SigLIP starts from t = 10, b = -10.
-        x_ids, y_ids: int64 [M] and [N], both or neither. Pairs with equal ids are positive (``same_id="positive"``)
-            or left out of the sum (``same_id="ignore"``).
-        offset: pair (i, i + offset) is always positive, whatever the ids say; out of range it is no pair.
-        reduction: "mean" divides the sum over all pairs by M, "sum" does not, "none" gives the sum of each row, [M].
-        group, strategy, grad_reduce, even_batches, own_share: of several processes that hold the batch together, as in
-            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone.
+        x: [M, D] features, such as those of images, in float32, bfloat16, float16 or float64 and with any strides.
+            Normalise them first; this function does not.
+        y: [N, D] features, such as those of texts, of the same dtype and device as ``x``.
+        scale: t > 0, not its logarithm. A float, or a floating-point tensor of one element, which gets a gradient.
+        bias: b, a float or a tensor likewise. SigLIP starts from t = 10 and b = -10.
+        x_ids, y_ids: int64 [M] and [N], both or neither. Pairs with equal ids are positive if ``same_id`` is
+            "positive", and left out of the sum if it is "ignore".
+        offset: row i of ``x`` and row i + offset of ``y`` are a positive pair, whatever the ids say, if there are such
+            rows.
+        reduction: "mean" divides the sum over all pairs by M, "sum" does not, and "none" returns the sum of each row,
+            [M].
+        group, strategy, grad_reduce, even_batches, own_share: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group the loss is over the rows of this process alone.
 
     Returns:
         The loss, accumulated and returned in float32 (float64 for float64 features). The mean over no rows is NaN.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
-    Under autocast, ``x`` and ``y`` are cast as for a matrix product; the loss is still accumulated in float32.
-    float32 products follow ``torch.get_float32_matmul_precision()``. Between forward and backward the sums of the
-    gradients that are needed are kept, [M, D] and [N, D] in float32. A tile, and a panel of features, take at most
-    ``SSL_KERNELS_WORKSPACE_MB`` (default 64) megabytes each; see :func:`ssl_kernels.use_workspace`.
+    Under autocast, ``x`` and ``y`` are cast as for a matrix product; the loss is still accumulated in float32. float32
+    products follow ``torch.get_float32_matmul_precision()``. Between forward and backward, the gradients that are
+    needed are kept, [M, D] and [N, D] in float32. A tile of similarities and a panel of features take at most
+    ``SSL_KERNELS_WORKSPACE_MB`` megabytes each, 64 by default; see :func:`ssl_kernels.use_workspace`.
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023, arXiv:2303.15343.
 

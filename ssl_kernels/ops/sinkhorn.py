@@ -41,10 +41,20 @@ def sinkhorn_knopp(
     n_iterations: int = 3,
     group: Group = None,
 ) -> Tensor:
-    r"""The Sinkhorn-Knopp assignment itself, [..., K] probabilities in float32: rows sum to 1, columns nearly to N / K.
+    r"""The Sinkhorn-Knopp assignment itself, for code that needs to store it.
 
-    It is ``centered_softmax(teacher, teacher_temp, sinkhorn_center(...))``; arguments and errors are those of
-    :func:`sinkhorn_center`. A loss needs the centre only.
+    It equals ``centered_softmax(teacher, teacher_temp, center)`` with the centre of :func:`sinkhorn_center`. A loss of
+    this library needs only that centre.
+
+    Args:
+        teacher, teacher_temp, n_iterations, group: as in :func:`sinkhorn_center`.
+
+    Returns:
+        Probabilities in the shape of ``teacher``, in float32 (float64 for float64 logits). Each of the N rows sums to
+        1, and each of the K columns nearly to N / K.
+
+    Raises:
+        TypeError, ValueError: as :func:`sinkhorn_center`.
 
     >>> import torch, ssl_kernels.functional as K
     >>> q = K.sinkhorn_knopp(torch.randn(8, 4), teacher_temp=0.04)
@@ -62,30 +72,30 @@ def sinkhorn_center(
     n_iterations: int = 3,
     group: Group = None,
 ) -> Tensor:
-    r"""The centre c with which softmax((T - c) / tau) is the Sinkhorn-Knopp assignment of samples to prototypes.
+    r"""The centre c for which softmax((T - c) / tau) is the Sinkhorn-Knopp assignment of samples to prototypes.
 
     .. math:: v_k = \log \sum_i \exp(T_{ik} / \tau - u_i), \qquad u_i = \log \sum_k \exp(T_{ik} / \tau - v_k),
               \qquad c = \tau v
 
-    from u = 0, ``n_iterations`` times. Given to :func:`dino_loss` or :func:`ibot_patch_loss` it makes the teacher's
-    probabilities those of DINOv2, which are never written.
+    starting from u = 0, ``n_iterations`` times. Pass the centre to :func:`dino_loss` or :func:`ibot_patch_loss`, and
+    the teacher's probabilities are those of DINOv2, without ever being stored.
 
     Args:
-        teacher: [..., K] logits without gradient, one row to a sample, float32, bfloat16, float16 or float64.
-        teacher_temp: :math:`\tau`, a positive float or a floating tensor of one element.
-        n_iterations: how often columns and rows are scaled.
-        group: processes whose samples are assigned together, by all-reduces of K elements, a ``ProcessGroup`` or a
-            ``DeviceMesh`` of one dimension; None is all processes where ``torch.distributed`` is initialised. Their
-            numbers of samples may differ.
+        teacher: [..., K] logits without gradient, one row per sample, in float32, bfloat16, float16 or float64.
+        teacher_temp: the temperature :math:`\tau`, a positive float or a floating-point tensor of one element.
+        n_iterations: how often the two equations are applied.
+        group: the processes whose samples are assigned together, a ``ProcessGroup`` or a ``DeviceMesh`` of one
+            dimension. None means all processes if ``torch.distributed`` is initialised. They exchange K elements per
+            iteration, and may have different numbers of samples.
 
     Returns:
         [K], float32 (float64 for float64 logits), the same on all processes. Without samples it is 0.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
 
-    Logits of any size are fine: nothing overflows and no column underflows. The logits are read ``n_iterations`` times
-    on a CPU.
+    Logits of any magnitude are fine: nothing overflows, and no column underflows. On a CPU the logits are read
+    ``n_iterations`` times.
 
     Source: Cuturi, 2013, arXiv:1306.0895; Caron et al., SwAV, 2020, arXiv:2006.09882; Oquab et al., DINOv2, 2023,
     arXiv:2304.07193.
@@ -114,12 +124,12 @@ def sinkhorn_center(
 
 
 def centered_softmax(teacher: Tensor, teacher_temp: Tensor | float, center: Tensor | None = None) -> Tensor:
-    r"""Probabilities :math:`\operatorname{softmax}_k((T - c) / \tau)` in float32, for code that wants to hold them.
+    r"""Probabilities :math:`\operatorname{softmax}_k((T - c) / \tau)` in float32, for code that needs to store them.
 
     Args:
-        teacher: [..., K] logits without gradient, float32, bfloat16, float16 or float64, any strides.
-        teacher_temp: :math:`\tau`, a positive float or a floating tensor of one element.
-        center: c, K floating elements in any shape; None is zero.
+        teacher: [..., K] logits without gradient, in float32, bfloat16, float16 or float64 and with any strides.
+        teacher_temp: the temperature :math:`\tau`, a positive float or a floating-point tensor of one element.
+        center: the centre c, K floating-point elements in any shape; None means 0.
 
     Returns:
         The shape of ``teacher`` in float32 (float64 for float64 logits).

@@ -55,31 +55,31 @@ def sup_con_loss(
     own_share: bool = False,
     return_unpaired: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Supervised contrastive loss: rows that share an id attract each other; in memory linear in the batch.
+    r"""Supervised contrastive loss: rows that share an id attract each other. Its memory is linear in the batch.
 
     .. math:: L_i = \log \sum_{k \ne i} \exp(z_i \cdot z_k / \tau)
                     - \frac{1}{|P_i|} \sum_{p \in P_i} z_i \cdot z_p / \tau
 
-    where P are the other rows with the id of row i: the paper's L_out. Rows without any contribute nothing, and the
-    mean is over the others.
+    where P are the other rows with the id of row i; this is the paper's L_out. Rows without a positive contribute
+    nothing, and the mean is over the others.
 
     Args:
-        z: [N, D] features, float32, bfloat16, float16 or float64, any strides. Normalise them first; the function
-            does not.
-        ids: int64 [N].
-        temperature: tau > 0, a float or a floating tensor of one element; gradients flow to tensors.
+        z: [N, D] features in float32, bfloat16, float16 or float64 and with any strides. Normalise them first; this
+            function does not.
+        ids: int64 [N], the label of each row.
+        temperature: tau > 0. A float, or a floating-point tensor of one element, which gets a gradient.
         reduction: "mean", "sum", or "none", [N].
-        group, strategy, grad_reduce, even_batches, own_share: of several processes that hold the batch together, as in
-            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone.
-        return_unpaired: return also how many rows have no positive, a tensor that is not read here.
+        group, strategy, grad_reduce, even_batches, own_share: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group the loss is over the rows of this process alone.
+        return_unpaired: also return how many rows have no positive, as a tensor; reading it waits for the device.
 
     Returns:
         The loss, accumulated and returned in float32 (float64 for float64 features); 0 without any positive pair. With
         ``return_unpaired``, the loss and the count.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
     Source: Khosla et al., Supervised Contrastive Learning, 2020, arXiv:2004.11362, equation 2.
 

@@ -44,7 +44,7 @@ def vicreg_loss(
     grad_reduce: str = "mean",
     even_batches: bool = False,
 ) -> Tensor:
-    r"""VICReg: invariance between two views, variance and decorrelation of the features within each.
+    r"""VICReg: two views agree, each feature varies over the batch, and no two features are correlated.
 
     .. math:: L = \frac{\lambda}{n D} \sum_{ij} (a_{ij} - b_{ij})^2
                 + \frac{\mu}{2} [v(a) + v(b)] + \nu [c(a) + c(b)]
@@ -52,30 +52,32 @@ def vicreg_loss(
     .. math:: v(z) = \frac{1}{D} \sum_j \max\Big(0, 1 - \sqrt{C_{jj} + \epsilon}\Big), \qquad
               c(z) = \frac{1}{D} \sum_{j \ne k} C_{jk}^2, \qquad C = \operatorname{cov}(z) \text{ over } n - 1
 
-    as in the authors' code and in lightly. The paper's sum of both v, also solo-learn's, is twice as much: there pass
-    twice the weight.
+    as in the authors' code and in lightly. The paper and solo-learn add v(a) and v(b) instead of taking their mean: for
+    theirs, pass twice the ``variance_weight``.
 
     Args:
-        za, zb: [n, D] features of two views, at least 2 rows, float32, bfloat16, float16 or float64, any strides.
-        invariance_weight, variance_weight, covariance_weight: :math:`\lambda, \mu, \nu`.
-        eps: :math:`\epsilon > 0`.
-        group, strategy, grad_reduce, even_batches: of several processes that hold the batch together, as in
-            :mod:`ssl_kernels.distributed`; without a group the loss is of this process alone. In a group any process
-            may have fewer than 2 rows.
+        za, zb: [n, D] features of two views with at least 2 rows, in float32, bfloat16, float16 or float64 and with any
+            strides.
+        invariance_weight, variance_weight, covariance_weight: the weights :math:`\lambda, \mu, \nu`.
+        eps: :math:`\epsilon > 0`, added to the variance before its square root.
+        group, strategy, grad_reduce, even_batches: for a batch that several processes hold together; see
+            :mod:`ssl_kernels.distributed`. Without a group the loss is over the rows of this process alone. In a group,
+            a process may have fewer than 2 rows.
 
     Returns:
         The loss, computed and returned in float32 (float64 for float64 features).
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
-        RuntimeError: on double backward, which only the reference backend supports.
+        TypeError, ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+        RuntimeError: if the gradient is differentiated again, which only the reference backend supports.
 
-    Where 2 n <= D, the squares are summed and differentiated through the n x n products of rows instead of C, which
-    takes D / n times fewer operations; their rounding is then relative to the sum of all squared covariances, diagonal
-    included. Of either matrix no more exists at a time than ``SSL_KERNELS_WORKSPACE_MB`` megabytes. The gradients are
-    made in the forward pass and kept, [n, D] each in float32. Autocast has no effect here; float32 products follow
-    ``torch.get_float32_matmul_precision()``. Over several processes these share the operations: either features travel
-    or panels of C do, by ``2 n <= D``, beside a few sums of D numbers in float64; gradients do not.
+    If 2 n <= D, the sum of squares goes through the n x n products of rows instead of C, which takes D / n times fewer
+    operations; its rounding error is then relative to the sum of all squared covariances, including the diagonal. At
+    most ``SSL_KERNELS_WORKSPACE_MB`` megabytes of either matrix exist at a time. The gradients are computed in the
+    forward pass and kept, [n, D] each in float32. Autocast has no effect here; float32 products follow
+    ``torch.get_float32_matmul_precision()``. Several processes share the operations. If 2 n <= D, features travel
+    between them, and otherwise panels of C; in both cases, so do a few sums of D numbers in float64. Gradients never
+    travel.
 
     Source: Bardes et al., VICReg: Variance-Invariance-Covariance Regularization, 2021, arXiv:2105.04906.
 
