@@ -172,7 +172,8 @@ def test_every_setting_is_told() -> None:
 
 def public_names() -> set[str]:
     """Of modules that users import: what is defined there, without an underscore."""
-    names = {f"ssl_kernels.{name}" for name in ssl_kernels.__all__ if name not in ("__version__", "functional")}
+    hidden = {"__version__", "functional", "grad_cache"}  # the last is a function in a module of its name
+    names = {f"ssl_kernels.{name}" for name in ssl_kernels.__all__ if name not in hidden}
     names |= {f"ssl_kernels.functional.{name}" for name in ssl_kernels.functional.__all__}
     modules = [f"ssl_kernels.integrations.{m.name}" for m in pkgutil.iter_modules(ssl_kernels.integrations.__path__)]
     for module in (*modules, "ssl_kernels.schedules"):
@@ -180,7 +181,8 @@ def public_names() -> set[str]:
             if getattr(value, "__module__", None) == module and not name.startswith("_"):
                 names.add(f"{module}.{name}")
     base = {"ssl_kernels.integrations.dinov2.CenteredLoss"}  # what the losses there inherit from
-    others = {"ema.ema_multi_avg_fn", "collapse.CollapseWarning", "distributed", "distributed.gather_rows"}
+    others = {"ema.ema_multi_avg_fn", "collapse.CollapseWarning", "grad_cache.grad_cache"}
+    others |= {"distributed", "distributed.gather_rows"}
     return names - base | {f"ssl_kernels.{name}" for name in others}
 
 
