@@ -46,7 +46,7 @@ lint: setup
 
 # The pages of docs/ with the README and the API reference, built offline into build/docs; a warning is an error.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/ssl-kernels bench
