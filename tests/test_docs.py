@@ -75,9 +75,14 @@ def trainer(name: str) -> ModuleType:
 
 
 @pytest.fixture
-def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainers read their arguments, check them, and stop."""
+def parsed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Trainers read their arguments, check them, and stop. Data that commands name are there, and empty."""
     from ssl_kernels.trainers import command
+
+    for name in ("pairs.csv", *(f"shards-{number:03}.tar" for number in range(100))):
+        (tmp_path / name).touch()
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
 
     def run(kind: type[Any], train: object, argv: list[str], prog: str) -> int:
         if "--resume" in argv:  # what it names is in no checkout
