@@ -101,7 +101,7 @@ def is_command(words: list[str]) -> bool:
     if words[0] == "torchrun":
         words = ["ssl-kernels", *words[words.index("ssl_kernels.cli") + 1 :]] if "-m" in words else words[3:]
     if words[0] == "ssl-kernels":
-        return words[1:2] == ["compare"] or "--help" in words or cli.main(words[1:]) == 0
+        return words[1] in ("bench", "compare") or "--help" in words or cli.main(words[1:]) == 0
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()
         return all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:])

@@ -23,8 +23,8 @@ class ChunkConfig:
     """The setting of trainers that compare what lies in a batch."""
 
     chunk_size: int = 0
-    """Examples that go through the nets of a process at a time; 0: all that it has of a batch. Loss and gradients are
-    those of the whole batch, at the price of one more forward pass; BatchNorm normalises each chunk on its own."""
+    """Number of examples that go through a process's networks at a time; 0 means all of its batch. Loss and gradients
+    are those of the whole batch, at the price of one more forward pass. BatchNorm normalises each chunk on its own."""
 
     def check_chunks(self) -> None:
         require(self, at_least(0), "chunk_size")

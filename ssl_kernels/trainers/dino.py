@@ -69,42 +69,42 @@ class DINOConfig(SelfSupervisedConfig):
     version: Literal[1, 2] = 1
     """1: DINO; 2: DINOv2, with masked patches, Sinkhorn-Knopp and KoLeo, for vision transformers such as tiny-vit."""
     prototypes: int = 128
-    """Number of prototypes K; 65,536 on ImageNet. Little data wants few."""
+    """Number of prototypes K. It is 65,536 on ImageNet; use few of them for little data."""
     norm: bool = True
-    """BatchNorm in the head; helps small and convolutional nets."""
+    """Use BatchNorm in the head, which helps small and convolutional networks."""
     local_crops: int = 0
-    """Small crops of each image, which only the student sees, besides the two large views. Photographs want 8; half
-    of a digit says little of it."""
+    """Number of small crops of each image, which only the student sees, besides the two large views. Use 8 for
+    photographs; half of a digit says little about it."""
     local_size: int = 16
     """Height and width of the small crops in pixels."""
     momentum: float = 0.95
-    """Momentum that the teacher starts from; it rises along a cosine to 1 at the last step. Long runs want 0.996."""
+    """The teacher's momentum at the start; it rises along a cosine to 1 at the last step. Use 0.996 for long runs."""
     teacher_temp: float = 0.04
-    """Divides the teacher's logits; the lower, the sharper it teaches."""
+    """Divides the teacher's logits; a lower temperature gives sharper targets."""
     warmup_teacher_temp: float = 0.04
-    """Where the teacher's temperature starts, to rise in a line."""
+    """The teacher's temperature at the start, from which it rises linearly."""
     warmup_teacher_epochs: float = 3
-    """Epochs until it is there."""
+    """Number of epochs in which the teacher's temperature rises."""
     centering: Literal["mean", "sinkhorn"] = "sinkhorn"
-    """What keeps the prototypes in use (version 1): a moving mean of the teacher's logits, as in the paper, or
-    Sinkhorn-Knopp over the batch, as in version 2, which learns more of little data."""
+    """How the prototypes are kept in use (version 1): by a moving mean of the teacher's logits, as in the paper, or by
+    Sinkhorn-Knopp over the batch, as in version 2, which learned more from little data."""
     center_momentum: float = 0.9
     """Momentum of the moving mean."""
     freeze_last_layer: float = 1
-    """Epochs in which the prototypes stay as they are."""
+    """Number of first epochs in which the prototypes stay as they are."""
     final_weight_decay: float = 0.4
-    """AdamW's weight decay at the end, to which it moves along a cosine from --weight-decay."""
+    """AdamW's weight decay at the end. It goes there from --weight-decay along a cosine."""
 
     mask_share: tuple[float, float] = (0.1, 0.5)
-    """Least and largest share of a view's patches that are hidden from the student (version 2)."""
+    """Smallest and largest share of a view's patches that are hidden from the student (version 2)."""
     mask_probability: float = 0.5
-    """Share of the large views that have hidden patches, of two at least (version 2)."""
+    """Share of the large views that have hidden patches; at least two views have some (version 2)."""
     ibot_weight: float = 1.0
     """Weight of the loss on hidden patches (version 2)."""
     koleo_weight: float = 0.1
     """Weight of KoLeo (version 2)."""
     separate_heads: bool = False
-    """A head of their own for patches, as large models want it (version 2)."""
+    """Give the patches a head of their own, as large models need (version 2)."""
 
     def check(self) -> None:
         super().check()

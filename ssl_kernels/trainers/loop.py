@@ -80,34 +80,35 @@ class LoopConfig:
     epochs: int = 40
     """Passes over the training pairs."""
     batch_size: int = 256
-    """Pairs per forward pass, over all processes; each is contrasted with the others of its own batch."""
+    """Pairs per forward pass, over all processes. Each is contrasted with the other pairs of its batch."""
     accumulate: int = 1
-    """Batches whose gradients are averaged per optimizer step. This saves memory in the nets; but where a loss compares
-    the images of a batch it still sees one batch at a time, so 4 x 256 is not 1,024."""
+    """Number of batches whose gradients are averaged per optimizer step. This saves memory in the networks. A loss that
+    compares the images of a batch still sees one batch at a time, so 4 x 256 is not 1,024."""
     lr: float = 3e-3
     """Peak learning rate."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises linearly; then it falls along a cosine to zero."""
     weight_decay: float = 0.05
-    """AdamW's weight decay, for matrices and filters only."""
+    """AdamW's weight decay; it applies to matrices and filters only."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's betas."""
     clip: float = 5.0
     """Largest norm of the gradient; 0 turns clipping off."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
-    """Fabric's precision: of the arithmetic, and with -true of the weights too."""
+    """Fabric's precision. It is the precision of the arithmetic, and with -true also of the weights."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on."""
     devices: int = 1
-    """Processes on each machine, with a device of its own each, among which batches are split. torchrun starts them
-    instead if it runs the command: `torchrun --nproc-per-node 8 -m ssl_kernels.cli train ...`."""
+    """Number of processes on each machine, each with its own device; batches are split among them. Leave it out if
+    torchrun runs the command: `torchrun --nproc-per-node 8 -m ssl_kernels.cli train ...`."""
     num_nodes: int = 1
-    """Machines, on each of which the command is started, or torchrun with --nnodes. They share --output-dir."""
+    """Number of machines. Start the command on each of them, or torchrun with --nnodes. They share --output-dir."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """`ddp`: each process has all weights, and gradients are averaged; `auto`: so, if there are several; `fsdp`: each
-    has a share of weights, gradients and optimizer states (FSDP2), for models that are large beside their batch."""
+    """With `ddp`, each process has all weights, and gradients are averaged; `auto` means this if there are several
+    processes. With `fsdp`, each has a share of weights, gradients and optimizer states (FSDP2), for models that are
+    large beside their batch."""
     workers: int = 0
-    """Processes that prepare batches, beside each that trains."""
+    """Number of processes that prepare batches, for each process that trains."""
     log_every: int = 1
     """Steps between two lines of the log."""
     checkpoint_every: int = 100

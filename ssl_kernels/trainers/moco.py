@@ -64,8 +64,8 @@ class MoCoConfig(SelfSupervisedConfig):
     version: Literal[2, 3] = 2
     """2: against a queue of keys; 3: within the batch, both ways, through a prediction head."""
     momentum: float = 0.98
-    """Momentum that the teacher starts from; it rises along a cosine to 1 at the last step. Long runs on large data
-    want 0.999 (version 2) or 0.99 (version 3)."""
+    """The teacher's momentum at the start; it rises along a cosine to 1 at the last step. Use 0.999 (version 2) or 0.99
+    (version 3) for long runs on large data."""
     queue_size: int = 2048
     """Keys in the queue (version 2); 65,536 on ImageNet. No more than the training images: each would then be among
     its own negatives."""

@@ -36,17 +36,17 @@ class SelfSupervisedConfig(ImageConfig, loop.LoopConfig):
     epochs: int = 14
     """Passes over the training images."""
     batch_size: int = 128
-    """Images per forward pass, each seen in two views, and in local crops where a trainer has them."""
+    """Images per forward pass. Each is seen in two views, and in DINO in its local crops too."""
     lr: float = 2e-3
     """Peak learning rate."""
     image_model: str = TINY
     """The built-in `tiny-resnet` or `tiny-vit`, or any timm model by name: resnet50, vit_small_patch16_224."""
     hidden: int = 256
-    """Width of the heads' hidden layers. Heads are dropped after training; what is evaluated is the net below them."""
+    """Width of the heads' hidden layers. Heads are dropped after training; the network below them is evaluated."""
     dim: int = 128
-    """Size of the embedding in which views are contrasted."""
+    """Size of the embedding in which views are compared."""
     temperature: float = 0.2
-    """Divides the cosines of embeddings."""
+    """Divides the cosine similarities of embeddings."""
 
     @property
     def leaves_parameters_unused(self) -> bool:

@@ -44,7 +44,7 @@ class TwoTowerConfig(TowerConfig, DataConfig, chunks.ChunkConfig, loop.LoopConfi
     """What the command lines of image-text trainers have in common."""
 
     loss_backend: Literal["auto", "reference", "eager", "cpu", "triton"] = "auto"
-    """Implementation of the loss; `reference` is plain PyTorch with the whole matrix of logits."""
+    """Which code computes the loss; `reference` is plain PyTorch with the whole matrix of logits."""
     check_loss: bool = True
     """Compare every batch's loss, over its first 1,024 pairs, with the reference (and the reference, where it trains,
     with `auto`) and log both."""
