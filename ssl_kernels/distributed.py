@@ -56,7 +56,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 
 
 class Across(NamedTuple):
-    """Over which processes a loss is, and how. These fields are among the arguments of an op."""
+    """The processes that hold a batch, and how they exchange it. These fields are among the arguments of an op."""
 
     group: str = ""  # the name of a process group; empty for a process alone
     strategy: str = "auto"
@@ -85,7 +85,7 @@ def across(
 
 
 def process_group(group: Group) -> dist.ProcessGroup | None:
-    """That of a mesh, or None; one that this process is in."""
+    """The process group of a mesh; None for None. This process must be in it."""
     if group is None:
         return None
     if not isinstance(group, dist.ProcessGroup):
@@ -137,7 +137,7 @@ class Ranks:
         self.what = what
 
     def agree(self, own: Sequence[int], facts: Mapping[str, object], device: torch.device) -> list[list[int]]:
-        """What each rank tells of itself alone, once all tell the same facts.
+        """Exchange numbers that may differ between ranks, and check that the facts are the same on all of them.
 
         Raises:
             ValueError: on all ranks, with the first fact in which they differ, and which ranks say what.

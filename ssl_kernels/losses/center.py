@@ -1,7 +1,6 @@
-"""The moving mean of a teacher's logits, which DINO and iBOT subtract from them.
-
-A total [K + 1] is a sum of logits [K] and, last, the number of rows that it is over: the totals of micro-batches and of
-processes add up, however many rows each of them has.
+"""The moving mean of a teacher's logits, which DINO and iBOT subtract from them. A total [K + 1] is a sum of logits [K]
+followed by the number of rows in it. Totals of micro-batches and of processes can be added, however many rows each of
+them has.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Move towards the mean of logits [..., K], of all processes of the group."""
+        """Move towards the mean of the logits [..., K] of all processes of the group."""
         step_(self.center, None, total_of(x), self.momentum, group=self.group)
 
 
@@ -52,7 +51,7 @@ def as_total(teacher_sum: Tensor, rows: int) -> Tensor:
 
 
 def total_of(teacher: Tensor) -> Tensor:
-    """Of logits [..., K]."""
+    """The total of logits [..., K]."""
     rows = teacher.detach().flatten(0, -2)
     return as_total(rows.sum(0, dtype=accumulation_dtype(rows.dtype)), rows.shape[0])
 
@@ -60,7 +59,8 @@ def total_of(teacher: Tensor) -> Tensor:
 def step_(
     center: Tensor, waiting: Tensor | None, total: Tensor, momentum: float, more: bool = False, group: Group = None
 ) -> Tensor | None:
-    """Add to the total that waits and return it if ``more`` is to come; else move the centre, and nothing waits."""
+    """Add to the waiting total. If ``more`` micro-batches follow, return it; otherwise move the centre and return
+    None."""
     total = total if waiting is None else waiting + total
     if more:
         return total
@@ -70,7 +70,7 @@ def step_(
 
 
 def forget_waiting(module: Any, *_: object) -> None:
-    """Before a checkpoint is loaded: what waits is of the run before it."""
+    """Drop the waiting total before a checkpoint is loaded, because it belongs to the run before."""
     module._waiting = None
 
 
@@ -83,7 +83,7 @@ def all_reduce_(total: Tensor, group: Group = None, async_op: bool = False) -> d
 
 
 def move_(center: Tensor, total: Tensor, momentum: float) -> None:
-    """In place; the centre stays where it is if no process has a row."""
+    """Move the centre in place. It stays where it is if no process has a row."""
     old = center.flatten().to(total.dtype)
     new = torch.lerp(old, total[:-1] / total[-1], 1 - momentum)
     center.copy_(torch.where(total[-1] > 0, new, old).view_as(center))

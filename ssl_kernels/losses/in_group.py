@@ -1,4 +1,4 @@
-"""What the loss modules have in common whose batch several processes may hold together."""
+"""The base of the loss modules that take a group of processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class LossInGroup(nn.Module):
     """A loss over the ranks of a group; see :mod:`ssl_kernels.distributed`.
 
     Args:
-        group, strategy, grad_reduce, even_batches: as of the losses of :mod:`ssl_kernels.functional`.
-        rank, world_size, gather_distributed: as open_clip and lightly tell of other processes. Without a group the loss
-            is then over all of them, and a rank and a world size that are not this process's are an error.
+        group, strategy, grad_reduce, even_batches: see :mod:`ssl_kernels.distributed`.
+        rank, world_size, gather_distributed: how open_clip and lightly ask for a loss over all processes, which is what
+            they mean without a group. A rank or a world size that is not this process's is an error.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class LossInGroup(nn.Module):
         self.gather_distributed = gather_distributed
 
     def how(self) -> dict[str, Any]:
-        """These as arguments of a function."""
+        """These settings, as arguments of a function in :mod:`ssl_kernels.functional`."""
         return {
             "group": self._group(),
             "strategy": self.strategy,
@@ -72,7 +72,8 @@ class LossInGroup(nn.Module):
 
 
 def overridden(loss: LossInGroup, base: type[nn.Module]) -> bool:
-    """Whether a subclass of open_clip's kind has logits or labels of its own: its loss is of what this process has."""
+    """Whether a subclass overrides open_clip's methods for logits or labels. Its loss is then over the rows of this
+    process."""
     if all(getattr(type(loss), name) is getattr(base, name) for name in ("get_logits", "get_ground_truth")):
         return False
     if not loss.is_alone():
