@@ -155,7 +155,7 @@ save(figure, "losses.png")
 #
 # ## A retrieval sheet
 #
-# Names of emoji that SigLIP has never seen look for their images, among all that were held out. The names are spread
+# Names of emoji that CLIP has never seen look for their images, among all that were held out. The names are spread
 # evenly over the held-out ones, not picked. A green frame marks the right image.
 
 # %%
@@ -165,7 +165,7 @@ for name in ("SigLIP", "CLIP"):
         y = fused[name].method.encode_text(tokenize(pairs.held_out.captions))
     first, five = (image_text.recall(y @ x.T, k) for k in (1, 5))
     print(f"{name:6} right image first: {first:.2f}, among the first five: {five:.2f}, by chance {1 / len(x):.3f}")
-    if name == "SigLIP":
+    if name == "CLIP":
         report.plot_retrieval(folder / "retrieval.png", pairs.held_out, y @ x.T, EMOJI_SIZE, openmoji.CREDIT, 7, 5)
 
 # %% [markdown]
