@@ -45,7 +45,7 @@ def test_tour(tour_page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     for name in ("SigLIP", "CLIP", "MoCo", "DINO"):
         fused, reference = ([step["loss"] for step in names[run][name].records] for run in ("fused", "reference"))
-        assert fused[-1] < 0.98 * fused[0], name
+        assert sum(fused[-3:]) / 3 < 0.97 * fused[0], name
         assert fused[0] == pytest.approx(reference[0], rel=1e-5), name
         assert fused == pytest.approx(reference, rel=1e-2), name
     runs = names["runs"]
