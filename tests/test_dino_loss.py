@@ -111,7 +111,7 @@ def test_resumes_exactly_from_a_checkpoint() -> None:
     assert list(IBOTPatchLoss(20).state_dict()) == ["center.center"]
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_module_compiles_without_a_graph_break(compiler: str, stacked: bool) -> None:
     torch._dynamo.reset()

@@ -158,7 +158,7 @@ def test_opcheck(backend: str) -> None:
         torch.library.opcheck(_enqueue, arguments)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(compiler: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -429,7 +429,10 @@ def gradients_of(function: Any, arguments: list[Tensor]) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-@pytest.mark.parametrize(("compiler", "name"), [("inductor", "clip"), *(("aot_eager", name) for name in LOSSES)])
+@pytest.mark.parametrize(
+    ("compiler", "name"),
+    [pytest.param("inductor", "clip", marks=pytest.mark.slow), *(("aot_eager", name) for name in LOSSES)],
+)
 def test_compiles_without_a_graph_break(compiler: str, name: str) -> None:
     torch._dynamo.reset()
     inner, arguments = case(name, 21)

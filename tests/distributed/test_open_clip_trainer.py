@@ -30,6 +30,7 @@ def launch(folder: Path, world: int, *names: str, batch: int = 16) -> dict[str, 
     return found
 
 
+@pytest.mark.slow  # tests/examples/ has its trainer in one process, and this folder the loss over ranks
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     pytest.importorskip("open_clip_train", reason="open_clip_torch is not installed")
     alone = launch(tmp_path, 1, *RUNS)

@@ -49,6 +49,7 @@ def two_hosts() -> Iterator[list[str]]:
             ip("netns", "del", name)
 
 
+@pytest.mark.slow
 def test_two_hosts(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         try:
