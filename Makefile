@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
-.PHONY: setup demo test test-all mutants lint docs bench bench-report gpu-check wheel sdist clean
+.PHONY: setup demo test test-all mutants lint docs tour bench bench-report gpu-check wheel sdist clean
 
 setup: $(SETUP)
 
@@ -47,6 +47,10 @@ lint: setup
 # The pages of docs/ with the README and the API reference, built offline into build/docs; a warning is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The page and the pictures of docs/tour.py, run as it stands.
+tour: setup
+	$(BIN)/python docs/tour_page.py
 
 bench: setup
 	$(BIN)/ssl-kernels bench

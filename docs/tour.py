@@ -33,7 +33,7 @@ from ssl_kernels.trainers.self_supervised import Method
 from ssl_kernels.trainers.siglip import SigLip, SigLipConfig
 
 # TOUR_TINY=1 takes seconds and learns next to nothing.
-STEPS, BATCH, EMOJI_SIZE, DIGIT_SIZE = (12, 16, 16, 16) if os.environ.get("TOUR_TINY") else (100, 128, 40, 32)
+STEPS, BATCH, EMOJI_SIZE, DIGIT_SIZE = (12, 16, 16, 16) if os.environ.get("TOUR_TINY") else (200, 128, 40, 32)
 folder = Path("tour")
 folder.mkdir(exist_ok=True)
 
@@ -82,7 +82,7 @@ save(figure, "data.png")
 
 
 # %%
-def train(make_method, batches, backend="auto", lr=2e-3):
+def train(make_method, batches, backend="auto", steps=STEPS, lr=2e-3):
     torch.manual_seed(0)
     method = make_method()
     epochs = itertools.chain.from_iterable(batches.batches(epoch) for epoch in itertools.count())
@@ -92,7 +92,7 @@ def train(make_method, batches, backend="auto", lr=2e-3):
         warnings.simplefilter("always")
         if isinstance(method, Method):
             method.before_training(epochs)  # MoCo fills its queue
-        for number, batch in enumerate(itertools.islice(epochs, STEPS), start=1):
+        for number, batch in enumerate(itertools.islice(epochs, steps), start=1):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * loop.cosine(number - 1, STEPS, warmup=STEPS // 10)
             if isinstance(method, Method):
@@ -132,12 +132,12 @@ methods = {
     "DINO": (lambda: dino.make_method(dino_config, digits, STEPS), digits.batches),
 }
 fused = {name: train(*method) for name, method in methods.items()}
-reference = {name: train(*method, backend="reference") for name, method in methods.items()}
+reference = {name: train(*method, backend="reference", steps=STEPS // 4) for name, method in methods.items()}
 
 # %% [markdown]
-# Each method was trained twice from the same start, once with the fused losses and once with the plain formulas. Here
-# is the loss of both, and by what share they differ. The kernels are exact up to rounding; what remains is rounding
-# that training itself lets grow, as it would after any other change in the order of a sum.
+# Each method was trained with the fused losses and, from the same start, for a quarter of the steps with the plain
+# formulas. Here is the loss of both, and by what share they differ. The kernels are exact up to rounding; what remains
+# is rounding that training itself lets grow, as it would after any other change in the order of a sum.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
@@ -147,7 +147,7 @@ for axis, name in zip(axes, methods, strict=True):
     axis.plot(ours, color="tab:blue", linewidth=1, label="fused")
     axis.set(title=name, xlabel="step")
     axis.legend()
-    apart = [abs(a - b) / b for a, b in zip(ours, plain, strict=True)]
+    apart = [abs(a - b) / b for a, b in zip(ours, plain, strict=False)]
     print(f"{name:6} loss {ours[0]:5.2f} -> {ours[-1]:.2f}; apart by {apart[0]:.0e} at first, {max(apart):.0e} at most")
 save(figure, "losses.png")
 

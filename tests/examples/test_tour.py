@@ -47,7 +47,7 @@ def test_tour(tour_page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         fused, reference = ([step["loss"] for step in names[run][name].records] for run in ("fused", "reference"))
         assert sum(fused[-3:]) / 3 < 0.97 * fused[0], name
         assert fused[0] == pytest.approx(reference[0], rel=1e-5), name
-        assert fused == pytest.approx(reference, rel=1e-2), name
+        assert fused[: len(reference)] == pytest.approx(reference, rel=1e-2), name
     runs = names["runs"]
     assert runs["DINO"].said == []
     assert ["every sample's is the same" in text for text in runs["without a centre"].said] == [True]
