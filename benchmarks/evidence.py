@@ -203,11 +203,8 @@ class Figures:
         for op in swept:
             width = f"D = {op.sweep[0][1]}, {LABELS.get(op.peer, op.peer)}'s"
             picture = f"![Memory and time of {op.title} against the batch](images/{picture_name(op)})"
-            parts += [f"#### {op.title}, {width} and ours\n", picture + "\n", self.sweep(op)]
-            if len(peaks(self.found[op.name], op.peer)) > 1:
-                parts += [
-                    f"{op.peer}'s would fill {CARD_GB} GB at a batch of {self.fits(op.name, op.peer)} (extrapolated).\n"
-                ]
+            fits = f"{op.peer}'s would fill {CARD_GB} GB at a batch of {self.fits(op.name, op.peer)} (extrapolated).\n"
+            parts += [f"#### {op.title}, {width} and ours\n", picture + "\n", self.sweep(op), fits]
         for op in first_ops():
             if op.name in self.found:
                 said = of_run(self.found[op.name])
@@ -229,15 +226,14 @@ class Figures:
 
 SWEEP = f"""\
 The others keep several matrices of B x B numbers, so that their memory grows with the square of the batch; ours grows
-with the batch. They are measured up to {suite.MOST_DENSE:,} rows of that matrix. Where they would fill
-{CARD_GB} GB is extrapolated: memory is taken to grow as a + c B², with a and c from their two largest batches. That is
-the memory of the loss alone, without the model.
+with the batch. They are measured up to {suite.MOST_DENSE:,} rows of that matrix. The batch that would fill {CARD_GB} GB
+is extrapolated: memory is taken to grow as a + c B², with a and c from their two largest batches. That is the memory of the loss alone, without the model.
 """
 
 
 def of_run(result: Result) -> str:
     """With what an op was measured, and what may have disturbed it."""
-    text = "Versions: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".\n"
+    text = ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".\n"
     if result["size"] == "quick":
         text += "This was a quick run, of few rounds.\n"
     if result["machine"]["load_before"] > result["machine"]["cpus"] / 2:
@@ -252,7 +248,7 @@ def first_ops() -> list[Op]:
 
 def swept_ops(figures: Figures) -> list[Op]:
     """Whose batch was grown, on a system that tells of memory."""
-    return [op for op in first_ops() if op.name in figures.found and peaks(figures.found[op.name], op.peer)]
+    return [op for op in first_ops() if op.name in figures.found and len(peaks(figures.found[op.name], op.peer)) > 1]
 
 
 def picture_name(op: Op) -> str:
@@ -325,10 +321,9 @@ def draw(op: Op, result: Result, path: Path) -> None:
             batches = [run["batch"] for run in runs]
             memory.plot(batches, [run["peak_mb"] for run in runs], dashes, color=colour, label=label)
             time.plot(batches, [run["seconds"] for run in runs], dashes, color=colour)
-        if len(peaks(result, op.peer)) > 1:
-            fits = float(Figures({op.name: result}, []).fits(op.name, op.peer).replace(",", ""))
-            batch, mb = peaks(result, op.peer)[-1]
-            memory.plot([batch, fits], [mb, CARD_GB * 1024], ":", color=colours[op.peer], label="extrapolated")
+        fits = float(Figures({op.name: result}, []).fits(op.name, op.peer).replace(",", ""))
+        batch, mb = peaks(result, op.peer)[-1]
+        memory.plot([batch, fits], [mb, CARD_GB * 1024], ":", color=colours[op.peer], label="extrapolated")
         memory.axhline(CARD_GB * 1024, color=grey, linewidth=0.8)
         memory.text(swept_runs(result, "ours")[0]["batch"], CARD_GB * 1024, f"{CARD_GB} GB", verticalalignment="bottom")
         for axis, title in ((memory, "peak memory, MB"), (time, "seconds a step")):
@@ -341,7 +336,7 @@ def draw(op: Op, result: Result, path: Path) -> None:
             axis.grid(color=grey, alpha=0.25, linewidth=0.5)
             axis.spines[["top", "right"]].set_visible(False)
         memory.legend(frameon=False)
-        figure.savefig(path, transparent=True, metadata={"Date": None, "Description": points(op, result)})
+        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None, "Description": points(op, result)})
         plt.close(figure)
 
 
