@@ -227,7 +227,8 @@ class Figures:
 SWEEP = f"""\
 The others keep several matrices of B x B numbers, so that their memory grows with the square of the batch; ours grows
 with the batch. They are measured up to {suite.MOST_DENSE:,} rows of that matrix. The batch that would fill {CARD_GB} GB
-is extrapolated: memory is taken to grow as a + c B², with a and c from their two largest batches. That is the memory of the loss alone, without the model.
+is extrapolated: memory is taken to grow as a + c B², with a and c from their two largest batches. That is
+the memory of the loss alone, without the model.
 """
 
 
