@@ -1,4 +1,4 @@
-"""SimCLR and Barlow Twins over several processes, as lightly's distributed examples have them in Lightning. One line changes:
+"""SimCLR and Barlow Twins over several processes, in Lightning as lightly's distributed examples. One line changes:
 
     - from lightly.loss import BarlowTwinsLoss, NTXentLoss
     + from ssl_kernels import BarlowTwinsLoss, NTXentLoss
