@@ -1,4 +1,7 @@
-"""Peers that no package registry has, by the formulas of their papers and with the calls of their code."""
+"""Peers whose code the tests do not install, by the formulas of their papers and with the calls of their code.
+
+Where a checkout of the peer is on the path (`PYTHONPATH`), its own code takes their place.
+"""
 
 from __future__ import annotations
 
