@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[command](rest)
     except ImportError as error:
-        if "ssl_kernels[train]" not in str(error):  # not a missing extra: a bug, whose traceback helps
+        if "ssl_kernels.trainers: missing" not in str(error):  # not a missing extra: a bug, whose traceback helps
             raise
         return _fail(str(error))
 
@@ -83,7 +83,8 @@ def bench(argv: Sequence[str]) -> int:
     """Measure the losses on this machine."""
     missing = [name for name in ("pytest", "pytest_benchmark", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        return _fail(f'bench: missing {", ".join(missing)}; install: pip install "ssl_kernels[bench]"')
+        advice = 'install the extra "bench": pip install ".[bench]" in the checkout'
+        return _fail(f"bench: missing {', '.join(missing)}; {advice}")
     from ssl_kernels.bench import command
 
     return command.main(argv)

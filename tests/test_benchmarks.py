@@ -163,4 +163,4 @@ def test_the_command_names_what_it_cannot_do(
     assert "expected ops of sigmoid, clip" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else name)
     assert cli.main(["bench"]) == 2
-    assert 'bench: missing rich; install: pip install "ssl_kernels[bench]"' in capsys.readouterr().err
+    assert 'bench: missing rich; install the extra "bench": pip install ".[bench]" in' in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Each row of the table in docs/replace.md: its names exist, and on raw rows and with default arguments ours is theirs.
 
-Peers that no package installs are written here, from their equations.
+Peers that the tests do not install are written here, from their equations.
 """
 
 from __future__ import annotations

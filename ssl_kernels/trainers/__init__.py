@@ -1,4 +1,4 @@
-"""Trainers that read like their papers. They need the `train` extra: `pip install "ssl_kernels[train]"`."""
+"""Trainers that read like their papers. They need the `train` extra: `pip install ".[train]"` in the checkout."""
 
 import importlib.util
 
@@ -9,4 +9,7 @@ _EXTRA = (
 
 _missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
 if _missing:
-    raise ImportError(f'ssl_kernels.trainers: missing {", ".join(_missing)}; install: pip install "ssl_kernels[train]"')
+    raise ImportError(
+        f"ssl_kernels.trainers: missing {', '.join(_missing)};"
+        ' install the extra "train": pip install ".[train]" in the checkout'
+    )

@@ -110,7 +110,7 @@ def test_train_names_the_missing_extra() -> None:
     assert done.returncode == 2
     assert done.stderr.strip() == (
         "ssl-kernels: error: ssl_kernels.trainers: missing lightning_fabric, timm, tyro;"
-        ' install: pip install "ssl_kernels[train]"'
+        ' install the extra "train": pip install ".[train]" in the checkout'
     )
 
 
