@@ -59,6 +59,9 @@ def train(argv: Sequence[str]) -> int:
 
 def compare(folders: Sequence[str]) -> int:
     """Print the figures of the runs in these folders."""
+    if folders and folders[0] in ("-h", "--help"):
+        print("usage: ssl-kernels compare RUN [RUN ...]\n\nPrint the figures of finished runs, folders, in one table.")
+        return 0
     if not folders:
         return _fail("compare: expected the folders of runs, got none")
     from ssl_kernels.trainers.errors import UserError

@@ -102,7 +102,9 @@ def measure(options: Sequence[str], console: Console) -> tuple[dict[str, Any], W
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = pytest.main([*arguments, suite.__file__], plugins=[watch])
-        if not path.exists():  # nothing could be measured
+        if code == pytest.ExitCode.INTERRUPTED:
+            raise SystemExit("interrupted; nothing was written")
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not path.exists():
             raise SystemExit("\n".join(watch.failures) or said.getvalue() or f"pytest ended with {code}")
         return json.loads(path.read_text()), watch
 

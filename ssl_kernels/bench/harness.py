@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_kernels import use_tile_budget
 from ssl_kernels.bench.machine import limits
-from ssl_kernels.bench.memory import is_readable, peak_mb
-from ssl_kernels.bench.problem import Case, Floor, Loss, NotComparableError, Problem, is_ours, step
+from ssl_kernels.bench.memory import is_readable, peak_mb, settle_allocator
+from ssl_kernels.bench.problem import Case, Floor, Loss, NotComparableError, Problem, is_ours, is_peer, step
+from ssl_kernels.ops import reuse
 
 MOST_COMPARED = {"full": 4096, "quick": 1024, "tiny": 1024}  # rows of a formula that keeps several matrices of them
 ROUNDS_S = {"full": 1.0, "quick": 0.2, "tiny": 0.0}
 MOST_ROUNDS = 200
 LEAST_ROUNDS = {0.0: 3, 3.0: 2, 10.0: 1}  # of steps that take so many seconds or more
+LONG_GFLOP = 1000.0  # of a step that is taken once for its memory and once for its time
 CPU = torch.device("cpu")
 
 errors: dict[tuple[Any, ...], float] = {}  # of what was compared; along a sweep, that is the same again
@@ -40,16 +41,24 @@ def measure(benchmark: Any, size: str, backend: str, case: Case) -> None:
     for a while slows down both.
     """
     freeze(len(sys.modules))
+    settle_allocator()
     threads = torch.get_num_threads()
     torch.set_num_threads(case.op.threads or threads)
     try:
         _measure(benchmark, size, case, *_prepare(case, MOST_COMPARED[size], backend))
-    except ModuleNotFoundError:
-        pytest.skip("not installed")
     except NotComparableError as reason:
         pytest.skip(str(reason))
     finally:
         torch.set_num_threads(threads)
+
+
+def _loss(problem: Problem, provider: str, backend: str) -> Loss:
+    try:
+        return problem.loss(provider, backend)
+    except ModuleNotFoundError as error:
+        if not is_peer(provider):
+            raise
+        pytest.skip(f"{error.name} is not installed")
 
 
 def _prepare(case: Case, most_compared: int, backend: str) -> tuple[Problem, Loss, Loss]:
@@ -59,12 +68,12 @@ def _prepare(case: Case, most_compared: int, backend: str) -> tuple[Problem, Los
     key = (op.name, op.suffix, provider, mode, *comparable)
     if key not in errors:
         problem = op.problem(*comparable, op.dtype, CPU)
-        loss = problem.loss(provider, backend)
+        loss = _loss(problem, provider, backend)
         errors[key] = 0.0 if loss is problem.formula else problem.error(provider, loss, mode)
     allowed = op.tolerances.get(provider, op.tolerance)
     assert errors[key] <= allowed, f"{provider}: relative error {errors[key]:.2g}, allowed {allowed:.2g}"
     problem = op.problem(*shape, op.dtype, CPU)
-    return problem, problem.loss(provider, backend), problem.loss("ours")
+    return problem, _loss(problem, provider, backend), problem.loss("ours")
 
 
 def _measure(benchmark: Any, size: str, case: Case, problem: Problem, loss: Loss, ours: Loss) -> None:
@@ -85,30 +94,39 @@ def _measure(benchmark: Any, size: str, case: Case, problem: Problem, loss: Loss
     def ours_once() -> None:
         ours_seconds.append(_seconds(lambda: step(ours, problem.leaves, mode)))
 
+    beside = {} if provider == "ours" else {"setup": ours_once}
+
+    def timed(rounds: int) -> None:
+        benchmark.pedantic(once, rounds=rounds, **beside)
+
+    def peak() -> float | None:
+        """Of an ordinary step, whose tiles and outputs count although ours holds them for the next one."""
+        if floor == Floor():  # small batches are not asked
+            return None
+        for leaf in problem.leaves:
+            leaf.grad = None
+        if is_ours(provider):
+            reuse.let_go()
+        return _peak_mb(once)
+
+    if floor.gflop >= LONG_GFLOP:
+        info["peak_mb"] = peak()
+        timed(1)
+    else:
+        timed(_rounds(once, size, compiles=provider == "compile"))
+        info["peak_mb"] = peak()
+    if ours_seconds:
+        info["ours_seconds"] = min(ours_seconds)
+
+
+def _rounds(once: Callable[[], None], size: str, compiles: bool) -> int:
+    """So many steps as fit the time that a case may take, by a first one."""
     seconds = _seconds(once)
-    if provider == "compile" and size != "tiny":
+    if compiles and size != "tiny":
         seconds = _seconds(once)  # the first has compiled, where what was compared is smaller
     least = min(rounds for at_least_s, rounds in LEAST_ROUNDS.items() if seconds >= at_least_s)
     least = {"full": least, "quick": min(least, 2), "tiny": 1}[size]
-    rounds = max(least, min(MOST_ROUNDS, int(ROUNDS_S[size] / seconds)))
-    beside = {} if provider == "ours" else {"setup": ours_once}
-
-    def timed() -> None:
-        benchmark.pedantic(once, rounds=rounds, **beside)
-
-    def forget() -> None:
-        for leaf in problem.leaves:
-            leaf.grad = None
-
-    if provider == "ours" and rounds == 1 and size != "tiny":  # long enough to say both in one step
-        forget()
-        info["peak_mb"] = _peak_mb(timed)
-    else:
-        timed()
-        forget()
-        info["peak_mb"] = _peak_mb(once) if floor.gflop else _peak_mb_of_a_lean_step(once, forget, floor)
-    if ours_seconds:
-        info["ours_seconds"] = min(ours_seconds)
+    return max(least, min(MOST_ROUNDS, int(ROUNDS_S[size] / seconds)))
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -122,13 +140,3 @@ def _peak_mb(call: Callable[[], Any]) -> float | None:
         return peak_mb(call)
     call()
     return None
-
-
-def _peak_mb_of_a_lean_step(once: Callable[[], None], forget: Callable[[], None], floor: Floor) -> float | None:
-    """What is held for the next step counts for this one. Small batches, which have no floor, are not asked."""
-    if floor == Floor():
-        return None
-    with use_tile_budget(0):
-        once()
-        forget()
-        return _peak_mb(once)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_USUAL_THRESHOLD = 2**25  # that glibc comes to in time, and the most that it takes
 _MAPPED = 2  # the bit of a chunk's header that tells a mapping of its own from a piece of the heap
 _LEAST, _MOST = 2**17, 2**26  # bytes; smaller pieces add little, larger ones do not lie in a heap
 _MARKS = Path("/proc/self/clear_refs")
@@ -19,6 +20,18 @@ _MARKS = Path("/proc/self/clear_refs")
 def is_readable() -> bool:
     """Whether this system tells a process of its peak: Linux does."""
     return os.access(_MARKS, os.W_OK)
+
+
+def settle_allocator() -> None:
+    """Where large blocks come from, and when they go back to the system: from now on as in a process that is old.
+
+    Else glibc learns it from what is freed, and the first times of a run would be taken with another allocator than the
+    last.
+    """
+    if is_readable():
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _USUAL_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL_THRESHOLD)
 
 
 def _status_mb(field: str) -> float:
@@ -54,6 +67,7 @@ def _every_large_block_mapped_afresh() -> Iterator[None]:
 
     The heap of an old process has gaps. A step that frees one tile and asks for the next, smaller one gets another gap,
     and the pages of the first stay resident: a peak of 13 MB reads as 80. So the gaps are taken, untouched, meanwhile.
+    No time that is taken in here says anything.
     """
     libc = ctypes.CDLL("libc.so.6")  # by name: were another allocator preloaded, there would be no gaps here to take
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -72,4 +86,4 @@ def _every_large_block_mapped_afresh() -> Iterator[None]:
     finally:
         for block in taken:
             libc.free(block)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(_M_MMAP_THRESHOLD, _USUAL_THRESHOLD)

@@ -14,6 +14,8 @@ from ssl_kernels import _C
 from ssl_kernels.bench import harness, suite
 from ssl_kernels.bench.problem import Case
 
+LOAD_BEFORE = pytest.StashKey[float]()  # what is saved is asked for after the measurements, which are a load, too
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of `pytest benchmarks`; `ssl-kernels bench` sets them, too."""
@@ -24,12 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(config.getoption("--threads"))
+    torch.set_num_threads(config.getoption("--threads", torch.get_num_threads()))
+    config.stash[LOAD_BEFORE] = os.getloadavg()[0]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function is suite.bench_op:
-        names, size = (metafunc.config.getoption(name) for name in ("--ops", "--size"))
+        # A folder above benchmarks/ comes to this too late for its options: then there is nothing to measure.
+        names, size = (metafunc.config.getoption(name, "") for name in ("--ops", "--size"))
         cases = suite.cases(names.split(","), size)
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
@@ -44,4 +48,4 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["instruction_set"] = _C.active_isa()
-    machine_info["load_before"] = os.getloadavg()[0]
+    machine_info["load_before"] = config.stash[LOAD_BEFORE]

@@ -66,8 +66,8 @@ class Problem:
 class Op:
     """What is measured of one op: who at which shapes, in which modes, and how near the formula.
 
-    The first shape is measured in all modes, and alone of them in a quick run; the others in the last mode. Along the
-    sweep a batch grows, and only ours, the first peer and the formula are measured.
+    The first shape is measured in all modes, the others in the last one. A quick run takes the first shape alone, or
+    those that ``quick`` names. Along the sweep a batch grows, and only ours, the first peer and the formula are run.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Op:
     providers: tuple[str, ...]  # ours, peers with the most used first, "eager", "compile"
     shapes: Sequence[tuple[Any, ...]]
     tiny: Sequence[tuple[Any, ...]]  # says that it runs, not how fast
+    quick: Sequence[tuple[Any, ...]] = ()
     sweep: Sequence[tuple[Any, ...]] = ()
     gpu_shapes: Sequence[tuple[Any, ...]] = ()
     describe: Callable[..., str] = "B={} D={}".format  # of a shape
@@ -116,6 +117,11 @@ class Case(NamedTuple):
 def is_ours(provider: str) -> bool:
     """Whether it is ours, in one of its settings."""
     return provider.startswith("ours")
+
+
+def is_peer(provider: str) -> bool:
+    """Whether it is neither ours nor plain PyTorch."""
+    return not is_ours(provider) and provider not in ("eager", "compile")
 
 
 # ---- providers

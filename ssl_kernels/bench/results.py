@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ssl_kernels
-from ssl_kernels.bench.problem import is_ours
+from ssl_kernels.bench.problem import is_peer
 
 Run = dict[str, Any]  # a provider at a shape and in a mode
 Result = dict[str, Any]  # of an op: the machine, the versions, the runs, and what could not be run and why
@@ -201,8 +201,3 @@ def _limits(runs: Sequence[Run], ours: Run) -> dict[str, float]:
             best = max(run[rate] for run in runs if rate in run and run.get("width") == ours.get("width"))
             found[name] = ours[work] / ours["seconds"] / best
     return found
-
-
-def is_peer(provider: str) -> bool:
-    """Whether it is neither ours nor plain PyTorch."""
-    return not is_ours(provider) and provider not in ("eager", "compile")

@@ -9,15 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ssl_kernels as S
+from ssl_kernels.bench import info_nce
 from ssl_kernels.bench.problem import MODES, Floor, Loss, Op, Problem, normal, pairs, peer, unit_rows
 
 WIDTH, KEYS, TEMPERATURE = 128, 4096, 0.2  # the keys are those of the queue that InfoNCE meets
-
-
-def moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
-    """As MoCo's code computes it."""
-    logits = torch.cat([(query * positive).sum(1, keepdim=True), query @ queue.t().clone()], 1) / TEMPERATURE
-    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64))
+OURS = {"InfoNCELoss": info_nce.TEMPERATURE, "MoCoV3Loss": TEMPERATURE}  # what a module takes, if anything
 
 
 def moco_v3(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
@@ -37,7 +33,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]
     "NTXentLoss": (lambda x, y, t, b: [x, y], peer("lightly.loss:NTXentLoss")),
     "InfoNCELoss": (
         lambda x, y, t, b: [x, y.detach(), unit_rows(KEYS, WIDTH, x.dtype, x.device)],
-        lambda: moco,
+        lambda: lambda query, positive, queue: info_nce.moco(query, positive, queue.t()),
     ),
     "MoCoV3Loss": (lambda x, y, t, b: [x, y, x.detach().roll(1, 0), y.detach().roll(1, 0)], lambda: moco_v3),
     "KoLeoLoss": (lambda x, y, t, b: [x], peer("lightly.loss:KoLeoLoss")),
@@ -54,11 +50,15 @@ def problem(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> 
 
     def ours() -> Loss:
         module: type = getattr(S, name)
-        loss: Loss = module(*([TEMPERATURE] if name in ("InfoNCELoss", "MoCoV3Loss") else []))
+        loss: Loss = module(OURS[name]) if name in OURS else module()
         return loss
 
-    theirs = make_peer()
-    return Problem(choose(x, y, scale, bias), theirs, {"ours": ours, "peer": make_peer}, lambda *_: Floor())
+    def formula(*leaves: Tensor) -> Tensor:
+        with S.use_backend("reference"):
+            value: Tensor = ours()(*leaves)
+            return value
+
+    return Problem(choose(x, y, scale, bias), formula, {"ours": ours, "peer": make_peer}, lambda *_: Floor())
 
 
 SMALL = Op(
@@ -68,6 +68,7 @@ SMALL = Op(
     ("ours", "peer"),
     [(name, batch) for batch in (32, 128, 256) for name in LOSSES],
     tiny=[(name, 16) for name in LOSSES],
+    quick=[(name, 32) for name in LOSSES],
     describe=("{} B={} D=" + str(WIDTH)).format,
     modes=MODES[1:],
     tolerance=1e-3,

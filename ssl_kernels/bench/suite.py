@@ -32,7 +32,7 @@ def cases(names: Sequence[str] = NAMES, size: str = "full") -> list[Case]:
     """What a run measures, each case once, in the order of the ops and of what a reader looks for first."""
     found = []
     for op in (op for op in OPS if op.name in names):
-        shapes = list(op.tiny if size == "tiny" else op.shapes[:1] if size == "quick" else op.shapes)
+        shapes = list(op.tiny if size == "tiny" else op.quick or op.shapes[:1] if size == "quick" else op.shapes)
         providers = [name for name in op.providers if size != "quick" or name != "compile"]
         for shape in shapes:
             modes = op.modes[-1:] if size == "quick" or shape != shapes[0] else op.modes

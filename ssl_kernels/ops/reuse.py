@@ -12,6 +12,7 @@ import math
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -75,10 +76,21 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
         return memory.tensor(shape, like.dtype)
 
 
+def let_go() -> None:
+    """Free all that is held for a next step."""
+    with _lock:
+        _held.clear()
+    for tiles in HeldTiles.everywhere:
+        tiles.free_down_to(0)
+
+
 class HeldTiles:
     """Tiles that are kept from malloc until the next ones are made, at most so many bytes in the whole process."""
 
+    everywhere: ClassVar[list[HeldTiles]] = []
+
     def __init__(self) -> None:
+        self.everywhere.append(self)
         self.nbytes = 0
         self._tiles: list[Tensor] = []
         self._lock = threading.Lock()
