@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
-.PHONY: setup demo test test-all mutants lint docs tour bench bench-report gpu-check wheel sdist clean
+.PHONY: setup demo test test-all mutants lint docs tour bench bench-report trainings gpu-check wheel sdist clean
 
 setup: $(SETUP)
 
@@ -57,8 +57,21 @@ bench: setup
 
 # The figures that README and docs print, anew: on a machine that does nothing else, in some 20 minutes.
 bench-report: setup
+	$(BIN)/python benchmarks/evidence.py --is-idle
 	$(BIN)/ssl-kernels bench --output benchmarks/results
 	$(BIN)/python benchmarks/evidence.py
+
+# The figures of trainings that docs/training.md prints, anew: three seeds of each, into the folder of MACHINE.
+MACHINE ?= $(notdir $(patsubst %/,%,$(firstword $(wildcard benchmarks/results/*/))))
+trainings: setup
+	for run in siglip clip moco simclr "simclr --data openmoji" dino "dino --data openmoji"; do \
+		name=runs/trainings/$$(echo $$run | sed "s/ --data /-/"); \
+		for seed in 0 1 2; do \
+			$(BIN)/ssl-kernels train $$run --seed $$seed --output-dir $$name-$$seed --overwrite || exit 1; \
+		done; \
+		$(BIN)/python benchmarks/collect_trainings.py benchmarks/results/$(MACHINE)/trainings.json \
+			"train $$run" $$name-0 $$name-1 $$name-2 || exit 1; \
+	done
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py

@@ -2,7 +2,8 @@
 
     python benchmarks/evidence.py
 
-reads benchmarks/results/<machine>/*.json and nothing else. In other pages it fills what stands between two comments,
+reads benchmarks/results/<machine>/*.json and nothing else, and refuses them if they cannot be sound. With `--is-idle` it
+only says whether the machine is idle enough to measure. In other pages it fills what stands between two comments,
 `<!-- bench: WHAT -->` and `<!-- /bench -->`; `Figures.of` lists what there is.
 """
 
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ from ssl_kernels.bench.results import LABELS, Result, Row
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, IMAGES = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md", ROOT / "docs/images"
 CARD_GB = 24  # of the GPU that a batch is asked to fit
+MOST_OF_GEMM = 1.25  # a share that noise explains
 MARKER = re.compile(r"(<!-- bench: (.+?) -->)(.*?)(<!-- /bench -->)", re.DOTALL)
 
 HEAD = """\
@@ -36,8 +40,8 @@ HEAD = """\
 - Each loss is called as a trainer calls it, forward and backward where nothing else is said, in fp32 where the shape
   does not name another type.
 - Outputs are compared first: nobody is timed whose value or gradients differ from those of the formula.
-- Times are relative to ours: 2.0x means twice as slow. Before each step of another implementation ours takes one, and
-  the fastest of either count, so that whatever slows the machine down slows down both.
+- Times are relative to ours: 2.0x means twice as slow. Ours takes a step before each step of another implementation, so
+  that whatever slows the machine down slows down both. The fastest step of each counts.
 - "eager" is the formula in plain PyTorch, "torch.compile" is what that makes of it.
 - Memory is the peak of a step in MB, above what the process holds before it. Inputs do not count, gradients do.
 - The machine's limit is measured in the same run: how fast it multiplies fp32 matrices of that depth, through
@@ -92,7 +96,7 @@ At the least, both models are read and the teacher is written. A loop over param
 """,
     "small": """\
 At small batches a loss costs what happens around its kernels. All use one thread; below 1.0x the peer is faster. The
-peers are the losses of open_clip for CLIP and SigLIP, MoCo's code for InfoNCE and MoCo v3, and lightly's else.
+peers are the losses of open_clip for CLIP and SigLIP, MoCo's code for InfoNCE and MoCo v3, and otherwise lightly's.
 """,
 }
 
@@ -233,13 +237,32 @@ the memory of the loss alone, without the model.
 
 
 def of_run(result: Result) -> str:
-    """With what an op was measured, and what may have disturbed it."""
-    text = ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".\n"
-    if result["size"] == "quick":
-        text += "This was a quick run, of few rounds.\n"
-    if result["machine"]["load_before"] > result["machine"]["cpus"] / 2:
-        text += "Other programs were at work on the machine: take these figures with caution.\n"
-    return text
+    """With what an op was measured."""
+    return ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".\n"
+
+
+def is_busy(load: float, cpus: int) -> bool:
+    """Whether other programs are at work on a machine."""
+    return load > cpus / 2
+
+
+def unsound(found: Sequence[Figures]) -> Iterator[str]:
+    """By file and row, what cannot be printed: a short run, one beside other programs, or more than a machine can do.
+
+    Ours may be faster than the rates of copying and of exponentials: small problems lie in caches, and torch.exp need
+    not be the fastest.
+    """
+    for result, name in ((result, name) for figures in found for name, result in figures.found.items()):
+        machine = result["machine"]
+        file = f"{machine['name']}/{name}.json"
+        if result["size"] != "full":
+            yield f"{file}: expected a full run, got a {result['size']} one"
+        if is_busy(machine["load_before"], machine["cpus"]):
+            yield f"{file}: expected a load of at most {machine['cpus'] / 2}, got {machine['load_before']}"
+        for row in results.rows(result):
+            share = row.limits.get("of the fastest GEMM", 0.0)
+            if share > MOST_OF_GEMM:
+                yield f"{file}: {row.shape}, {row.mode}: {share:.0%} of the fastest GEMM"
 
 
 def first_ops() -> list[Op]:
@@ -352,15 +375,21 @@ def points(op: Op, result: Result) -> str:
 
 def main() -> None:
     found = machines()
-    PAGE.write_text(page(found))
+    if complaints := list(unsound(found)):
+        raise SystemExit("\n".join(complaints))
+    texts = {PAGE: page(found)} | {path: filled(path.read_text(), found[0]) for path in pages()}
+    for path, text in texts.items():
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
     IMAGES.mkdir(exist_ok=True)
     for op in swept_ops(found[0]):
         draw(op, found[0].found[op.name], IMAGES / picture_name(op))
-    for path in pages():
-        text = path.read_text()
-        if (new := filled(text, found[0])) != text:
-            path.write_text(new)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--is-idle"]:
+        load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+        sys.exit(
+            f"The machine is busy: a load of {load:.1f}, expected at most {cpus / 2}" if is_busy(load, cpus) else 0
+        )
     main()

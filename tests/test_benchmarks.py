@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,10 @@ from typing import Any
 import pytest
 
 from ssl_kernels import cli
-from ssl_kernels.bench import harness, results, sigmoid, suite
+from ssl_kernels.bench import clip, harness, memory, results, sigmoid, small, suite
 from ssl_kernels.bench.problem import Case, NotComparableError
 
-for needed in ("rich", "open_clip", "lightly", "pytorch_metric_learning", "transformers", "timm"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed")
-
+PEERS = ("open_clip", "lightly", "pytorch_metric_learning", "transformers", "timm")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,6 +33,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> str:
 # Inductor's compiling of the formulas would take most of the time; without it they are traced all the same.
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_every_case_is_measured_and_reported(tmp_path: Path, backend: str) -> None:
+    for needed in ("rich", *PEERS):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
     said = run(
         *("-m", "ssl_kernels.cli", "bench", "--tiny", "--compile-backend", backend, "--output", "found"), cwd=tmp_path
     )
@@ -57,10 +59,22 @@ def test_every_case_is_measured_and_reported(tmp_path: Path, backend: str) -> No
 
 @pytest.mark.slow  # the fixture and the cases are those of the test above
 def test_pytest_compares_with_an_earlier_run(tmp_path: Path) -> None:
+    pytest.importorskip("lightly", reason="lightly is not installed")
     options = ["benchmarks", "--size=tiny", "--ops=queue", "-q", f"--benchmark-storage={tmp_path}"]
     run("-m", "pytest", *options, "--benchmark-autosave")
     said = run("-m", "pytest", *options, "--benchmark-compare")
     assert said.count("bench_op[queue-16-64-16-ours] (0001_") == 1
+
+
+@pytest.mark.slow  # a process of its own; the test below has the reason
+def test_pytest_of_the_whole_checkout_measures_nothing() -> None:
+    # The tests themselves and the modules' doctests are others' to collect.
+    ignored = [f"--ignore={folder}" for folder in ("tests", "ssl_kernels", "docs", "examples")]
+    assert "1 skipped" in run("-m", "pytest", ".", "-q", "-o", "addopts=", *ignored)
+
+
+def test_only_a_folder_that_pytest_starts_in_may_name_plugins() -> None:
+    assert "pytest_plugins" not in runpy.run_path(str(ROOT / "benchmarks/conftest.py"))
 
 
 def test_a_full_run_has_each_case_once_and_spares_the_others_large_batches() -> None:
@@ -74,17 +88,36 @@ def test_a_full_run_has_each_case_once_and_spares_the_others_large_batches() -> 
     assert dense == suite.MOST_DENSE / 2
 
 
+def has_a_mapping_of_its_own(nbytes: int) -> bool:
+    """Whether malloc would take so many bytes from the system, not from its heap."""
+    if not memory.is_readable():
+        return False
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    block = libc.malloc(nbytes)
+    try:
+        return bool(ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2)
+    finally:
+        libc.free(block)
+
+
 class Timer:
     """In place of pytest-benchmark's fixture."""
 
     def __init__(self) -> None:
         self.extra_info: dict[str, Any] = {}
         self.order: list[str] = []
+        self.mapped: list[bool] = []
 
     def pedantic(self, call: Any, rounds: int, setup: Any = lambda: None) -> None:
         for _ in range(rounds):
             setup()
             self.order.append("timed")
+            self.mapped.append(has_a_mapping_of_its_own(16 * 2**20))
             call()
 
 
@@ -103,16 +136,83 @@ def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatc
         harness.measure(Timer(), "tiny", "eager", Case(sigmoid.SIGMOID, (64, 16), "ours", "forward"))
 
 
-@pytest.mark.parametrize("reason", [ModuleNotFoundError("no open_clip"), NotComparableError("too large")])
+@pytest.mark.parametrize("reason", [ModuleNotFoundError(name="open_clip"), NotComparableError("too large")])
 def test_who_cannot_be_measured_is_named(monkeypatch: pytest.MonkeyPatch, reason: Exception) -> None:
     def fails() -> None:
         raise reason
 
     monkeypatch.setattr(sigmoid, "peer", lambda name: fails)
     case = Case(sigmoid.SIGMOID, (64, 16), "open_clip", "forward")
-    expected = "not installed" if isinstance(reason, ModuleNotFoundError) else "too large"
+    expected = "open_clip is not installed" if isinstance(reason, ModuleNotFoundError) else "too large"
     with pytest.raises(pytest.skip.Exception, match=expected):
         harness.measure(Timer(), "tiny", "eager", case)
+
+
+def test_without_peers_ours_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "errors", {})
+    for name in {*PEERS, *(name for name in sys.modules if name.partition(".")[0] in PEERS)}:
+        monkeypatch.setitem(sys.modules, name, None)
+    measured, absent = set(), {}
+    for case in suite.cases(["clip", "ema", "small"], "tiny"):
+        timer = Timer()
+        if case.provider == "compile" or case.mode == "forward":
+            continue
+        try:
+            harness.measure(timer, "tiny", "eager", case)
+            measured.add(case.name)
+        except pytest.skip.Exception as reason:
+            absent[case.name] = str(reason)
+    assert all(case.name in measured for case in suite.cases(["small"], "tiny") if case.provider == "ours")
+    assert absent["small-ClipLoss-16-peer"] == "open_clip is not installed"
+    assert absent["small-KoLeoLoss-16-peer"] == "lightly is not installed"
+    assert absent["clip-64-16-transformers-forward+backward"] == "transformers is not installed"
+    assert absent["ema-3 parameters-fp32-timm"] == "timm is not installed"
+
+
+def test_a_module_that_ours_lacks_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ModuleNotFoundError(name="ssl_kernels.lost")
+
+    monkeypatch.setattr(sigmoid, "SigLipLoss", fails)
+    with pytest.raises(ModuleNotFoundError):
+        harness.measure(Timer(), "tiny", "eager", Case(sigmoid.SIGMOID, (64, 16), "ours", "forward"))
+
+
+@pytest.mark.skipif(not memory.is_readable(), reason="peak memory is read from Linux's /proc")
+def test_tiles_that_are_kept_between_steps_count() -> None:
+    for _ in range(2):
+        timer = Timer()
+        harness.measure(timer, "tiny", "eager", Case(clip.CLIP, (2048, 32), "ours", "forward+backward"))
+        assert timer.extra_info["peak_mb"] > 16  # 4 bytes to each of 2,048 x 2,048 pairs
+
+
+@pytest.mark.skipif(not memory.is_readable(), reason="the allocator is glibc's")
+def test_all_times_are_taken_with_the_same_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    ctypes.CDLL("libc.so.6").mallopt(memory._M_MMAP_THRESHOLD, 2**17)  # as in a new process
+    for long in (1000.0, 0.0):
+        monkeypatch.setattr(harness, "LONG_GFLOP", long)
+        timer = Timer()
+        harness.measure(timer, "full", "eager", Case(sigmoid.SIGMOID, (64, 16), "ours", "forward"))
+        assert timer.mapped
+        assert not any(timer.mapped)
+
+
+def test_an_interrupted_run_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command = pytest.importorskip("ssl_kernels.bench.command", reason="rich is not installed")
+
+    def interrupted(arguments: list[str], plugins: Any) -> pytest.ExitCode:
+        (path,) = (word.partition("=")[2] for word in arguments if word.startswith("--benchmark-json="))
+        Path(path).write_text(json.dumps(DOCUMENT))
+        return pytest.ExitCode.INTERRUPTED
+
+    monkeypatch.setattr(command.pytest, "main", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        command.main(["queue", "--output", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quick_run_takes_each_small_loss() -> None:
+    assert len({case.shape[0] for case in suite.cases(["small"], "quick")}) == len(small.LOSSES)
 
 
 DOCUMENT: dict[str, Any] = {
@@ -158,9 +258,15 @@ def test_ratios_have_the_digits_that_they_bear(times: float, text: str) -> None:
 def test_the_command_names_what_it_cannot_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("rich", reason="rich is not installed")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", "sigmoids"])
     assert "expected ops of sigmoid, clip" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else name)
     assert cli.main(["bench"]) == 2
     assert 'bench: missing rich; install the extra "bench": pip install ".[bench]" in' in capsys.readouterr().err
+
+
+def test_compare_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", "--help"]) == 0
+    assert "usage: ssl-kernels compare RUN" in capsys.readouterr().out

@@ -88,6 +88,39 @@ def test_what_counts_as_a_figure(text: str, figures: list[str]) -> None:
     assert stray_figures(text) == figures
 
 
+def test_committed_results_are_sound(machines: list[Figures]) -> None:
+    assert list(evidence.unsound(machines)) == []
+
+
+def test_unsound_results_are_named() -> None:
+    def result(size: str = "full", load: float = 0.5, seconds: float = 1.0) -> dict[str, Any]:
+        ours = run("ours", 64, 1.0, seconds) | {"gflop": 10.0, "width": 8, "fastest_gemm_gflops": 10.0}
+        ours |= {"torch_mm_gflops": 1.0}  # slow in some versions, which is no fault of a run
+        return {**STAMP, "size": size, "machine": {"name": "some", "cpus": 2, "load_before": load}, "runs": [ours]}
+
+    bad = {"clip": result("quick"), "koleo": result(load=1.5), "sigmoid": result(seconds=0.5), "nt_xent": result()}
+    assert list(evidence.unsound([Figures(bad, [])])) == [
+        "some/clip.json: expected a full run, got a quick one",
+        "some/koleo.json: expected a load of at most 1.0, got 1.5",
+        "some/sigmoid.json: B=64, forward+backward: 200% of the fastest GEMM",
+    ]
+
+
+def test_nothing_is_written_where_a_page_cannot_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (good, bad, whole) = (tmp_path / name for name in ("good.md", "bad.md", "benchmarks.md"))
+    good.write_text("<!-- bench: machine --><!-- /bench -->")
+    bad.write_text("<!-- bench: nothing --><!-- /bench -->")
+    monkeypatch.setattr(evidence, "pages", lambda: [good, bad])
+    for name, value in {"PAGE": whole, "IMAGES": tmp_path / "images"}.items():
+        monkeypatch.setattr(evidence, name, value)
+    for name, value in {"machines": lambda: [SOME], "unsound": lambda _: [], "page": lambda _: "page"}.items():
+        monkeypatch.setattr(evidence, name, value)
+    with pytest.raises(LookupError, match="nothing"):
+        evidence.main()
+    assert good.read_text() == "<!-- bench: machine --><!-- /bench -->"
+    assert not whole.exists()
+
+
 def run(provider: str, batch: int, mb: float, seconds: float = 1.0) -> dict[str, Any]:
     more = {"ours_seconds": 0.5} if provider != "ours" else {"gbytes": 3.0, "copy_gbytes_per_s": 4.0}
     what = {"shape": f"B={batch}", "mode": "forward+backward", "provider": provider, "batch": batch}
