@@ -2,9 +2,9 @@
 
     python benchmarks/evidence.py
 
-reads benchmarks/results/<machine>/*.json and nothing else, and refuses them if they cannot be sound. With `--is-idle` it
-only says whether the machine is idle enough to measure. In other pages it fills what stands between two comments,
-`<!-- bench: WHAT -->` and `<!-- /bench -->`; `Figures.of` lists what there is.
+reads benchmarks/results/<machine>/*.json and nothing else, and refuses them if they cannot be sound. In other pages it
+fills what stands between two comments, `<!-- bench: WHAT -->` and `<!-- /bench -->`; `Figures.of` lists what there is.
+With `--is-idle` it only says whether the machine is idle enough to measure.
 """
 
 from __future__ import annotations
