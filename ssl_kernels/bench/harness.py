@@ -58,7 +58,7 @@ def _loss(problem: Problem, provider: str, backend: str) -> Loss:
     except ModuleNotFoundError as error:
         if not is_peer(provider):
             raise
-        pytest.skip(f"{error.name} is not installed")
+        pytest.skip(f"{(error.name or provider).partition('.')[0]} is not installed")
 
 
 def _prepare(case: Case, most_compared: int, backend: str) -> tuple[Problem, Loss, Loss]:
