@@ -3,6 +3,12 @@
 The hooks are imported: `pytest_plugins` is for the folder that pytest was started in.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
 from ssl_kernels.bench.plugin import (
     measure,
     pytest_addoption,
@@ -18,3 +24,11 @@ __all__ = [
     "pytest_configure",
     "pytest_generate_tests",
 ]
+
+HERE = Path(__file__).resolve().parent
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """`pytest .` tests; what is measured is asked for by name."""
+    paths = [(config.invocation_params.dir / word.partition("::")[0]).resolve() for word in config.args]
+    return None if any(HERE in (path, *path.parents) for path in paths) else True

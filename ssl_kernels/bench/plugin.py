@@ -32,8 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function is suite.bench_op:
-        # A folder above benchmarks/ comes to this too late for its options: then there is nothing to measure.
-        names, size = (metafunc.config.getoption(name, "") for name in ("--ops", "--size"))
+        names, size = (metafunc.config.getoption(name) for name in ("--ops", "--size"))
         cases = suite.cases(names.split(","), size)
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
