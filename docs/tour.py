@@ -209,7 +209,7 @@ save(figure, "maps.png")
 # %% [markdown]
 # ![Held-out digits by the principal components of their features](tour/maps.png)
 #
-# After three epochs MoCo's features are better than pixels. DINO's are better than before training, but need the twelve
+# After six epochs MoCo's features are better than pixels. DINO's are better than before training, but need the twelve
 # epochs of `ssl-kernels train dino` to beat pixels.
 #
 # ## Collapse, on purpose
