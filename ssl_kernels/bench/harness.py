@@ -18,7 +18,7 @@ from ssl_kernels.bench.problem import Case, Floor, Loss, NotComparableError, Pro
 from ssl_kernels.ops import reuse
 
 MOST_COMPARED = {"full": 4096, "quick": 1024, "tiny": 1024}  # rows of a formula that keeps several matrices of them
-ROUNDS_S = {"full": 1.0, "quick": 0.2, "tiny": 0.0}
+ROUNDS_S = {"full": 0.5, "quick": 0.2, "tiny": 0.0}
 MOST_ROUNDS = 200
 LEAST_ROUNDS = {0.0: 3, 3.0: 2, 10.0: 1}  # of steps that take so many seconds or more
 LONG_GFLOP = 1000.0  # of a step that is taken once for its memory and once for its time
