@@ -24,6 +24,7 @@ import matplotlib as mpl
 from ssl_kernels.bench import results, suite
 from ssl_kernels.bench.problem import Op
 from ssl_kernels.bench.results import LABELS, Result, Row
+from ssl_kernels.trainers.evaluation.compare import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, IMAGES = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md", ROOT / "docs/images"
@@ -288,15 +289,6 @@ def peaks(result: Result, provider: str) -> list[tuple[int, float]]:
     return [(run["batch"], run["peak_mb"]) for run in swept_runs(result, provider) if run.get("peak_mb") is not None]
 
 
-def spread(values: Sequence[float | None]) -> str:
-    """From the lowest to the highest."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    low, high = f"{min(known):.3f}", f"{max(known):.3f}"
-    return low if low == high else f"{low} to {high}"
-
-
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
     """A table whose first ``left`` columns are words and whose others are numbers."""
     rule = "|" + "---|" * left + "---:|" * (len(head) - left)
@@ -360,7 +352,8 @@ def draw(op: Op, result: Result, path: Path) -> None:
             axis.grid(color=grey, alpha=0.25, linewidth=0.5)
             axis.spines[["top", "right"]].set_visible(False)
         memory.legend(frameon=False)
-        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None, "Description": points(op, result)})
+        metadata = {"Creator": None, "Date": None, "Description": points(op, result)}
+        figure.savefig(path, format="svg", transparent=True, metadata=metadata)
         plt.close(figure)
 
 

@@ -87,10 +87,10 @@ def let_go() -> None:
 class HeldTiles:
     """Tiles that are kept from malloc until the next ones are made, at most so many bytes in the whole process."""
 
-    everywhere: ClassVar[list[HeldTiles]] = []
+    everywhere: ClassVar[weakref.WeakSet[HeldTiles]] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        self.everywhere.append(self)
+        self.everywhere.add(self)
         self.nbytes = 0
         self._tiles: list[Tensor] = []
         self._lock = threading.Lock()

@@ -41,12 +41,13 @@ def make_table(folders: Sequence[Path]) -> Table:
         table.add_column(column, justify="right")
     for name in runs[0]:
         scores = [run[name]["model"] for run in runs]
-        others = (_range(run[name].get(key) for run in runs) for key in baselines)
-        table.add_row(name, *(f"{score:.3f}" for score in scores), _range(scores), *others)
+        others = (spread(run[name].get(key) for run in runs) for key in baselines)
+        table.add_row(name, *(f"{score:.3f}" for score in scores), spread(scores), *others)
     return table
 
 
-def _range(values: Iterable[float | None]) -> str:
+def spread(values: Iterable[float | None]) -> str:
+    """From the lowest to the highest of those that are known."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
