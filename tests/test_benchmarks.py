@@ -60,9 +60,10 @@ def test_every_case_is_measured_and_reported(tmp_path: Path, backend: str) -> No
 @pytest.mark.slow  # the fixture and the cases are those of the test above
 def test_pytest_compares_with_an_earlier_run(tmp_path: Path) -> None:
     pytest.importorskip("lightly", reason="lightly is not installed")
-    options = ["benchmarks", "--size=tiny", "--ops=queue", "-q", f"--benchmark-storage={tmp_path}"]
-    run("-m", "pytest", *options, "--benchmark-autosave")
-    said = run("-m", "pytest", *options, "--benchmark-compare")
+    # pytest-benchmark wants its storage below the folder that it is started in.
+    options = [str(ROOT / "benchmarks"), "--size=tiny", "--ops=queue", "-q", f"--benchmark-storage={tmp_path / 'runs'}"]
+    run("-m", "pytest", *options, "--benchmark-autosave", cwd=tmp_path)
+    said = run("-m", "pytest", *options, "--benchmark-compare", cwd=tmp_path)
     assert said.count("bench_op[queue-16-64-16-ours] (0001_") == 1
 
 
