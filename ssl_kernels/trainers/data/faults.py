@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from rich.console import Console
+
 from ssl_kernels.trainers.errors import UserError
 
 LEFT_OUT = "left_out.jsonl"  # of a run's folder: a line to each fault
 FORGIVEN = 10  # of any data, however small, unless --max-bad is 0
 TRAINING, EVALUATION = "training", "evaluation"
+_SHOWN = 10  # faults that are named on the console as they are found
 
 
 class Fault(NamedTuple):
@@ -24,7 +27,7 @@ class Fault(NamedTuple):
 
     where: str  # the file, row or sample
     reason: str  # one of few, by which faults are counted: "cut short", "no caption"
-    lost: int = 1  # examples; more than one where a whole shard cannot be read
+    lost: int = 1  # examples; more than one where a shard cannot be read
     of: str = TRAINING  # or EVALUATION: what it was to be used for
 
 
@@ -34,17 +37,22 @@ class ReadingConfig:
 
     on_error: Literal["skip", "stop"] = "skip"
     """What to do about an image or a sample that cannot be read. `skip` puts another example in its place, which
-    depends on --seed alone, and counts it; in the evaluation it is left out. `stop` ends the run with its name."""
+    depends on --seed alone, and counts it; the evaluation leaves it out. `stop` ends the run with its name."""
     max_bad: str = "1%"
     """Largest share of the training data that may be unreadable, such as 1% or 0.01; beyond it the run stops with a
     list. Ten examples are always forgiven, unless the share is 0."""
+    background: str = "white"
+    """Colour behind transparent images: R,G,B such as 128,128,128, or a name."""
 
     def check_reading(self) -> None:
         """Refuse values that cannot work."""
+        from ssl_kernels.trainers.data.pixels import parse_colour
+
         parse_share(self.max_bad)
+        parse_colour(self.background)
 
     def faults(self) -> Faults:
-        """Nothing yet, with these limits."""
+        """None yet, with these limits."""
         return Faults(stop=self.on_error == "stop", max_bad=parse_share(self.max_bad))
 
 
@@ -59,13 +67,19 @@ def parse_share(text: str) -> float:
     return share
 
 
+def place(path: Path | str) -> str:
+    """A file's name in one line that any console can show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
 @dataclass
 class Faults:
     """What was found to be unusable, each place once, and how much of it may be."""
 
     stop: bool = False  # at the first
     max_bad: float = 0.01  # share of the training examples
-    found: dict[tuple[str, str], Fault] = field(default_factory=dict)  # by what they are of, and where
+    found: dict[str, Fault] = field(default_factory=dict)  # by where they are
+    seen: dict[str, int] = field(default_factory=dict)  # examples of each use, good ones among them
 
     def __len__(self) -> int:
         return len(self.found)
@@ -80,53 +94,88 @@ class Faults:
     def update(self, faults: Iterable[Fault]) -> None:
         """Count several. Raises `UserError` with the first new one if the run is to stop for it."""
         for fault in faults:
-            fault = Fault(*fault)  # a loader may have made a list of it
-            if self.stop and (fault.of, fault.where) not in self.found:
+            if self.stop and fault.where not in self.found:
                 raise UserError(f"--data: cannot read {fault.where}: {fault.reason} (--on-error skip goes on without)")
-            self.found.setdefault((fault.of, fault.where), fault)
+            self.found.setdefault(fault.where, fault)
 
-    def lost(self, of: str = TRAINING) -> int:
-        """How many examples are left out."""
-        return sum(fault.lost for fault in self if fault.of == of)
+    def lost(self, of: str = "") -> int:
+        """How many examples are left out, of all or of those for training or evaluation."""
+        return sum(self.counts(of).values())
 
-    def counts(self, of: str = TRAINING) -> dict[str, int]:
-        """Examples by reason, the most frequent first."""
+    def counts(self, of: str = "") -> dict[str, int]:
+        """The same by reason, the most frequent first."""
         counts: dict[str, int] = {}
         for fault in self:
-            if fault.of == of:
+            if of in ("", fault.of):
                 counts[fault.reason] = counts.get(fault.reason, 0) + fault.lost
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
-    def lines(self, of: str = TRAINING, most: int = 3) -> list[str]:
-        """A line to each reason: how many examples, and the first places."""
+    def lines(self, of: str = "", most: int = 3) -> list[str]:
+        """The same in words, a line to each reason, with some of the places."""
         lines = []
         for reason, count in self.counts(of).items():
-            places = [fault.where for fault in self if (fault.of, fault.reason) == (of, reason)]
+            places = [fault.where for fault in self if fault.reason == reason and of in ("", fault.of)]
             more = f" and {len(places) - most:,} more" if len(places) > most else ""
             lines.append(f"{count:,} {reason}: {', '.join(places[:most])}{more}")
         return lines
 
-    def check(self, seen: int) -> None:
-        """Raise `UserError` with the list if too much of the `seen` training examples is left out."""
-        lost = self.lost()
-        allowed = (FORGIVEN if self.max_bad else 0) + int(self.max_bad * seen)
+    def check(self, seen: int, of: str = TRAINING) -> None:
+        """Raise `UserError` with the list if too many are left out of the examples `seen` so far."""
+        self.seen[of] = seen = max(seen, self.seen.get(of, 0))
+        lost, allowed = self.lost(of), (FORGIVEN if self.max_bad else 0) + int(self.max_bad * seen)
         if lost > allowed:
             raise UserError(
-                f"--max-bad {self.max_bad:.4g}: {lost:,} of {max(lost, seen):,} training examples cannot be used, and"
-                f" at most {allowed:,} may: {'; '.join(self.lines())}"
+                f"--max-bad {100 * self.max_bad:.4g}%: {lost:,} of {max(lost, seen):,} {of} examples cannot be used,"
+                f" and at most {allowed:,} may be left out: {'; '.join(self.lines(of))}"
             )
 
 
-def read_faults(path: Path) -> list[Fault]:
+class FaultLog:
+    """Names what is left out as it is found, on the console, and all of it in a file of the run's folder."""
+
+    def __init__(self, faults: Faults, folder: Path, console: Console, *, writes: bool = True) -> None:
+        self.faults, self.path, self.console, self.writes = faults, folder / LEFT_OUT, console, writes
+        self.told = len(faults)  # what is known by now is told with the data
+        self.written: int | None = None  # in the file, which may yet be another run's
+
+    def tell(self) -> None:
+        """Name what is new, once the folder is this run's."""
+        if not self.writes or self.written == len(self.faults):
+            return
+        faults = list(self.faults)
+        for number in range(self.told, len(faults)):
+            if number < self.told + _SHOWN:
+                self._print(f"left out: {faults[number].where}: {faults[number].reason}")
+        if len(faults) > self.told + _SHOWN:
+            self._print(f"left out: {len(faults) - self.told - _SHOWN:,} more, which {self.path} names")
+        self.told = len(faults)
+        if self.written is None and not faults:
+            self.path.unlink(missing_ok=True)
+        else:
+            with open(self.path, "w" if self.written is None else "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(fault._asdict()) + "\n" for fault in faults[self.written or 0 :])
+        self.written = len(faults)
+
+    def sum_up(self) -> None:
+        """Say at the end of a run how much of what was left out."""
+        self.tell()
+        if self.writes and self.faults:
+            uses = ((self.faults.lost(of), of) for of in (TRAINING, EVALUATION))
+            counts = " and ".join(f"{count:,} {of}" for count, of in uses if count)
+            self._print(f"left out: {counts} examples, which {self.path} names")
+            for line in self.faults.lines():
+                self._print(f"  {line}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def read_faults(folder: Path) -> list[Fault]:
     """What a run has written of its faults; a last line that a kill cut short is left out."""
-    faults = []
+    path, faults = folder / LEFT_OUT, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             faults.append(Fault(**json.loads(line)))
         except (ValueError, TypeError):
             continue
     return faults
-
-
-def json_line(fault: Fault) -> str:
-    return json.dumps(fault._asdict()) + "\n"
