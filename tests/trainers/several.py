@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ssl_kernels.trainers import batch_norm, loop, self_supervised, two_towers
 from ssl_kernels.trainers.checkpoints import load_checkpoint
-from ssl_kernels.trainers.data.shards import ids_of_keys
+from ssl_kernels.trainers.data.pairs import ids_of_keys
 from ssl_kernels.trainers.dino import DINOConfig
 from ssl_kernels.trainers.processes import Share
 

@@ -14,7 +14,9 @@ from typing import Literal, NamedTuple
 
 from rich.console import Console
 
+from ssl_kernels.trainers.data.pixels import parse_colour
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.processes import everyones
 
 LEFT_OUT = "left_out.jsonl"  # of a run's folder: a line to each fault
 FORGIVEN = 10  # of any data, however small, unless --max-bad is 0
@@ -46,8 +48,6 @@ class ReadingConfig:
 
     def check_reading(self) -> None:
         """Refuse values that cannot work."""
-        from ssl_kernels.trainers.data.pixels import parse_colour
-
         parse_share(self.max_bad)
         parse_colour(self.background)
 
@@ -131,29 +131,45 @@ class Faults:
 
 
 class FaultLog:
-    """Names what is left out as it is found, on the console, and all of it in a file of the run's folder."""
+    """Names what is left out as it is found, on the console, and all of it in a file of the run's folder.
 
-    def __init__(self, faults: Faults, folder: Path, console: Console, *, writes: bool = True) -> None:
+    A run that is resumed knows what it had written there. Around what may end the run, it writes what is new by then.
+    """
+
+    def __init__(
+        self, faults: Faults, folder: Path, console: Console, *, resume: Path | None = None, writes: bool = True
+    ) -> None:
         self.faults, self.path, self.console, self.writes = faults, folder / LEFT_OUT, console, writes
+        known = read_faults(resume if resume.is_dir() else resume.parent) if resume and writes else []
+        faults.found.update({fault.where: fault for fault in everyones(known, "what was left out")})
         self.told = len(faults)  # what is known by now is told with the data
+        self.named = 0  # on the console
         self.written: int | None = None  # in the file, which may yet be another run's
 
-    def tell(self) -> None:
+    def __enter__(self) -> FaultLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.written is not None:
+            self.tell()
+
+    def tell(self, step: int = 0) -> None:
         """Name what is new, once the folder is this run's."""
         if not self.writes or self.written == len(self.faults):
             return
         faults = list(self.faults)
-        for number in range(self.told, len(faults)):
-            if number < self.told + _SHOWN:
-                self._print(f"left out: {faults[number].where}: {faults[number].reason}")
-        if len(faults) > self.told + _SHOWN:
-            self._print(f"left out: {len(faults) - self.told - _SHOWN:,} more, which {self.path} names")
+        for fault in faults[self.told :]:
+            self.named += 1
+            if self.named <= _SHOWN:
+                self._print(f"left out: {fault.where}: {fault.reason}")
+            elif self.named == _SHOWN + 1:
+                self._print(f"left out: more, which {self.path} names")
         self.told = len(faults)
-        if self.written is None and not faults:
-            self.path.unlink(missing_ok=True)
-        else:
+        if faults:
             with open(self.path, "w" if self.written is None else "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(fault._asdict()) + "\n" for fault in faults[self.written or 0 :])
+        else:
+            self.path.unlink(missing_ok=True)
         self.written = len(faults)
 
     def sum_up(self) -> None:

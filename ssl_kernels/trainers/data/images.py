@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from ssl_kernels.trainers.data.faults import EVALUATION, TRAINING, Fault, Faults, place
@@ -31,6 +31,8 @@ SUFFIXES = (
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2",
 )  # fmt: skip
 MOST_PIXELS = 178_956_970  # Pillow's limit, twice the size from which it warns: who unpacks to more is to be distrusted
+_HEIC, _AVIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"), (b"avif", b"avis")
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _LONGEST = 8  # times its shorter side, of what is resized of a strip
 _SAMPLE, _SAMPLE_BYTES = 100, 100 * 2**20  # files that are tried when training starts, and their size
 
@@ -69,7 +71,7 @@ def _reason(error: Exception, source: Path | bytes) -> str:
         return "no such file"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
-    if isinstance(error, EOFError | struct.error) or "truncated" in str(error):
+    if isinstance(error, EOFError | struct.error) or "truncated" in str(error).lower():
         return "cut short"
     return "cannot be decoded"
 
@@ -80,10 +82,12 @@ def _kind(source: Path | bytes) -> str:
         with open(source, "rb") as file:
             source = file.read(12)
     brand = source[8:12] if source[4:8] == b"ftyp" else b""
-    if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"):
+    if brand in _HEIC and "HEIF" not in Image.OPEN:
         return "HEIC, which needs the package pillow-heif"
-    if brand in (b"avif", b"avis"):
+    if brand in _AVIF and not features.check("avif"):
         return "AVIF, which needs Pillow 11.3 or later"
+    if source.startswith(_BEGINNINGS) or brand in _HEIC + _AVIF:
+        return "cannot be decoded"
     return "not an image" if source else "empty file"
 
 

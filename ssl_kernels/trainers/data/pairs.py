@@ -17,7 +17,14 @@ from torch import Tensor
 from ssl_kernels.distributed import gather_rows
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
 from ssl_kernels.trainers.data.faults import Fault, Faults
-from ssl_kernels.trainers.data.images import centre_crop, image_seeds, load_images, load_readable, open_image, random_crop
+from ssl_kernels.trainers.data.images import (
+    centre_crop,
+    image_seeds,
+    load_images,
+    load_readable,
+    open_image,
+    random_crop,
+)
 from ssl_kernels.trainers.data.pixels import WHITE, Colour
 from ssl_kernels.trainers.processes import ALONE, Share, own_share
 
@@ -93,9 +100,7 @@ class Batches(ShuffledBatches):
         augment: bool = True, label_captions: float = 0.0, workers: int = 0, share: Share = ALONE,
         faults: Faults | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            len(pairs), batch_size=batch_size, seed=seed, workers=workers, share=share, faults=faults
-        )
+        super().__init__(len(pairs), batch_size=batch_size, seed=seed, workers=workers, share=share, faults=faults)
         self.pairs, self.tokenize, self.size = pairs, tokenize, size
         self.augment, self.label_captions = augment, label_captions
 
