@@ -6,7 +6,7 @@ import contextlib
 import io
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,7 +33,7 @@ SUFFIXES = (
 MOST_PIXELS = 178_956_970  # Pillow's limit, twice the size from which it warns: who unpacks to more is to be distrusted
 _HEIC, _AVIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"), (b"avif", b"avis")
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
-_LONGEST = 8  # times its shorter side, of what is resized of a strip
+STRIP = 8  # times its shorter side, of what is resized of a strip
 _SAMPLE, _SAMPLE_BYTES = 100, 100 * 2**20  # files that are tried when training starts, and their size
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -50,10 +50,18 @@ class BadImageError(UserError):
         return f"--data: cannot read the image {self.where}: {self.reason}"
 
 
-def open_image(source: Path | bytes, background: Colour = WHITE, where: str = "") -> Image.Image:
-    """A file, or what is in one, in RGB (see `pixels`). Raises `BadImageError`; `where` names what has no path."""
+def open_image(
+    source: Path | bytes, background: Colour = WHITE, where: str = "", *,
+    look: Callable[[Image.Image], object] | None = None,
+) -> Image.Image:  # fmt: skip
+    """A file, or what is in one, in RGB (see `pixels`). Raises `BadImageError`; `where` names what has no path.
+
+    `look` is shown the image as it is in the file.
+    """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if look is not None:
+                look(image)
             return to_rgb(image, background)
     except MemoryError:
         raise
@@ -159,7 +167,7 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
 def _middle(image: Image.Image) -> Image.Image:
     """What may be seen of a strip: resized as a whole, it could fill the memory."""
     width, height = image.size
-    longest = _LONGEST * min(width, height)
+    longest = STRIP * min(width, height)
     x, y = max(0, width - longest) // 2, max(0, height - longest) // 2
     return image.crop((x, y, width - x, height - y)) if x or y else image
 
