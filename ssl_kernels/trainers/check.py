@@ -61,17 +61,12 @@ def check(config: CheckConfig, console: Console) -> Report:
     inspection = Inspection(_files(config))
     report = Report(0, Faults(), Faults())
     first: dict[bytes, str] = {}
-    whole: list[int] = []  # images in a shard
-    cut: list[tuple[Fault, int]] = []
+    losses = tars.Losses()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     parts = inspection.parts(min(config.workers, len(inspection)))
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for part in progress.track(parts, len(inspection), description="reading"):
-            if part.bad and part.bad[-1].lost == 0:  # of a shard
-                cut.append((part.bad.pop(), len(part.contents)))
-            else:
-                whole.append(len(part.contents))
-            report.bad.update(part.bad)
+            report.bad.update(losses.of(part.bad, len(part.contents)))
             for fault in part.odd:  # an image may be odd in several ways
                 report.odd.found[f"{fault.where}: {fault.reason}"] = fault
             for digest, where in part.contents:
@@ -79,8 +74,7 @@ def check(config: CheckConfig, console: Console) -> Report:
                 if first.setdefault(digest, where) != where:
                     again = Fault(f"{where} = {first[digest]}", "copies of another image")
                     report.odd.found[again.where] = again
-    expected = round(sum(whole) / max(1, len(whole)))
-    report.bad.update(fault._replace(lost=max(1, expected - count)) for fault, count in cut)
+    report.bad.update(losses.of_parts())
     return report
 
 

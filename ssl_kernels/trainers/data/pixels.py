@@ -24,14 +24,12 @@ _DEEP_FORMATS = ("PNG", "PPM")  # whose mode "I" are 16 bits
 def parse_colour(text: str) -> Colour:
     """The value of --background."""
     try:
-        numbers = ImageColor.getrgb(f"rgb({text})" if "," in text and "(" not in text else text)
+        red, green, blue = ImageColor.getrgb(f"rgb({text})" if "," in text and "(" not in text else text)[:3]
     except ValueError:
-        raise UserError(
-            f"--background: expected R,G,B such as 128,128,128, or a name such as white, got {text!r}"
-        ) from None
-    if max(numbers) > 255:
-        raise UserError(f"--background: expected numbers up to 255, got {text!r}")
-    return numbers[0], numbers[1], numbers[2]
+        red = green = blue = 256
+    if max(red, green, blue) > 255:
+        raise UserError(f"--background: expected R,G,B such as 128,128,128, or a name such as white, got {text!r}")
+    return red, green, blue
 
 
 def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
@@ -64,12 +62,10 @@ def _stretched(values: np.ndarray) -> np.ndarray:
     if low >= 0 and whole and 255 < high <= 65535:
         return _from_16_bits(values)
     if low >= 0 and not whole and high <= 1:
-        low, scale = 0.0, 255.0
+        low, high = 0.0, 1.0
     elif low >= 0 and high <= 255:
-        low, scale = 0.0, 1.0
-    elif low < high:
-        scale = 255 / (high - low)
-    else:
+        low, high = 0.0, 255.0
+    elif low == high:
         return np.full(values.shape, 128, dtype=np.uint8)
-    numbers = np.nan_to_num((numbers - low) * scale, nan=0.0, posinf=255.0, neginf=0.0)
+    numbers = np.nan_to_num((numbers - low) * 255 / (high - low), nan=0.0, posinf=255.0, neginf=0.0)
     return np.rint(numbers).clip(0, 255).astype(np.uint8)

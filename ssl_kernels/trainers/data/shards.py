@@ -18,7 +18,7 @@ from ssl_kernels.trainers.data.faults import EVALUATION, Fault, Faults
 from ssl_kernels.trainers.data.images import BadImageError, centre_crop, image_seeds, open_image, random_crop
 from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, keys_of, make_batch
 from ssl_kernels.trainers.data.pixels import WHITE, Colour
-from ssl_kernels.trainers.data.tars import Sample, expand, samples
+from ssl_kernels.trainers.data.tars import Losses, Sample, expand, samples
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.processes import ALONE, Share
 
@@ -31,20 +31,23 @@ def read_all(
 ) -> tuple[ImageTextPairs, Fingerprints]:
     """The pairs of held-out shards in memory, one for each caption and image, and what marks them."""
     faults = Faults(stop=True) if faults is None else faults
-    images, captions, marks, found = [], [], Fingerprints(), list[Fault]()
+    images, captions, marks, losses = [], [], Fingerprints(), Losses()
     for name in expand(urls, flag):
+        found: list[Fault] = []
+        bad: list[Fault] = []
+        count = 0
         for image, caption, where in samples(name, found, of=EVALUATION):
+            count += 1
             try:
-                picture = None if marks.match(caption, image) else open_image(image, background, where)
+                if not marks.match(caption, image):
+                    images.append(centre_crop(open_image(image, background, where), size))
+                    captions.append(caption)
             except BadImageError as error:
-                found.append(Fault(where, error.reason, of=EVALUATION))
-                continue
-            if picture is not None:
-                images.append(centre_crop(picture, size))
-                captions.append(caption)
-            marks.add(caption, image)
-        faults.update(found)
-        found.clear()
+                bad.append(Fault(where, error.reason, of=EVALUATION))
+            else:
+                marks.add(caption, image)
+        faults.update([*bad, *losses.of(found, count)])
+    faults.update(losses.of_parts())
     if not images:
         reasons = "; ".join(faults.lines(EVALUATION))
         raise UserError(f"{flag}: {urls} holds no pairs" + (f" that can be used: {reasons}" if reasons else ""))
@@ -87,24 +90,16 @@ class ShardBatches(IterableDataset[Batch]):
 
     def _count(self) -> int:
         """The pairs of all shards that can be trained on; `faults` is told of the others."""
-        whole: list[int] = []
-        cut: list[tuple[Fault, int]] = []
-        found: list[Fault] = []
+        losses, found = Losses(), list[Fault]()
         total = fresh = 0
         for name in self.names:
-            own: list[Fault] = []
-            count = 0
+            before, own = total, list[Fault]()
             for sample in samples(name, own):
-                count += 1
+                total += 1
                 fresh += not self.held_out.match(sample.caption, sample.image)
-            if own and own[-1].lost == 0:
-                cut.append((own.pop(), count))
-            else:
-                whole.append(count)
-            found += own
-            total += count
-        self.expected = round(sum(whole) / max(1, len(whole)))
-        found += [fault._replace(lost=max(1, self.expected - count)) for fault, count in cut]
+            found += losses.of(own, total - before)
+        self.expected = losses.expected
+        found += losses.of_parts()
         self.faults.update(found)
         self.faults.check(total + sum(fault.lost for fault in found))
         return fresh

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -105,10 +106,11 @@ def samples(shard: str, found: list[Fault], *, of: str = TRAINING, expected: int
                 waiting.setdefault(key, {}).setdefault(ending, content)
             elif ending in _IMAGES:
                 found.append(Fault(f"{place(shard)}:{place(key)} again", "with the name of another", 1, of))
-        if last in waiting:
-            yield from _complete(shard, last, waiting, given, found, of)
     except _CutShortError as error:
         reason = str(error)
+    if last in waiting:
+        yield from _complete(shard, last, waiting, given, found, of)
+    if reason:
         waiting.pop(last, None)  # cut in two
     for key, members in waiting.items():
         missing = "caption" if _IMAGES & members.keys() else "image"
@@ -116,6 +118,31 @@ def samples(shard: str, found: list[Fault], *, of: str = TRAINING, expected: int
     if reason:
         where = f"{place(shard)} after {len(given):,} samples" if given else place(shard)
         found.append(Fault(where, reason, 0 if expected is None else max(1, expected - len(given)), of))
+
+
+class Losses:
+    """What is left out of several shards that are read for the first time, when it is not known how long they are."""
+
+    def __init__(self) -> None:
+        self.whole: list[int] = []  # samples
+        self.cut: list[tuple[Fault, int]] = []
+
+    def of(self, found: list[Fault], count: int) -> list[Fault]:
+        """What was found in a shard that had `count` samples, but for the loss of a part of it."""
+        if not found or found[-1].lost:
+            self.whole.append(count)
+            return found
+        self.cut.append((found[-1], count))
+        return found[:-1]
+
+    @property
+    def expected(self) -> int:
+        """Samples of a shard."""
+        return round(sum(self.whole) / max(1, len(self.whole)))
+
+    def of_parts(self) -> list[Fault]:
+        """The shards of which a part is lost, each with the samples that are missing to the others' mean."""
+        return [fault._replace(lost=max(1, self.expected - count)) for fault, count in self.cut]
 
 
 def _complete(
@@ -171,7 +198,8 @@ def _members(shard: str) -> Iterator[tuple[str, str, bytes]]:
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
                 ending = ending.lower()
-                if not member.isreg() or not stem or not {ending, ending.rpartition(".")[2]} & _READ:
+                is_read = member.isreg() and bool({ending, ending.rpartition(".")[2]} & _READ)
+                if not is_read or not stem or stem.startswith("__"):  # what webdataset keeps for itself
                     continue
                 content = tar.extractfile(member)
                 yield folder + slash + stem, ending, content.read()
@@ -184,7 +212,8 @@ def _members(shard: str) -> Iterator[tuple[str, str, bytes]]:
     except (EOFError, zlib.error):
         raise _CutShortError("lost from a shard that is cut short") from None
     except OSError as error:
-        reason = error.strerror or (str(error) or type(error).__name__).splitlines()[0][:120]
+        status = re.search(r"exit (-?\d+)", str(error))  # webdataset's words about a program
+        reason = f"its command failed with status {status[1]}" if status else error.strerror or type(error).__name__
         raise _CutShortError(f"lost from a shard that cannot be read ({reason})") from None
 
 
