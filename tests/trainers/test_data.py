@@ -302,19 +302,6 @@ def files_or_shards(path: Path) -> tuple[ImageTextPairs, Fingerprints]:
     return shards.read_all(str(path), 16)
 
 
-@pytest.mark.parametrize(
-    ("pair", "message"),
-    [
-        ((b"not a picture", "x"), r"cannot decode the image of the sample .*bad-[0-4]"),
-        ((png(drawing("red", "dot", 0)), " "), "has no caption"),
-    ],
-)
-def test_a_bad_sample_is_named(tmp_path: Path, pair: tuple[bytes, str], message: str) -> None:
-    write_shard(tmp_path / "bad.tar", [pair] * 5)
-    with pytest.raises(UserError, match=message):
-        list(stream(str(tmp_path / "bad.tar")).batches(0))
-
-
 def test_missing_and_broken_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--data: cannot read the shard .*001.tar"):
         stream(str(tmp_path / "{001..002}.tar"))

@@ -39,7 +39,7 @@ class ShuffledBatches(Dataset[Batch], ABC):
         self, count: int, *, batch_size: int, seed: int, workers: int, share: Share, faults: Faults | None = None
     ) -> None:
         self.count, self.batch_size, self.seed, self.workers, self.share = count, batch_size, seed, workers, share
-        self.faults = faults or Faults()
+        self.faults = Faults() if faults is None else faults
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch that is being read
 
     @property
