@@ -55,7 +55,7 @@ tour: setup
 bench: setup
 	$(BIN)/ssl-kernels bench
 
-# The figures that README and docs print, anew: on a machine that does nothing else, in less than half an hour.
+# The figures that README and docs print, anew: on a machine that does nothing else, in a quarter of an hour.
 bench-report: setup
 	$(BIN)/python benchmarks/evidence.py --is-idle
 	$(BIN)/ssl-kernels bench --output benchmarks/results

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import ssl_kernels.functional as K
 from ssl_kernels import ClipLoss, SigLipLoss, use_backend
 from ssl_kernels.collapse import CollapseWarning
-from ssl_kernels.trainers import data, dino, loop, moco
+from ssl_kernels.trainers import data, dino, moco, optim
 from ssl_kernels.trainers.clip import Clip
 from ssl_kernels.trainers.data import openmoji, views
 from ssl_kernels.trainers.evaluation import image_text, report
@@ -86,7 +86,7 @@ def train(make_method, batches, backend="auto", steps=STEPS, lr=2e-3):
     torch.manual_seed(0)
     method = make_method()
     epochs = itertools.chain.from_iterable(batches.batches(epoch) for epoch in itertools.count())
-    optimizer = torch.optim.AdamW(loop.parameter_groups(method, lr, weight_decay=0.05), betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(optim.parameter_groups(method, lr, weight_decay=0.05), betas=(0.9, 0.98))
     records = []
     with warnings.catch_warnings(record=True) as caught, use_backend(backend):
         warnings.simplefilter("always")
@@ -94,7 +94,7 @@ def train(make_method, batches, backend="auto", steps=STEPS, lr=2e-3):
             method.before_training(epochs)  # MoCo fills its queue
         for number, batch in enumerate(itertools.islice(epochs, steps), start=1):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * loop.cosine(number - 1, STEPS, warmup=STEPS // 10)
+                group["lr"] = group["peak_lr"] * optim.cosine(number - 1, STEPS, warmup=STEPS // 10)
             if isinstance(method, Method):
                 method.before_step(number, optimizer.param_groups)  # DINO sets its teacher's temperature
             loss, logged = method(batch)

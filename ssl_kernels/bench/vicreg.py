@@ -51,7 +51,7 @@ VICREG = Op(
     "VICReg",
     partial(problem, eager_vicreg, VICRegLoss),
     ("ours", "lightly", "eager", "compile"),
-    [(256, 2048), (2048, 2048), (256, 8192)],
+    [(256, 2048), (2048, 2048), (256, 4096)],
     tiny=[(16, 64)],
     describe="n={} D={}".format,
 )

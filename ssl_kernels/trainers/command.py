@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from ssl_kernels.trainers import checkpoints, loop
+from ssl_kernels.trainers import checkpoints
 from ssl_kernels.trainers.errors import InterruptedRunError, LostRankError, NonFiniteError, UserError, one_line
+from ssl_kernels.trainers.loop_config import RESUMABLE, LoopConfig, plain
 from ssl_kernels.trainers.processes import own_share
 
-Config = TypeVar("Config", bound=loop.LoopConfig)
+Config = TypeVar("Config", bound=LoopConfig)
 
 
 def run(kind: type[Config], train: Callable[[Config, Console], None], argv: Sequence[str] | None, prog: str) -> int:
@@ -52,8 +53,8 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     path = checkpoints.checkpoint_path(resume)
     saved = _restore(kind, checkpoints.load_checkpoint(path)["config"], path)
     config = tyro.cli(kind, args=argv, prog=prog, default=saved)
-    before, now = loop.plain(saved), loop.plain(config)
-    for name in sorted(before.keys() - loop.RESUMABLE):
+    before, now = plain(saved), plain(config)
+    for name in sorted(before.keys() - RESUMABLE):
         if before[name] != now[name]:
             raise UserError(
                 f"--{name.replace('_', '-')}: the run in {path.parent} has {before[name]!r}, not {now[name]!r};"

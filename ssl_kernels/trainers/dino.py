@@ -40,12 +40,13 @@ import ssl_kernels.functional as K
 from ssl_kernels import CollapseMonitor, DINOHead, DINOLoss, KoLeoLoss
 from ssl_kernels.distributed import gather_rows
 from ssl_kernels.schedules import linear_warmup
-from ssl_kernels.trainers import command, loop, self_supervised
+from ssl_kernels.trainers import command, self_supervised
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.views import ImageData
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation.probes import spread
 from ssl_kernels.trainers.masking import PatchMask, block_masks, mask_weights
+from ssl_kernels.trainers.optim import cosine
 from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, require
 from ssl_kernels.trainers.self_supervised import Encoder, MomentumMethod, SelfSupervisedConfig
@@ -190,7 +191,7 @@ class DINO(MomentumMethod):
         config, done = self.config, number - 1
         warmup = round(config.warmup_teacher_epochs * self.epoch_steps)
         self.teacher_temp = linear_warmup(done, warmup, config.warmup_teacher_temp, config.teacher_temp)
-        rest = loop.cosine(done, self.steps, warmup=0)
+        rest = cosine(done, self.steps, warmup=0)
         decay = config.final_weight_decay + (config.weight_decay - config.final_weight_decay) * rest
         for group in groups:
             if group["params"][0].ndim >= 2:  # biases and the like are not decayed

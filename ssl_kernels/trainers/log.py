@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -35,6 +37,21 @@ def json_line(record: dict[str, Any]) -> str:
     """JSON knows no infinity, which the norm of a step that a scaler skips may be: null stands for it."""
     values = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
     return json.dumps(values) + "\n"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory used so far: of the GPU if the run is on one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import psutil
+
+    info = psutil.Process().memory_info()
+    try:
+        import resource
+    except ImportError:  # Windows counts the peak itself
+        return float(info.peak_wset) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak) / (2**20 if os.uname().sysname == "Darwin" else 2**10)
 
 
 @dataclass

@@ -16,33 +16,27 @@ writes, and any number of processes resumes what any other number has written, e
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import inspect
 import json
 import math
-import os
-import random
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ssl_kernels.trainers import checkpoints, processes, sharding
 from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
 from ssl_kernels.trainers.errors import InterruptedRunError, LostRankError, NonFiniteError, UserError
-from ssl_kernels.trainers.log import METRICS, json_line, open_log, read_records
-from ssl_kernels.trainers.ranges import NOT_NEGATIVE, SHARE, Range, at_least, require
+from ssl_kernels.trainers.log import METRICS, json_line, open_log, peak_memory_mb, read_records
+from ssl_kernels.trainers.loop_config import LoopConfig, plain
+from ssl_kernels.trainers.optim import cosine
+from ssl_kernels.trainers.signals import Signals
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -65,82 +59,6 @@ class EpochBatches(Protocol):
 
 
 @dataclass
-class LoopConfig:
-    """What every trainer's command line has in common."""
-
-    output_dir: Path = Path("runs/demo")
-    """Folder for logs, checkpoints and pictures."""
-    resume: Path | None = None
-    """Continue the run in this folder (or from this checkpoint) exactly where it stopped; its settings are reused. The
-    number of processes may be another, except on WebDataset shards, which are dealt among them."""
-    overwrite: bool = False
-    """Start over in a folder that already holds a run."""
-    seed: int = 0
-    """Seed of the weights, the data order and the augmentation."""
-    epochs: int = 40
-    """Passes over the training pairs."""
-    batch_size: int = 256
-    """Pairs per forward pass, over all processes. Each is contrasted with the other pairs of its batch."""
-    accumulate: int = 1
-    """Number of batches whose gradients are averaged per optimizer step. This saves memory in the networks. A loss that
-    compares the images of a batch still sees one batch at a time, so 4 x 256 is not 1,024."""
-    lr: float = 3e-3
-    """Peak learning rate."""
-    warmup: float = 0.05
-    """Share of the steps over which the learning rate rises linearly; then it falls along a cosine to zero."""
-    weight_decay: float = 0.05
-    """AdamW's weight decay; it applies to matrices and filters only."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's betas."""
-    clip: float = 5.0
-    """Largest norm of the gradient; 0 turns clipping off."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
-    """Fabric's precision. It is the precision of the arithmetic, and with -true also of the weights."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to train on."""
-    devices: int = 1
-    """Number of processes on each machine, each with its own device; batches are split among them. Leave it out if
-    torchrun runs the command: `torchrun --nproc-per-node 8 -m ssl_kernels.cli train ...`."""
-    num_nodes: int = 1
-    """Number of machines. Start the command on each of them, or torchrun with --nnodes. They share --output-dir."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """With `ddp`, each process has all weights, and gradients are averaged; `auto` means this if there are several
-    processes. With `fsdp`, each has a share of weights, gradients and optimizer states (FSDP2), for models that are
-    large beside their batch."""
-    workers: int = 0
-    """Number of processes that prepare batches, for each process that trains."""
-    log_every: int = 1
-    """Steps between two lines of the log."""
-    checkpoint_every: int = 100
-    """Steps between two checkpoints; one is also written at the end and on SIGINT or SIGTERM."""
-
-    @property
-    def leaves_parameters_unused(self) -> bool:
-        """Whether trained parameters may have no part in some step, for which several processes have to look then."""
-        return False
-
-    def check(self) -> None:
-        """Refuse values that cannot work."""
-        require(self, at_least(1), "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every")
-        require(self, at_least(1), "devices", "num_nodes")
-        require(self, at_least(0), "workers", "seed")
-        require(self, NOT_NEGATIVE, "lr", "weight_decay", "clip")
-        require(self, Range("a share of the steps in [0, 1]", SHARE.holds), "warmup")
-        require(self, Range("two numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas)), "betas")
-        if self.strategy == "fsdp" and self.precision not in ("32-true", "bf16-mixed"):  # Fabric has no others
-            raise UserError(f"--precision: expected 32-true or bf16-mixed under --strategy fsdp, got {self.precision}")
-        require(self, Range("less than 2**64", lambda seed: seed < 2**64), "seed")  # torch's generators take no more
-
-
-# Settings that a resumed run may change: they do not touch the arithmetic. (Where the data depends on the workers, its
-# fingerprint does too.)
-RESUMABLE = {
-    "output_dir", "resume", "overwrite", "workers", "log_every", "checkpoint_every", "devices", "num_nodes", "strategy",
-    "on_error", "max_bad",
-}  # fmt: skip
-
-
-@dataclass
 class Result:
     """What a finished run reports."""
 
@@ -148,58 +66,6 @@ class Result:
     steps: int = 0
     elapsed_s: float = 0.0
     peak_mb: float = 0.0
-
-
-def make_fabric(config: LoopConfig) -> Fabric:
-    """One device, or several processes with one each, with the asked precision, and every seed set.
-
-    All processes have the same seeds, and draw alike.
-    """
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written twice
-    torch.backends.cudnn.benchmark = False
-    if config.precision == "16-mixed" and (config.accelerator == "cpu" or not torch.accelerator.is_available()):
-        raise UserError("--precision: 16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")
-    devices, num_nodes = processes.counts(config.devices, config.num_nodes)
-    world = devices * num_nodes
-    require(config, Range(f"a multiple of the {world} processes", lambda size: size % world == 0), "batch_size")
-    # Buffers are alike without. The name is that since torch 2.14.
-    named = inspect.signature(DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
-    ddp: dict[str, Any] = {sync: False, "find_unused_parameters": config.leaves_parameters_unused}
-    strategy: Any = DDPStrategy(**ddp) if world > 1 or config.strategy == "ddp" else "auto"
-    if config.strategy == "fsdp":
-        strategy = ModelParallelStrategy(sharding.shard, data_parallel_size=world, tensor_parallel_size=1)
-    try:
-        fabric = Fabric(
-            accelerator=config.accelerator, devices=devices, num_nodes=num_nodes, precision=config.precision,
-            strategy=strategy,
-        )  # fmt: skip
-        fabric.launch()
-    except Exception as error:  # Fabric raises its own kinds for a missing device
-        several = f" --devices {devices} --num-nodes {num_nodes}" if world > 1 else ""
-        raise UserError(
-            f"--accelerator {config.accelerator} --precision {config.precision}{several}: {error}"
-        ) from None
-    random.seed(config.seed)
-    np.random.seed(config.seed % 2**32)  # noqa: NPY002 (for whoever uses the global generator)
-    torch.manual_seed(config.seed)
-    return fabric
-
-
-def parameter_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The module's trainable parameters, those with fewer than two dimensions without weight decay."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    decayed, plain = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
-    groups = [
-        {"params": decayed, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay},
-        {"params": plain, "lr": lr, "peak_lr": lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def steps_per_epoch(data: EpochBatches, config: LoopConfig) -> int:
@@ -210,56 +76,6 @@ def steps_per_epoch(data: EpochBatches, config: LoopConfig) -> int:
             f" ({len(data)} batches of {config.batch_size})"
         )
     return len(data) // config.accumulate
-
-
-def cosine(step: int, total: int, warmup: int) -> float:
-    """The factor on the peak learning rate at a step: up in a line, down along half a cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """The most memory used so far: of the GPU if the run is on one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import psutil
-
-    info = psutil.Process().memory_info()
-    try:
-        import resource
-    except ImportError:  # Windows counts the peak itself
-        return float(info.peak_wset) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak) / (2**20 if os.uname().sysname == "Darwin" else 2**10)
-
-
-def plain(config: LoopConfig) -> dict[str, Any]:
-    """The configuration in types that JSON and `torch.load(weights_only=True)` know."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return values
-
-
-class _Signals:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts at once, as it would have without us."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread: the embedding program handles signals
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 @dataclass
@@ -436,7 +252,7 @@ def fit(
         before_step, after_backward, after_step,
     )  # fmt: skip
     run.begin()
-    with _Signals() as signals:  # torchrun sends one where it finds a lost process, perhaps before it is asked for
+    with Signals() as signals:  # torchrun sends one where it finds a lost process, perhaps before it is asked for
         try:
             _fit(run, console or Console(), signals)
         except RuntimeError as error:
@@ -447,7 +263,7 @@ def fit(
     return Result(run.records, run.done, run.elapsed_s, peak_memory_mb(fabric.device))
 
 
-def _fit(run: _Training, console: Console, signals: _Signals) -> None:
+def _fit(run: _Training, console: Console, signals: Signals) -> None:
     config, data = run.config, run.data
     started = time.perf_counter() - run.elapsed_s
     run.model.train()

@@ -22,7 +22,10 @@ from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.faults import FaultLog
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
 from ssl_kernels.trainers.evaluation import probes, report
+from ssl_kernels.trainers.fabric import make_fabric
+from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.models import BUILT_IN, TINY, ImageTower
+from ssl_kernels.trainers.optim import parameter_groups
 from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import POSITIVE, at_least, require
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SelfSupervisedConfig(ImageConfig, loop.LoopConfig):
+class SelfSupervisedConfig(ImageConfig, LoopConfig):
     """What the command lines of trainers on images alone have in common."""
 
     epochs: int = 14
@@ -142,7 +145,7 @@ def train(
     """
     begun = time.perf_counter()
     config.find_data()
-    fabric = loop.make_fabric(config)
+    fabric = make_fabric(config)
     console.quiet = not fabric.is_global_zero
     data = load(
         config, batch_size=config.batch_size, seed=config.seed, workers=config.workers, crops=crops, share=own_share()
@@ -151,7 +154,7 @@ def train(
     initial = copy.deepcopy(method.evaluated)
     method.synchronise(fabric.device)
     wrapped = fabric.setup_module(method)
-    optimizer = torch.optim.AdamW(loop.parameter_groups(method, config.lr, config.weight_decay), betas=config.betas)
+    optimizer = torch.optim.AdamW(parameter_groups(method, config.lr, config.weight_decay), betas=config.betas)
     wrapped_optimizer: Any = fabric.setup_optimizers(optimizer)
     if config.resume is None:
         with fabric.autocast():  # an epoch that training does not reach has other views

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from ssl_kernels import use_backend
 from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers import batch_norm, chunks, loop, sharding
+from ssl_kernels.trainers import batch_norm, chunks, loop, optim, sharding
 from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
 from ssl_kernels.trainers.data.faults import FaultLog
 from ssl_kernels.trainers.data.pairs import ids_of_keys
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import image_text, report
+from ssl_kernels.trainers.fabric import make_fabric
+from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.models import (
     BUILT_IN,
     ImageTower,
@@ -41,7 +43,7 @@ CHECKED = 1024  # pairs of a batch
 
 
 @dataclass
-class TwoTowerConfig(TowerConfig, DataConfig, chunks.ChunkConfig, loop.LoopConfig):
+class TwoTowerConfig(TowerConfig, DataConfig, chunks.ChunkConfig, LoopConfig):
     """What the command lines of image-text trainers have in common."""
 
     loss_backend: Literal["auto", "reference", "eager", "cpu", "triton"] = "auto"
@@ -143,8 +145,8 @@ def parameter_groups(model: TwoTowerModel, config: TwoTowerConfig) -> list[dict[
     others = nn.ModuleList([model.image.head, model.text])
     scalars = list(model.parameters(recurse=False))
     return [
-        *loop.parameter_groups(trunk, config.lr * config.image_lr_factor, 0.0 if slow else config.weight_decay),
-        *loop.parameter_groups(others, config.lr, config.weight_decay),
+        *optim.parameter_groups(trunk, config.lr * config.image_lr_factor, 0.0 if slow else config.weight_decay),
+        *optim.parameter_groups(others, config.lr, config.weight_decay),
         {"params": scalars, "lr": config.lr, "peak_lr": config.lr, "weight_decay": 0.0},
     ]
 
@@ -155,7 +157,7 @@ def train(
     """Train the model that `make_model` puts together from its two towers, evaluate it and report on both."""
     begun = time.perf_counter()
     config.find_data()
-    fabric = loop.make_fabric(config)
+    fabric = make_fabric(config)
     console.quiet = not fabric.is_global_zero
     # Drawings are mostly white: a tower that was not trained on photographs sees their ground as zero.
     image = image_tower(config, config.image_size, inverted=config.data == "openmoji" and not config.pretrained)

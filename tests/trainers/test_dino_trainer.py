@@ -24,9 +24,9 @@ from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data.views import DrawingView, Images, PhotoView, ViewBatches
 from ssl_kernels.trainers.dino import DINO, DINOConfig, DINOv2, MaskedStudent, Student
 from ssl_kernels.trainers.evaluation import report
-from ssl_kernels.trainers.loop import parameter_groups
 from ssl_kernels.trainers.masking import block_masks
 from ssl_kernels.trainers.models import ImageTower, TinyResNet
+from ssl_kernels.trainers.optim import parameter_groups
 
 BATCH, PROTOTYPES, STEPS = 6, 10, 20
 SETTINGS = DINOConfig(

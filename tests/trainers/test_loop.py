@@ -15,10 +15,13 @@ import torch
 from conftest import logged, same_state
 from torch import Tensor, nn
 
-from ssl_kernels.trainers import checkpoints, loop
+from ssl_kernels.trainers import checkpoints
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, UserError
-from ssl_kernels.trainers.loop import LoopConfig, Result, cosine, fit, make_fabric
+from ssl_kernels.trainers.fabric import make_fabric
+from ssl_kernels.trainers.loop import Result, fit
+from ssl_kernels.trainers.loop_config import LoopConfig
+from ssl_kernels.trainers.optim import cosine, parameter_groups
 
 PAIRS, DIM = 24, 3
 
@@ -66,7 +69,7 @@ def run(
 ) -> Result:
     fabric = make_fabric(settings)
     model = model or Linear()
-    groups = loop.parameter_groups(model, settings.lr, settings.weight_decay)
+    groups = parameter_groups(model, settings.lr, settings.weight_decay)
     wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(groups, betas=settings.betas))
     return fit(fabric, wrapped, optimizer, data or Regression(settings.batch_size), settings, **options)  # type: ignore[arg-type]
 
@@ -125,11 +128,11 @@ def test_the_schedule_scales_every_group_from_its_own_peak(tmp_path: Path) -> No
 def test_weight_decay_spares_vectors() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     model[0].weight.requires_grad_(True)
-    decayed, plain = loop.parameter_groups(model, 0.1, 0.2)
+    decayed, plain = parameter_groups(model, 0.1, 0.2)
     assert [p.ndim for p in decayed["params"]] == [2]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)
     assert len(plain["params"]) == 3
-    assert loop.parameter_groups(model.requires_grad_(False), 0.1, 0.2) == []
+    assert parameter_groups(model.requires_grad_(False), 0.1, 0.2) == []
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (2, 4), (4, 6)])
@@ -166,7 +169,7 @@ def test_clipping_bounds_what_the_optimizer_sees(tmp_path: Path, clip: float) ->
             super().step()
 
     fabric = make_fabric(settings := config(tmp_path, clip=clip, lr=1e-3, epochs=1))
-    wrapped, optimizer = fabric.setup(model, Spy(loop.parameter_groups(model, 1e-3, 0.0)))
+    wrapped, optimizer = fabric.setup(model, Spy(parameter_groups(model, 1e-3, 0.0)))
     result = fit(fabric, wrapped, optimizer, Regression(), settings)
     logged_norms = [r["grad_norm"] for r in result.records]
     assert min(logged_norms) > 0.5, "the log shows the norm before clipping"
@@ -413,6 +416,6 @@ def test_other_precisions_train(tmp_path: Path, precision: str) -> None:
 
     settings = config(tmp_path, epochs=20, precision=precision)
     fabric = make_fabric(settings)
-    wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(loop.parameter_groups(model, 0.05, 0.0)))
+    wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(parameter_groups(model, 0.05, 0.0)))
     result = fit(fabric, wrapped, optimizer, Regression(), settings, step=step)
     assert result.records[-1]["loss"] < 0.3 * result.records[0]["loss"]
