@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def write(path: Path, content: Members) -> Path:
     return path
 
 
-def read(path: Path | str, **options: int) -> tuple[list[tuple[bytes, str]], list[Fault]]:
+def read(path: Path | str, **options: Any) -> tuple[list[tuple[bytes, str]], list[Fault]]:
     """Images and captions of a shard, and what is left out of it."""
     found: list[Fault] = []
     return [(sample.image, sample.caption) for sample in tars.samples(str(path), found, **options)], found
@@ -91,6 +92,7 @@ def test_a_caption_is_the_first_that_is_not_empty(tmp_path: Path) -> None:
     others = [("0.json", dumps({"caption": "from json"})), ("0.cls", b"7")]
     for texts, caption in (
         ([("0.txt", b"own"), *others], "own"),
+        ([*others, ("0.txt", b"own")], "own"),
         ([("0.txt", b" \n"), *others], "from json"),
         ([("0.json", dumps({"caption": None})), others[1]], "7"),
         ([("0.json", b"[1]"), others[1]], "7"),
@@ -124,6 +126,20 @@ def test_an_incomplete_sample_is_left_out_and_named(tmp_path: Path, make: Callab
     assert (why, lost) == (reason, 1)
     key = where.removeprefix(f"{shard}:")
     assert found == [EXPECTED[i] for i in range(3 if "json" in reason else 6) if f"{i:03}" != key]
+
+
+def test_captions_may_have_another_encoding(tmp_path: Path) -> None:
+    content = [(name, b"caf\xe9" if name == "002.txt" else data) for name, data in members()]
+    content.append(("100.png", PICTURES[9]))
+    content.append(("100.json", '{"caption": "caf\u00e9"}'.encode()))  # JSON is UTF-8
+    found, faults = read(write(tmp_path / "0.tar", content), encoding="latin-1")
+    assert ([found[2][1], found[6][1]], faults) == (["caf\xe9"] * 2, [])
+    data = stream(tmp_path, encoding="latin-1")
+    assert data.epoch_pairs == 7
+    pairs, _ = read_all(str(tmp_path), 16, encoding="latin-1")
+    assert "caf\xe9" in pairs.captions
+    assert len(list(data.batches(0))) == 1
+    assert not data.faults
 
 
 def test_a_name_that_returns_is_left_out_and_named(tmp_path: Path) -> None:

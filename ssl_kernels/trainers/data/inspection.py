@@ -34,10 +34,10 @@ class Part:
 
 
 class Inspection(Dataset[Part]):
-    """Image files or shards; an item is what was found in one."""
+    """Image files or shards, whose captions have an encoding; an item is what was found in one."""
 
-    def __init__(self, files: Sequence[Path] | Sequence[str]) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[Path] | Sequence[str], encoding: str = "utf-8") -> None:
+        self.files, self.encoding = files, encoding
 
     def __len__(self) -> int:
         return len(self.files)
@@ -47,7 +47,7 @@ class Inspection(Dataset[Part]):
         if isinstance(file, Path):
             _look(file, place(file), part)
         else:
-            for sample in samples(file, part.bad):
+            for sample in samples(file, part.bad, encoding=self.encoding):
                 _look(sample.image, sample.where, part)
         return part
 

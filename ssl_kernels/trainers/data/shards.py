@@ -27,7 +27,13 @@ _SPARES = 32  # samples that have passed, to take the place of one that cannot b
 
 
 def read_all(
-    urls: str, size: int, flag: str = "--held-out-data", *, faults: Faults | None = None, background: Colour = WHITE
+    urls: str,
+    size: int,
+    flag: str = "--held-out-data",
+    *,
+    faults: Faults | None = None,
+    background: Colour = WHITE,
+    encoding: str = "utf-8",
 ) -> tuple[ImageTextPairs, Fingerprints]:
     """The pairs of held-out shards in memory, one for each caption and image, and what marks them."""
     faults = Faults(stop=True) if faults is None else faults
@@ -36,7 +42,7 @@ def read_all(
         found: list[Fault] = []
         bad: list[Fault] = []
         count = 0
-        for image, caption, where in samples(name, found, of=EVALUATION):
+        for image, caption, where in samples(name, found, of=EVALUATION, encoding=encoding):
             count += 1
             try:
                 if not marks.match(caption, image):
@@ -69,14 +75,15 @@ class ShardBatches(IterableDataset[Batch]):
     def __init__(
         self, urls: str, tokenize: Tokenize, *, size: int, batch_size: int, seed: int, workers: int, augment: bool,
         epoch_pairs: int, held_out: Fingerprints, share: Share = ALONE, faults: Faults | None = None,
-        background: Colour = WHITE,
+        background: Colour = WHITE, encoding: str = "utf-8",
     ) -> None:  # fmt: skip
         self.names, self.share = expand(urls), share
         if max(1, workers) * share.world > len(self.names):
             several = f" in each of {share.world} processes" if share.world > 1 else ""
             raise UserError(f"--workers: {workers}{several} is more than the {len(self.names)} shards of --data {urls}")
         self.tokenize, self.size, self.batch_size, self.seed = tokenize, size, batch_size, seed
-        self.workers, self.augment, self.held_out, self.background = workers, augment, held_out, background
+        self.workers, self.augment, self.held_out = workers, augment, held_out
+        self.background, self.encoding = background, encoding
         self.faults = Faults() if faults is None else faults
         self.expected = epoch_pairs // len(self.names)  # samples of a shard
         self.epoch_pairs = epoch_pairs or self._count()
@@ -94,7 +101,7 @@ class ShardBatches(IterableDataset[Batch]):
         total = fresh = 0
         for name in self.names:
             before, own = total, list[Fault]()
-            for sample in samples(name, own):
+            for sample in samples(name, own, encoding=self.encoding):
                 total += 1
                 fresh += not self.held_out.match(sample.caption, sample.image)
             found += losses.of(own, total - before)
@@ -155,7 +162,7 @@ class ShardBatches(IterableDataset[Batch]):
 
     def _read(self, names: list[str], found: list[Fault]) -> Iterator[Sample]:
         for name in names:
-            yield from samples(name, found, expected=self.expected)
+            yield from samples(name, found, expected=self.expected, encoding=self.encoding)
 
     def _batch(
         self, batch: list[Sample], passed: Sequence[Sample], rng: np.random.Generator, found: list[Fault]

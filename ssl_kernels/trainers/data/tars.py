@@ -88,11 +88,13 @@ def _files(name: str, flag: str) -> list[str]:
     return found
 
 
-def samples(shard: str, found: list[Fault], *, of: str = TRAINING, expected: int | None = None) -> Iterator[Sample]:
+def samples(
+    shard: str, found: list[Fault], *, of: str = TRAINING, expected: int | None = None, encoding: str = "utf-8"
+) -> Iterator[Sample]:
     """The samples of a shard in their order; `found` is told of those that are incomplete and of a shard cut short.
 
     A shard of which a part is lost is the last of these, and counts as the samples that are missing to the number that
-    is `expected` of it; as 0 if that is not known.
+    is `expected` of it; as 0 if that is not known. Captions, but for JSON, are in `encoding`.
     """
     waiting: dict[str, dict[str, bytes]] = {}
     given: set[str] = set()
@@ -100,7 +102,7 @@ def samples(shard: str, found: list[Fault], *, of: str = TRAINING, expected: int
     try:
         for key, ending, content in _members(shard):
             if key != last and last in waiting:
-                yield from _complete(shard, last, waiting, given, found, of)
+                yield from _complete(shard, last, waiting, given, found, of, encoding)
             last = key
             if key not in given:
                 waiting.setdefault(key, {}).setdefault(ending, content)
@@ -109,7 +111,7 @@ def samples(shard: str, found: list[Fault], *, of: str = TRAINING, expected: int
     except _CutShortError as error:
         reason = str(error)
     if last in waiting:
-        yield from _complete(shard, last, waiting, given, found, of)
+        yield from _complete(shard, last, waiting, given, found, of, encoding)
     if reason:
         waiting.pop(last, None)  # cut in two
     for key, members in waiting.items():
@@ -146,16 +148,17 @@ class Losses:
 
 
 def _complete(
-    shard: str, key: str, waiting: dict[str, dict[str, bytes]], given: set[str], found: list[Fault], of: str
-) -> Iterator[Sample]:
+    shard: str, key: str, waiting: dict[str, dict[str, bytes]], given: set[str], found: list[Fault], of: str,
+    encoding: str,
+) -> Iterator[Sample]:  # fmt: skip
     """The sample of this name, unless something of it is missing that may come."""
     members = waiting[key]
     image = next((members[ending] for ending in members if ending in _IMAGES), None)
     where = f"{place(shard)}:{place(key)}"
     try:
-        caption = _caption(members)
+        caption = _caption(members, encoding)
     except UnicodeDecodeError:
-        caption, fault = "", "with a caption that is not UTF-8"
+        caption, fault = "", f"with a caption that is not {encoding.upper()}"
     except ValueError:
         caption, fault = "", "with a .json that is none"
     else:
@@ -170,9 +173,9 @@ def _complete(
     del waiting[key]
 
 
-def _caption(members: dict[str, bytes]) -> str:
+def _caption(members: dict[str, bytes], encoding: str) -> str:
     for ending in CAPTIONS:
-        text = members.get(ending, b"").decode("utf-8-sig")
+        text = members.get(ending, b"").decode(encoding if ending != "json" else "utf-8").removeprefix("\ufeff")
         if ending == "json" and text.strip():
             text = _text_in(json.loads(text))
         if text.strip():
