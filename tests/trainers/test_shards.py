@@ -205,6 +205,14 @@ def test_a_file_that_is_no_shard_is_lost_as_a_whole(tmp_path: Path, content: byt
     assert read(tmp_path / "0.tar", expected=60) == ([], [Fault(str(tmp_path / "0.tar"), reason, 60)])
 
 
+@pytest.mark.parametrize("content", [[], [("0.npy", b"x"), ("README.md", b"x")]])
+def test_a_shard_of_nothing_is_lost(tmp_path: Path, content: Members) -> None:
+    shard = write(tmp_path / "0.tar", content)
+    found = [Fault("another", "bad")]
+    assert list(tars.samples(str(shard), found, expected=60)) == []
+    assert found[1:] == [Fault(str(shard), "lost from a shard without images and captions", 60)]
+
+
 def test_a_shard_that_has_gone_is_lost(tmp_path: Path) -> None:
     reason = "lost from a shard that cannot be read (No such file or directory)"
     assert read(tmp_path / "0.tar", expected=1) == ([], [Fault(str(tmp_path / "0.tar"), reason)])

@@ -10,22 +10,21 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
-import tarfile
-import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import IO, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import webdataset as wds
 
 from ssl_kernels.trainers.data.faults import TRAINING, Fault, place
 from ssl_kernels.trainers.data.images import SUFFIXES
+from ssl_kernels.trainers.data.tar_members import CutShortError, members
 from ssl_kernels.trainers.errors import UserError
 
 ENDINGS = (".tar", ".tgz", ".tar.gz")
 CAPTIONS = ("txt", "text", "caption", "json", "cls")
 _IMAGES = {suffix[1:] for suffix in SUFFIXES}
+_READ = _IMAGES | {*CAPTIONS}
 _SCHEMES = ("http://", "https://", "gs://", "hf://")  # that webdataset opens by programs such as curl
 
 
@@ -33,10 +32,6 @@ class Sample(NamedTuple):
     image: bytes  # encoded
     caption: str
     where: str  # the shard and the name in it
-
-
-class _CutShortError(Exception):
-    """The shard ends, or turns into something else, before its end; the message says how."""
 
 
 def is_shards(name: str) -> bool:
@@ -96,30 +91,91 @@ def samples(
     A shard of which a part is lost is the last of these, and counts as the samples that are missing to the number that
     is `expected` of it; as 0 if that is not known. Captions, but for JSON, are in `encoding`.
     """
-    waiting: dict[str, dict[str, bytes]] = {}
-    given: set[str] = set()
-    last, reason = "", ""
+    own, before = _Shard(place(shard), found, of, encoding), len(found)
+    last = loss = ""
     try:
-        for key, ending, content in _members(shard):
-            if key != last and last in waiting:
-                yield from _complete(shard, last, waiting, given, found, of, encoding)
+        for key, ending, content in members(shard, _READ):
+            if key != last:
+                yield from own.complete(last)
             last = key
-            if key not in given:
-                waiting.setdefault(key, {}).setdefault(ending, content)
-            elif ending in _IMAGES:
-                found.append(Fault(f"{place(shard)}:{place(key)} again", "with the name of another", 1, of))
-    except _CutShortError as error:
-        reason = str(error)
-    if last in waiting:
-        yield from _complete(shard, last, waiting, given, found, of, encoding)
-    if reason:
-        waiting.pop(last, None)  # cut in two
-    for key, members in waiting.items():
-        missing = "caption" if _IMAGES & members.keys() else "image"
-        found.append(Fault(f"{place(shard)}:{place(key)}", f"without {missing}", 1, of))
-    if reason:
-        where = f"{place(shard)} after {len(given):,} samples" if given else place(shard)
-        found.append(Fault(where, reason, 0 if expected is None else max(1, expected - len(given)), of))
+            own.add(key, ending, content)
+    except CutShortError as error:
+        loss = str(error)
+    yield from own.complete(last)
+    if loss:
+        own.waiting.pop(last, None)  # cut in two
+    own.leave_out_the_rest()
+    if not loss and not own.given and len(found) == before:
+        loss = "without images and captions"
+    if loss:
+        where = f"{own.name} after {len(own.given):,} samples" if own.given else own.name
+        lost = 0 if expected is None else max(1, expected - len(own.given))
+        found.append(Fault(where, f"lost from a shard {loss}", lost, of))
+
+
+@dataclass
+class _Shard:
+    """The samples of a shard as their members come."""
+
+    name: str
+    found: list[Fault]
+    of: str
+    encoding: str
+    waiting: dict[str, dict[str, bytes]] = field(default_factory=dict)  # members by ending, of what is incomplete
+    given: set[str] = field(default_factory=set)  # names
+
+    def add(self, key: str, ending: str, content: bytes) -> None:
+        if key not in self.given:
+            self.waiting.setdefault(key, {}).setdefault(ending, content)
+        elif ending in _IMAGES:
+            self.leave_out(f"{key} again", "with the name of another")
+
+    def complete(self, key: str) -> Iterator[Sample]:
+        """The sample of this name, unless something of it is missing that may yet come."""
+        own = self.waiting.get(key, {})
+        image = next((own[ending] for ending in own if ending in _IMAGES), None)
+        try:
+            caption = _caption(own, self.encoding)
+        except UnicodeDecodeError:
+            self.leave_out(key, f"with a caption that is not {self.encoding.upper()}")
+        except ValueError:
+            self.leave_out(key, "with a .json that is none")
+        else:
+            if image is None or not caption:
+                return
+            if image:
+                yield Sample(image, caption, f"{self.name}:{place(key)}")
+            else:
+                self.leave_out(key, "with an empty image")
+        self.given.add(key)
+        del self.waiting[key]
+
+    def leave_out_the_rest(self) -> None:
+        """What is incomplete at the end stays so."""
+        for key, own in self.waiting.items():
+            self.leave_out(key, f"without {'caption' if _IMAGES & own.keys() else 'image'}")
+
+    def leave_out(self, key: str, reason: str) -> None:
+        self.found.append(Fault(f"{self.name}:{place(key)}", reason, 1, self.of))
+
+
+def _caption(members: dict[str, bytes], encoding: str) -> str:
+    """The first that is not empty."""
+    for ending in CAPTIONS:
+        text = members.get(ending, b"").decode(encoding if ending != "json" else "utf-8").removeprefix("\ufeff")
+        if ending == "json" and text.strip():
+            text = _text_in(json.loads(text))
+        if text.strip():
+            return text.strip()
+    return ""
+
+
+def _text_in(content: Any) -> str:
+    """The caption in a .json; the first of several."""
+    caption = content.get("caption") if isinstance(content, dict) else None
+    if isinstance(caption, list) and caption:
+        caption = caption[0]
+    return caption if isinstance(caption, str) else ""
 
 
 class Losses:
@@ -145,100 +201,3 @@ class Losses:
     def of_parts(self) -> list[Fault]:
         """The shards of which a part is lost, each with the samples that are missing to the others' mean."""
         return [fault._replace(lost=max(1, self.expected - count)) for fault, count in self.cut]
-
-
-def _complete(
-    shard: str, key: str, waiting: dict[str, dict[str, bytes]], given: set[str], found: list[Fault], of: str,
-    encoding: str,
-) -> Iterator[Sample]:  # fmt: skip
-    """The sample of this name, unless something of it is missing that may come."""
-    members = waiting[key]
-    image = next((members[ending] for ending in members if ending in _IMAGES), None)
-    where = f"{place(shard)}:{place(key)}"
-    try:
-        caption = _caption(members, encoding)
-    except UnicodeDecodeError:
-        caption, fault = "", f"with a caption that is not {encoding.upper()}"
-    except ValueError:
-        caption, fault = "", "with a .json that is none"
-    else:
-        fault = ""
-    if fault or image == b"":
-        found.append(Fault(where, fault or "with an empty image", 1, of))
-    elif image is None or not caption:
-        return
-    else:
-        yield Sample(image, caption, where)
-    given.add(key)
-    del waiting[key]
-
-
-def _caption(members: dict[str, bytes], encoding: str) -> str:
-    for ending in CAPTIONS:
-        text = members.get(ending, b"").decode(encoding if ending != "json" else "utf-8").removeprefix("\ufeff")
-        if ending == "json" and text.strip():
-            text = _text_in(json.loads(text))
-        if text.strip():
-            return text.strip()
-    return ""
-
-
-def _text_in(content: Any) -> str:
-    """The caption in a .json; the first of several."""
-    caption = content.get("caption") if isinstance(content, dict) else None
-    if isinstance(caption, list) and caption:
-        caption = caption[0]
-    return caption if isinstance(caption, str) else ""
-
-
-def _members(shard: str) -> Iterator[tuple[str, str, bytes]]:
-    """Names, endings and contents of images and captions. Raises `_CutShortError` where the shard ends too early."""
-    tar: Any = None
-    try:
-        with _open(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
-            for member in tar:
-                tar.members = []  # else all of them stay in memory
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                ending = ending.lower()
-                is_read = member.isreg() and bool({ending, ending.rpartition(".")[2]} & _READ)
-                if not is_read or not stem or stem.startswith("__"):  # what webdataset keeps for itself
-                    continue
-                content = tar.extractfile(member)
-                yield folder + slash + stem, ending, content.read()
-            if not tar.has_ended:
-                raise _CutShortError("lost from a shard that is cut short")
-    except tarfile.TarError as error:
-        if tar is None:
-            raise _CutShortError("lost from a shard that is empty" if "empty" in str(error) else _NO_TAR) from None
-        raise _CutShortError("lost from a shard that is cut short") from None
-    except (EOFError, zlib.error):
-        raise _CutShortError("lost from a shard that is cut short") from None
-    except OSError as error:
-        status = re.search(r"exit (-?\d+)", str(error))  # webdataset's words about a program
-        reason = f"its command failed with status {status[1]}" if status else error.strerror or type(error).__name__
-        raise _CutShortError(f"lost from a shard that cannot be read ({reason})") from None
-
-
-_NO_TAR = "lost from a shard that is no tar file"
-_READ = _IMAGES | set(CAPTIONS)
-
-
-def _open(shard: str) -> AbstractContextManager[IO[bytes]]:
-    if shard.startswith("pipe:") or "://" in shard:
-        stream: AbstractContextManager[IO[bytes]] = wds.gopen(shard)
-        return stream
-    return open(shard, "rb")
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header that tells the archive whether it ended as it should: tarfile takes any end for the end."""
-
-    @classmethod
-    def fromtarfile(cls, tar: Any) -> _Header:
-        tar.has_ended = False
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.TarError as error:
-            tar.has_ended = type(error).__name__ == "EOFHeaderError"  # a block of zeros
-            raise
