@@ -405,3 +405,15 @@ def test_the_console_names_the_first_few(tmp_path: Path) -> None:
     silent.sum_up()
     assert console.export_text() == ""
     assert not (tmp_path / "other").exists()
+
+
+def test_a_list_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    console = Console(record=True, width=200)
+    faults = Faults()
+    log = FaultLog(faults, tmp_path / "gone", console)
+    faults.add("bad", "a.jpg")
+    log.tell()
+    log.tell()
+    assert console.export_text().splitlines() == [
+        "left out: a.jpg: bad", f"cannot write {log.path}: No such file or directory",
+    ]  # fmt: skip

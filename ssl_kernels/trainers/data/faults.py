@@ -165,12 +165,18 @@ class FaultLog:
             elif self.named == _SHOWN + 1:
                 self._print(f"left out: more, which {self.path} names")
         self.told = len(faults)
-        if faults:
-            with open(self.path, "w" if self.written is None else "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(fault._asdict()) + "\n" for fault in faults[self.written or 0 :])
-        else:
-            self.path.unlink(missing_ok=True)
+        try:
+            self._write(faults)
+        except OSError as error:  # a full disk ends the run where it matters
+            self._print(f"cannot write {self.path}: {error.strerror}")
         self.written = len(faults)
+
+    def _write(self, faults: list[Fault]) -> None:
+        if not faults:
+            self.path.unlink(missing_ok=True)
+            return
+        with open(self.path, "w" if self.written is None else "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(fault._asdict()) + "\n" for fault in faults[self.written or 0 :])
 
     def sum_up(self) -> None:
         """Say at the end of a run how much of what was left out."""

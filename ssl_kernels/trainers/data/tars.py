@@ -25,7 +25,7 @@ ENDINGS = (".tar", ".tgz", ".tar.gz")
 CAPTIONS = ("txt", "text", "caption", "json", "cls")
 _IMAGES = {suffix[1:] for suffix in SUFFIXES}
 _READ = _IMAGES | {*CAPTIONS}
-_SCHEMES = ("http://", "https://", "gs://", "hf://")  # that webdataset opens by programs such as curl
+_SCHEMES = ("http://", "https://", "gs://")  # that webdataset opens by programs such as curl
 
 
 class Sample(NamedTuple):
