@@ -208,6 +208,7 @@ def test_a_sample_is_spread_and_bounded(tmp_path: Path, monkeypatch: pytest.Monk
         faults = Faults(max_bad=1)
         images.try_some(paths, faults)
         assert len(faults) == tried
+        assert {paths[0].name, paths[-1].name} <= {Path(fault.where).name for fault in faults}
     assert {fault.reason for fault in faults} == {"no such file"}
     for path in paths[:10]:
         path.write_bytes(b"x" * 100)
