@@ -65,6 +65,7 @@ def test_floats_are_shown_by_their_range(values: list[float], expected: list[int
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
+        ([0, 1], [0, 1]),
         ([0, 7, 255], [0, 7, 255]),
         ([0, 257, 65535], [0, 1, 255]),
         ([0, 1, 65536], [0, 0, 255]),
