@@ -84,6 +84,7 @@ class LoopConfig:
 # fingerprint does too.)
 RESUMABLE = {
     "output_dir", "resume", "overwrite", "workers", "log_every", "checkpoint_every", "devices", "num_nodes", "strategy",
+    "on_error", "max_bad",
 }  # fmt: skip
 
 

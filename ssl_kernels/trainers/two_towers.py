@@ -19,7 +19,8 @@ from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import batch_norm, chunks, loop, optim, sharding
 from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
-from ssl_kernels.trainers.data.shards import ids_of_keys
+from ssl_kernels.trainers.data.faults import FaultLog
+from ssl_kernels.trainers.data.pairs import ids_of_keys
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import image_text, report
 from ssl_kernels.trainers.fabric import make_fabric
@@ -177,10 +178,13 @@ def train(
     if config.image_locked and not config.pretrained:
         console.print("note: the image tower is locked at random weights; --pretrained loads learned ones")
     step = chunks.in_chunks(fabric, wrapped, model, config.chunk_size) if config.chunk_size else None
-    result = loop.fit(
-        fabric, wrapped, wrapped_optimizer, data.batches, config,
-        step=step, after_step=model.after_step, console=console,
-    )  # fmt: skip
+    with FaultLog(
+        data.faults, config.output_dir, console, resume=config.resume, writes=fabric.is_global_zero
+    ) as left_out:
+        result = loop.fit(
+            fabric, wrapped, wrapped_optimizer, data.batches, config,
+            step=step, before_step=left_out.tell, after_step=model.after_step, console=console,
+        )  # fmt: skip
     weights = sharding.whole(model.state_dict(), keep=fabric.is_global_zero)
     if not fabric.is_global_zero:
         return
@@ -194,12 +198,18 @@ def train(
     if data.held_out is not None:
         embedder = image_text.Embedder(fabric, evaluated, tokenize, config.image_size)
         supervised = config.label_captions > 0
-        figures, similarity = image_text.report_card(embedder, data.train, data.held_out, supervised)
-        report.plot_retrieval(folder / "retrieval.png", data.held_out, similarity, config.image_size, credit)
-        pictures.append("retrieval.png")
+        figures, similarity, shown = image_text.report_card(
+            embedder, data.train, data.held_out, supervised, data.faults
+        )
+        if len(shown):
+            report.plot_retrieval(folder / "retrieval.png", shown, similarity, config.image_size, credit)
+            pictures.append("retrieval.png")
+        else:
+            console.print("not evaluated: none of the held-out images can be read")
     total_s = time.perf_counter() - begun
-    report.write_summary(folder / "summary.json", result, figures, total_s)
+    report.write_summary(folder / "summary.json", result, figures, total_s, data.faults)
     image_text.print_table(console, f"{name} on {config.data}, {config.evaluate_on} pairs", result, figures, total_s)
     if credit:
         console.print(credit)
+    left_out.sum_up()
     report.print_written(console, folder, *pictures)
