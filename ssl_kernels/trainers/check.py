@@ -13,9 +13,11 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssl_kernels.trainers.data import files, tars, views
+from ssl_kernels.trainers.data import files, folders, tars, trees
 from ssl_kernels.trainers.data.faults import Fault, Faults, place
+from ssl_kernels.trainers.data.found import Found
 from ssl_kernels.trainers.data.inspection import Inspection
+from ssl_kernels.trainers.data.text_files import check_encoding
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.ranges import at_least, require
 
@@ -29,10 +31,12 @@ class CheckConfig:
 
     data: tyro.conf.Positional[str]
     """A table of image paths and captions, a folder of images, or WebDataset shards, as the trainers take them."""
-    image_column: str = "image"
-    """Column of a table that holds the image's path, relative to the table."""
-    caption_column: str = "caption"
-    """Column of a table that holds the caption."""
+    image_column: str = ""
+    """Column of a table that holds the image's path, relative to the table; by default found by its usual names."""
+    caption_column: str = ""
+    """Column of a table that holds the caption; by default found by its usual names."""
+    encoding: str = "utf-8"
+    """Encoding of a table that does not begin with a mark of its own, or of captions in shards, such as latin-1."""
     workers: int = os.cpu_count() or 1
     """Number of processes that read; the default is the number of processors."""
     out: Path | None = None
@@ -46,10 +50,11 @@ class Report:
     images: int
     bad: Faults
     odd: Faults
+    found: Found
 
     def lines(self) -> list[str]:
         """The same for people."""
-        lines = [f"{self.images:,} images can be read"]
+        lines = [*self.found.lines(), f"{self.images:,} images can be read"]
         for title, faults in (("bad, left out of training", self.bad), ("odd, but used", self.odd)):
             lines += [f"{title}:", *(f"  {line}" for line in faults.lines(most=_EXAMPLES))] if len(faults) else []
         return lines if len(self.bad) or len(self.odd) else [*lines, "nothing is bad or odd"]
@@ -58,8 +63,9 @@ class Report:
 def check(config: CheckConfig, console: Console) -> Report:
     """Read everything once, in parallel."""
     require(config, at_least(0), "workers")
-    inspection = Inspection(_files(config))
-    report = Report(0, Faults(), Faults())
+    check_encoding(config.encoding)
+    report = Report(0, Faults(max_bad=1.0), Faults(), Found(place(config.data)))
+    inspection = Inspection(_files(config, report), config.encoding)
     first: dict[bytes, str] = {}
     losses = tars.Losses()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -78,18 +84,25 @@ def check(config: CheckConfig, console: Console) -> Report:
     return report
 
 
-def _files(config: CheckConfig) -> Sequence[Path] | Sequence[str]:
-    """The images or the shards."""
-    name = os.path.expanduser(config.data)
-    if tars.is_shards(name):
-        return tars.expand(name, "DATA")
-    path = Path(name)
-    if path.is_dir():
-        images = views.read_folder(path).images
-    elif path.is_file():
-        images = files.read_table(path, config.image_column, config.caption_column, "DATA").images
-    else:
-        raise UserError(f"DATA: expected a table, a folder of images or shards, got {place(name)}")
+def _files(config: CheckConfig, report: Report) -> Sequence[Path] | Sequence[str]:
+    """The images or the shards; `report` is told of rows and links that lead to none."""
+    path = Path(os.path.expanduser(config.data))
+    if tars.is_shards(config.data):
+        names = tars.expand(config.data, "DATA")
+        report.found.holds["shards"] = len(names)
+        return names
+    if not path.exists():
+        raise UserError(f"DATA: expected a table, a folder of images or shards, got {place(path)}")
+    if path.is_dir() and not files.metadata(path):
+        tree = trees.read(path, report.found, report.bad)
+        folders.parts(tree, report.found)
+        if not tree.files:
+            raise UserError(f"DATA: no images in {place(path)}")
+        return [file.path for file in tree.files]
+    images = files.read_table(
+        files.table_path(config.data, "DATA"), config.image_column, config.caption_column, "DATA",
+        encoding=config.encoding, faults=report.bad, found=report.found,
+    ).images  # fmt: skip
     assert isinstance(images, list)
     return list(dict.fromkeys(images))
 

@@ -150,6 +150,7 @@ def train(
     data = load(
         config, batch_size=config.batch_size, seed=config.seed, workers=config.workers, crops=crops, share=own_share()
     )
+    data.found.print(console, data.faults)
     method = make_method(data, loop.steps_per_epoch(data.batches, config) * config.epochs)
     initial = copy.deepcopy(method.evaluated)
     method.synchronise(fabric.device)
@@ -182,7 +183,7 @@ def train(
     trained.load_state_dict(weights)
     figures = evaluate(fabric, trained, initial, data, config)
     total_s = time.perf_counter() - begun
-    report.write_summary(folder / "summary.json", result, figures, total_s, data.faults)
+    report.write_summary(folder / "summary.json", result, figures, total_s, data.faults, data.found)
     title = f"{name} on {config.data}, seed {config.seed}, {config.evaluate_on} images"
     probes.print_table(console, title, result, figures, total_s)
     if not figures and len(data.held_out):

@@ -174,6 +174,7 @@ def train(
     data = load(
         config, tokenize, batch_size=config.batch_size, seed=config.seed, workers=config.workers, share=own_share()
     )
+    data.found.print(console, data.faults)
 
     if config.image_locked and not config.pretrained:
         console.print("note: the image tower is locked at random weights; --pretrained loads learned ones")
@@ -207,7 +208,7 @@ def train(
         else:
             console.print("not evaluated: none of the held-out images can be read")
     total_s = time.perf_counter() - begun
-    report.write_summary(folder / "summary.json", result, figures, total_s, data.faults)
+    report.write_summary(folder / "summary.json", result, figures, total_s, data.faults, data.found)
     image_text.print_table(console, f"{name} on {config.data}, {config.evaluate_on} pairs", result, figures, total_s)
     if credit:
         console.print(credit)

@@ -66,13 +66,14 @@ def test_a_folder(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     arguments = ["check", str(photos), "--workers", workers, "--out", str(tmp_path / "found.jsonl")]
     assert cli.main(arguments) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["16 images can be read", "bad, left out of training:"]
+    assert out[0] == f"found in {photos}: 18 images; without labels, for its folders make no classes"
+    assert out[1:3] == ["16 images can be read", "bad, left out of training:"]
     assert f"  1 cut short: {photos}/cut.jpg" in out
     assert f"  1 not an image: {photos}/text.jpg" in out
     assert f"  1 copies of another image: {photos}/z.png = {photos}/3.png" in out
     for name, reason in ODD.items():
         assert f"  1 {reason}: {photos}/{name}" in out
-    assert len(out) == 3 + 2 + 1 + len(ODD)
+    assert len(out) == 4 + 2 + 1 + len(ODD)
     found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert {"where": f"{photos}/cut.jpg", "bad": "cut short"} in found
     assert {"where": f"{photos}/red.bmp", "odd": "of one colour"} in found
@@ -89,7 +90,9 @@ def test_a_large_image_is_odd(photos: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_good_data_are_called_so(table: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
     for data, images in ((str(table), 96), (shards, 48)):
         assert cli.main(["check", data, "--workers", "0"]) == 0
-        assert capsys.readouterr().out == f"{images} images can be read\nnothing is bad or odd\n"
+        found, *others = capsys.readouterr().out.splitlines()
+        assert found.startswith(f"found in {data}: ")
+        assert others == [f"{images} images can be read", "nothing is bad or odd"]
 
 
 def test_a_table_is_read_with_its_columns(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +102,26 @@ def test_a_table_is_read_with_its_columns(table: Path, tmp_path: Path, capsys: p
     columns = ["--image-column", "file", "--caption-column", "words"]
     assert cli.main(["check", str(tmp_path / "pairs.csv"), "--workers", "0", *columns]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out == ["1 images can be read", "bad, left out of training:", f"  1 empty file: {tmp_path}/0.png"]
+    assert out[1:] == ["1 images can be read", "bad, left out of training:", f"  1 empty file: {tmp_path}/0.png"]
+
+
+def test_what_a_table_and_a_folder_lack_is_told(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["filepath;title", f"{table.parent}/1.png;one", f"{table.parent}/2.png;", "gone.png;caf\xe9"]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines), "latin-1")
+    assert cli.main(["check", str(tmp_path / "pairs.csv"), "--workers", "0", "--encoding", "latin-1"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert f"  1 without caption: {tmp_path}/pairs.csv:3" in out
+    assert f"  1 with a missing file: {tmp_path}/pairs.csv:4 ({tmp_path}/gone.png)" in out
+    for split in ("train", "val"):
+        (tmp_path / f"photos/{split}/red").mkdir(parents=True)
+        drawing("red", "dot", 0).save(tmp_path / f"photos/{split}/red/1.png")
+    (tmp_path / "photos/link.png").symlink_to("nothing")
+    assert cli.main(["check", str(tmp_path / "photos"), "--workers", "0"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[1] == "2 images can be read"
+    assert f"  1 link to nothing: {tmp_path}/photos/link.png" in out
 
 
 def test_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +135,7 @@ def test_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "2.tar").write_bytes((tmp_path / "2.tar").read_bytes()[:cut])
     assert cli.main(["check", str(tmp_path), "--workers", "0"]) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "16 images can be read", "bad, left out of training:",
+        f"found in {tmp_path}: 3 shards", "16 images can be read", "bad, left out of training:",
         f"  2 lost from a shard that is cut short: {tmp_path}/2.tar after 4 samples",
         f"  1 not an image: {tmp_path}/1.tar:1-6", f"  1 without caption: {tmp_path}/1.tar:1-7",
     ]  # fmt: skip

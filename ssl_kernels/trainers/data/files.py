@@ -1,130 +1,158 @@
-"""Real data: a CSV, TSV or JSONL file of image paths and captions."""
+"""The pairs of a table: images on disk, each with one caption or several."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-from collections import defaultdict
-from collections.abc import Hashable, Iterable
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, link
+from ssl_kernels.trainers.data import columns, contents, tables
+from ssl_kernels.trainers.data.cells import captions_of, image_path, text_of
+from ssl_kernels.trainers.data.faults import TRAINING, Faults, place
+from ssl_kernels.trainers.data.found import Found
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
 from ssl_kernels.trainers.errors import UserError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
-MOST_HELD_OUT = 5_000  # evaluation compares every held-out image with every held-out caption
+NO_CAPTION, NO_IMAGE, ABSENT, BROKEN = "without caption", "without image", "with a missing file", "broken"
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder, as Hugging Face's datasets has them
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
-def read_table(path: Path, image_column: str, caption_column: str, flag: str = "--data") -> ImageTextPairs:
-    """The pairs of a table; image paths are relative to it. A column `category`, if there, labels them."""
-    images: list[Path] = []
-    captions: list[str] = []
-    categories: list[str] = []
-    for line, row in _rows(path, flag):
-        for column in (image_column, caption_column):
-            if column not in row:
-                raise UserError(
-                    f"{flag}: {path}:{line} has no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}"
-                    f" (--image-column and --caption-column choose)"
-                )
-            if not str(row[column] or "").strip():
-                raise UserError(f"{flag}: {path}:{line}: the column {column!r} is empty")
-        image = path.parent / str(row[image_column]).strip()
-        if not image.is_file():
-            raise UserError(f"{flag}: {path}:{line}: no such image: {image}")
-        images.append(image)
-        captions.append(str(row[caption_column]).strip())
-        categories.append(str(row.get("category") or "").strip())
-    if not images:
-        raise UserError(f"{flag}: {path} holds no pairs")
-    return ImageTextPairs(images, captions, categories if any(categories) else None)
+def metadata(folder: Path) -> list[Path]:
+    """The tables in a folder that say what its images are."""
+    return [folder / name for name in METADATA if (folder / name).is_file()]
 
 
-def _rows(path: Path, flag: str) -> Iterable[tuple[int, dict[str, Any]]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.suffix == ".jsonl":
-                for line, text in enumerate(file, 1):
-                    if text.strip():
-                        row = json.loads(text)
-                        if not isinstance(row, dict):
-                            raise UserError(f"{flag}: {path}:{line}: expected a JSON object, got {text.strip()[:40]!r}")
-                        yield line, row
-            else:
-                plain = path.suffix == ".tsv"  # tabs separate, and a quotation mark is a letter like any other
-                reader = csv.DictReader(
-                    file, delimiter="\t" if plain else ",", quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-                )
-                for row in reader:
-                    if None in row:
-                        raise UserError(
-                            f"{flag}: {path}:{reader.line_num} has more fields than the header; a caption with a comma"
-                            " needs quotation marks"
-                        )
-                    yield reader.line_num, row
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise UserError(f"{flag}: cannot read {path}: {error}") from None
+def table_path(name: str, flag: str) -> Path:
+    """The table of this name, or in the folder of this name."""
+    path = Path(os.path.expanduser(name))
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        if path.suffix.lower() in (*tables.SUFFIXES, ".gz"):
+            raise UserError(f"{flag}: no such file: {place(path)}")
+        kinds = f"a table ({', '.join(tables.SUFFIXES)}), a folder with {METADATA[0]}, or .tar shards"
+        raise UserError(f"{flag}: expected openmoji, {kinds}, got {name!r}")
+    own = metadata(path)
+    if len(own) == 1:
+        return own[0]
+    if own:
+        names = ", ".join(each.name for each in own)
+        raise UserError(f"{flag}: expected one table in {place(path)}, got {names}; name one")
+    parts = sorted({table.parent.name for each in METADATA for table in path.glob(f"*/{each}")})
+    if parts:
+        named = f"{', '.join(map(place, parts))}; name one, such as {place(path / parts[-1])}"
+        raise UserError(f"{flag}: {place(path)} has tables in {named}")
+    others = sorted(each.name for each in path.iterdir() if each.suffix.lower() in tables.SUFFIXES)
+    raise UserError(
+        f"{flag}: {place(path)} is a folder without {METADATA[0]} or other metadata, and without shards"
+        + (f"; it holds {', '.join(map(place, others[:5]))}, which can be named" if others else "")
+    )
 
 
-def groups(pairs: ImageTextPairs) -> list[int]:
-    """A number for every pair, the same for two pairs that share a caption or an image (path or file content)."""
-    return link(pairs.captions, _contents(pairs))
+class _Pair(NamedTuple):
+    where: str
+    image: Path
+    captions: list[str]
+    category: str
 
 
-def _contents(pairs: ImageTextPairs) -> list[Hashable]:
-    """Something equal for equal image files. Only files of one size can be equal, so few are read."""
-    paths = [path.resolve() for path in _paths(pairs)]
-    by_size: dict[int, set[Path]] = defaultdict(set)
-    for path in paths:
-        by_size[path.stat().st_size].add(path)
-    digests = {
-        path: hashlib.sha256(path.read_bytes()).digest() for same in by_size.values() if len(same) > 1 for path in same
-    }
-    return [digests.get(path, path) for path in paths]
+def read_table(
+    path: Path, image_column: str = "", caption_column: str = "", flag: str = "--data", *, encoding: str = "utf-8",
+    faults: Faults | None = None, of: str = TRAINING, found: Found | None = None,
+) -> ImageTextPairs:  # fmt: skip
+    """The pairs of a table; image paths are relative to it. A column `category`, if there, labels them.
 
-
-def split(pairs: ImageTextPairs, share: float, seed: int) -> tuple[ImageTextPairs, ImageTextPairs]:
-    """Hold out a share of the pairs' groups, so that no held-out image or caption occurs in training.
-
-    Groups are drawn by a hash of their first caption and the seed. One pair of each held-out group is kept: a gallery
-    with two captions of one image would call a right answer wrong.
+    Columns that are not named are found by their usual names. Rows that cannot be used are added to `faults` as
+    examples `of` training or evaluation; without `faults` the first of them is an error. `found` is told what the table
+    holds.
     """
-    members: dict[int, list[int]] = defaultdict(list)
-    for index, group in enumerate(groups(pairs)):
-        members[group].append(index)
+    faults = Faults(stop=True) if faults is None else faults
+    found = Found(place(path)) if found is None else found
+    folder = Path(os.path.abspath(path.parent))
+    named = {columns.normal(name) for name in (image_column, caption_column) if name}
+    table = tables.read(
+        path, flag, encoding=encoding,
+        is_column=lambda name: columns.is_known(name) or columns.normal(name) in named,
+        is_image=lambda name: os.path.isfile(image_path(folder, name)),
+    )  # fmt: skip
+    own = columns.find(table.columns, image_column, caption_column, f"{flag}: {place(path)}") if table.columns else None
+    drafts, seen = [], 0
+    before = place(path) + (":" if table.unit == "line" else f", {table.unit} ")
+    for row in table.rows:
+        seen += 1
+        where = f"{before}{row.number}"
+        if row.oddity:
+            found.odd(row.oddity, where)
+        assert own is not None  # a table with rows has columns
+        draft = _pair(row, own, folder, where, flag)
+        if isinstance(draft, str):
+            faults.add(draft, f"{where} ({row.fault})" if row.fault else where, of=of)
+        else:
+            drafts.append(draft)
+    stats = contents.stats([draft.image for draft in drafts])
+    if drafts and not any(stats) and os.path.isfile(name := os.path.relpath(drafts[0].image, folder)):
+        raise UserError(
+            f"{flag}: {place(path)}: expected paths relative to the table's folder, got {name!r}, which is there"
+            " relative to the working directory; move the table there"
+        )
+    for pair, stat in zip(drafts, stats, strict=True):
+        if stat is None:
+            faults.add(ABSENT, f"{pair.where} ({place(pair.image)})", of=of)
+    faults.check(seen, of)
+    there = [(pair, stat) for pair, stat in zip(drafts, stats, strict=True) if stat is not None]
+    if not there:
+        reasons = "; ".join(faults.lines(of))
+        raise UserError(f"{flag}: {place(path)} holds no pairs" + (f" that can be used: {reasons}" if reasons else ""))
+    pairs = _collect([pair for pair, _ in there], [stat for _, stat in there])
+    _tell(found, pairs, table, own)
+    return pairs
 
-    def drawn(group: int) -> bytes:
-        return hashlib.sha256(f"{seed}:{pairs.captions[members[group][0]]}".encode()).digest()
 
-    chosen = set(sorted(members, key=drawn)[: min(round(share * len(members)), MOST_HELD_OUT)])
-    train = [i for group, own in members.items() if group not in chosen for i in own]
-    return pairs.select(sorted(train)), pairs.select(sorted(members[group][0] for group in chosen))
-
-
-def one_per_group(pairs: ImageTextPairs) -> ImageTextPairs:
-    """The first pair of each group, for a gallery in which an answer is right or wrong."""
-    first: dict[int, int] = {}
-    for index, group in enumerate(groups(pairs)):
-        first.setdefault(group, index)
-    return pairs.select(sorted(first.values()))
-
-
-def fingerprints(pairs: ImageTextPairs) -> Fingerprints:
-    """What marks the pairs of a held-out table."""
-    marks = Fingerprints()
-    for caption, image in zip(pairs.captions, _paths(pairs), strict=True):
-        marks.add(caption, image.read_bytes())
-    return marks
+def _pair(row: tables.Row, own: columns.Columns, folder: Path, where: str, flag: str) -> _Pair | str:
+    """What a row says, or why it cannot be used."""
+    if row.fault:
+        return BROKEN
+    name, captions = row.cells.get(own.image), captions_of(row.cells.get(own.caption))
+    if isinstance(name, dict | bytes):
+        raise UserError(f"{flag}: {where}: expected a path in the column {own.image!r}, got {str(name)[:40]}")
+    name = text_of(name)
+    if not name:
+        return NO_IMAGE
+    if _URL.match(name) and not name.lower().startswith("file://"):
+        raise UserError(
+            f"{flag}: {where}: expected the path of an image, got the URL {name[:80]!r}; download the images first, or"
+            " name another column by --image-column"
+        )
+    if not captions:
+        return NO_CAPTION
+    category = "" if own.category is None else text_of(row.cells.get(own.category))
+    return _Pair(where, image_path(folder, name), captions, category)
 
 
-def without(pairs: ImageTextPairs, held_out: Fingerprints) -> ImageTextPairs:
-    """The pairs that share neither a caption nor an image with the held-out ones."""
-    paths = _paths(pairs)
-    return pairs.select([i for i, path in enumerate(paths) if not held_out.match(pairs.captions[i], path)])
+def _collect(pairs: list[_Pair], stats: Sequence[contents.Stat | None]) -> ImageTextPairs:
+    images = [pair.image for pair in pairs]
+    several = any(len(pair.captions) > 1 for pair in pairs)
+    return ImageTextPairs(
+        images,
+        [pair.captions[0] for pair in pairs],
+        [pair.category for pair in pairs] if any(pair.category for pair in pairs) else None,
+        others=[tuple(pair.captions[1:]) for pair in pairs] if several else None,
+        contents=contents.same(images, stats),
+    )
 
 
-def _paths(pairs: ImageTextPairs) -> list[Path]:
-    assert isinstance(pairs.images, list)
-    return pairs.images
+def _tell(found: Found, pairs: ImageTextPairs, table: tables.Table, own: columns.Columns | None) -> None:
+    captions = {*pairs.captions, *(caption for others in pairs.others or [] for caption in others)}
+    found.holds.update(pairs=len(pairs), images=len(set(pairs.contents or [])), captions=len(captions))
+    if pairs.categories:
+        found.holds["categories"] = len({category for category in pairs.categories if category})
+    assert own is not None
+    found.remarks.append(f"{table.kind}; images from the column {own.image!r}, captions from {own.caption!r}")
+    if pairs.others:
+        several = sum(map(bool, pairs.others))
+        found.remarks.append(f"{several:,} images have several captions, of which each epoch draws one")

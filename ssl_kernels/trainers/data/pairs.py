@@ -17,6 +17,7 @@ from torch import Tensor
 from ssl_kernels.distributed import gather_rows
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
 from ssl_kernels.trainers.data.faults import Fault, Faults
+from ssl_kernels.trainers.data.fingerprint import digest, names_within
 from ssl_kernels.trainers.data.images import (
     centre_crop,
     image_seeds,
@@ -39,13 +40,19 @@ _ROTATION_DEGREES, _SCALE, _SHIFT = 8.0, 0.12, 0.12
 
 @dataclass
 class ImageTextPairs:
-    """Images with one caption each; `categories` ("" where unknown) and the held-out `subsets` are optional."""
+    """Images with a caption each; `categories` ("" where unknown) and the held-out `subsets` are optional.
+
+    Where images have several captions, `captions` has the first of each, by which it is evaluated, and `others` the
+    rest. Images of one number in `contents` are equal.
+    """
 
     images: Tensor | list[Path]  # uint8 [N, 3, H, W], or files
     captions: list[str]
     categories: list[str] | None = None
     subsets: list[str] | None = None
     background: Colour = WHITE  # of transparent files
+    others: list[tuple[str, ...]] | None = None
+    contents: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -57,7 +64,7 @@ class ImageTextPairs:
         images = self.images[list(indices)] if isinstance(self.images, Tensor) else pick(self.images)
         return replace(
             self, images=images, captions=pick(self.captions), categories=pick(self.categories),
-            subsets=pick(self.subsets),
+            subsets=pick(self.subsets), others=pick(self.others), contents=pick(self.contents),
         )  # fmt: skip
 
     def load(self, indices: Sequence[int], size: int) -> Tensor:
@@ -90,6 +97,8 @@ def jitter(
 class Batches(ShuffledBatches):
     """Batches of pairs: images [B, 3, H, W] uint8, text (the tokenizer's tensors), ids [B] or None.
 
+    Of an image's several captions each epoch draws one.
+
     With probability `label_captions` the words of a pair's category are added to its caption: that is label
     supervision, and reports must say so. In the first such pair of each category in a batch they replace it, in one of
     the `TEMPLATES`; a second time in the same batch, they would name images that count as each other's negatives.
@@ -106,9 +115,10 @@ class Batches(ShuffledBatches):
 
     @property
     def fingerprint(self) -> str:
-        """What a resumed run must find again: captions and image files, in order."""
-        names = [str(path) for path in self.pairs.images] if isinstance(self.pairs.images, list) else []
-        return hashlib.sha256("\0".join([*self.pairs.captions, *names]).encode()).hexdigest()
+        """What a resumed run must find again: captions and image files, in order, wherever these lie."""
+        names = names_within(self.pairs.images) if isinstance(self.pairs.images, list) else []
+        others = [caption for own in self.pairs.others or [] for caption in own]
+        return digest([*self.pairs.captions, *others, *names])
 
     @property
     def in_memory(self) -> bool:
@@ -125,7 +135,8 @@ class Batches(ShuffledBatches):
             caption if index == before else self.pairs.captions[index]
             for caption, index, before in zip(captions, indices, asked, strict=True)
         ]
-        sources = [paths[i] for i in indices]
+        numbers = self.pairs.contents
+        sources: list[Hashable] = [paths[i] if numbers is None else numbers[i] for i in indices]
         batch = make_batch(images, captions, sources, self.tokenize, own)
         if self.share.world > 1:  # no process knows what the others have replaced
             batch["ids"] = keys_of(captions[own], sources[own])
@@ -133,6 +144,10 @@ class Batches(ShuffledBatches):
 
     def _captions(self, indices: Sequence[int], rng: np.random.Generator) -> list[str]:
         captions = [self.pairs.captions[i] for i in indices]
+        if self.pairs.others is not None:
+            for place, draw in enumerate(rng.random(len(indices))):
+                every = (captions[place], *self.pairs.others[indices[place]])
+                captions[place] = every[int(draw * len(every))]
         named: set[str] = set()
         for place in np.flatnonzero(rng.random(len(indices)) < self.label_captions).tolist():
             category = self.pairs.categories[indices[place]] if self.pairs.categories else ""
@@ -190,8 +205,9 @@ class Fingerprints:
         self.digests: set[bytes] = set()
         self.sizes: set[int] = set()
 
-    def add(self, caption: str, image: bytes) -> None:
-        self.captions.add(caption)
+    def add(self, caption: str | None, image: bytes) -> None:
+        if caption is not None:
+            self.captions.add(caption)
         self.digests.add(hashlib.sha256(image).digest())
         self.sizes.add(len(image))
 
@@ -199,11 +215,12 @@ class Fingerprints:
         """Whether this caption or this image is held out. A file is only read where its size makes it possible."""
         if caption in self.captions:
             return True
-        size = image.stat().st_size if isinstance(image, Path) else len(image)
-        if size not in self.sizes:
+        try:
+            size = image.stat().st_size if isinstance(image, Path) else len(image)
+            content = b"" if size not in self.sizes else image.read_bytes() if isinstance(image, Path) else image
+        except OSError:  # whoever decodes the image will say so
             return False
-        content = image.read_bytes() if isinstance(image, Path) else image
-        return hashlib.sha256(content).digest() in self.digests
+        return size in self.sizes and hashlib.sha256(content).digest() in self.digests
 
 
 def make_batch(

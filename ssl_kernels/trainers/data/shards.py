@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_kernels.trainers.data.batches import Batch, loader, with_faults, without_faults
 from ssl_kernels.trainers.data.faults import EVALUATION, Fault, Faults
+from ssl_kernels.trainers.data.fingerprint import names_within
 from ssl_kernels.trainers.data.images import BadImageError, centre_crop, image_seeds, open_image, random_crop
 from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, keys_of, make_batch
 from ssl_kernels.trainers.data.pixels import WHITE, Colour
@@ -86,6 +87,7 @@ class ShardBatches(IterableDataset[Batch]):
         self.background, self.encoding = background, encoding
         self.faults = Faults() if faults is None else faults
         self.expected = epoch_pairs // len(self.names)  # samples of a shard
+        self.leaking = 0  # samples that share a caption or an image with the held-out pairs, once they are counted
         self.epoch_pairs = epoch_pairs or self._count()
         if self.epoch_pairs < batch_size:
             reasons = "; ".join(self.faults.lines())
@@ -109,13 +111,15 @@ class ShardBatches(IterableDataset[Batch]):
         found += losses.of_parts()
         self.faults.update(found)
         self.faults.check(total + sum(fault.lost for fault in found))
+        self.leaking = total - fresh
         return fresh
 
     @property
     def fingerprint(self) -> str:
-        """What a resumed run must find again: the shards, and the processes' workers among which they are dealt."""
+        """What a resumed run must find again: the names of the shards, wherever these lie, and the processes' workers
+        among which they are dealt."""
         several = f"{self.share.world} processes, " if self.share.world > 1 else ""
-        return f"{several}{self.workers} workers: {' '.join(self.names)}"
+        return f"{several}{self.workers} workers: {' '.join(names_within(self.names))}"
 
     def __len__(self) -> int:
         return self.epoch_pairs // self.batch_size

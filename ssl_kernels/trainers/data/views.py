@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +19,13 @@ from torch import Tensor
 
 from ssl_kernels.trainers.data import digits, openmoji
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
-from ssl_kernels.trainers.data.faults import EVALUATION, TRAINING, Fault, Faults, ReadingConfig
-from ssl_kernels.trainers.data.images import (
-    image_seeds,
-    load_images,
-    load_readable,
-    open_image,
-    torch_draws_from,
-    try_some,
-)  # fmt: skip
-from ssl_kernels.trainers.data.pixels import WHITE, Colour, parse_colour
+from ssl_kernels.trainers.data.faults import EVALUATION, TRAINING, Fault, Faults, ReadingConfig, place
+from ssl_kernels.trainers.data.fingerprint import digest, names_within
+from ssl_kernels.trainers.data.found import Found
+from ssl_kernels.trainers.data.image_sets import Images, read_parts, split
+from ssl_kernels.trainers.data.image_sets import read_folder as read_folder
+from ssl_kernels.trainers.data.images import image_seeds, open_image, torch_draws_from, try_some
+from ssl_kernels.trainers.data.pixels import parse_colour
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.processes import ALONE, Share
 from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
@@ -39,11 +37,13 @@ class ImageConfig(ReadingConfig):
 
     data: str = "mnist"
     """`mnist` (5,000 digits), `openmoji` (3,798 emoji), or a folder of images. The names of its subfolders, if it has
-    any, are labels: they are never trained on, only evaluated with."""
+    any, are labels: they are never trained on, only evaluated with. If these are train and val or test, one is trained
+    on and the other evaluated with."""
     image_size: int = 32
     """Height and width of the images in pixels."""
     held_out: float = 0.1
-    """Share of a folder's images that is held out; of each class, if it has subfolders."""
+    """Share of a folder's images that is held out; of each class, if it has subfolders. A folder that is split into
+    train and val or test keeps its split."""
     split_seed: int = 0
     """Seed of the held-out split and of the evaluation's distortions; independent of --seed."""
     evaluate_on: Literal["held-out", "validation"] = "held-out"
@@ -60,40 +60,6 @@ class ImageConfig(ReadingConfig):
         """Refuse a folder that is not there, before anything that takes long."""
         if self.data not in ("mnist", "openmoji"):
             _folder(self.data)
-
-
-@dataclass
-class Images:
-    """Images in memory or on disk; `labels` [N] where they are known."""
-
-    images: Tensor | list[Path]  # uint8 [N, 3, H, W], or files
-    labels: Tensor | None = None
-    background: Colour = WHITE  # of transparent files
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def select(self, indices: Sequence[int] | Tensor) -> Images:
-        chosen = torch.as_tensor(indices, dtype=torch.long)
-        labels = None if self.labels is None else self.labels[chosen]
-        if isinstance(self.images, Tensor):
-            return replace(self, images=self.images[chosen], labels=labels)
-        return replace(self, images=[self.images[i] for i in chosen.tolist()], labels=labels)
-
-    def load(self, indices: Sequence[int], size: int) -> Tensor:
-        """The images as evaluation sees them: uint8 [n, 3, size, size], resized and cropped around the centre."""
-        return load_images(self.images, indices, size, self.background)
-
-    def load_readable(self, indices: Sequence[int], size: int, faults: Faults) -> tuple[Tensor, list[int]]:
-        """The same of those that can be read, and which these are; `faults` is told of the others."""
-        return load_readable(self.images, indices, size, self.background, faults)
-
-    def readable(self, faults: Faults) -> Images:
-        """Those that can be read; `faults` is told of the others."""
-        if isinstance(self.images, Tensor):
-            return self
-        kept = [i for i in range(len(self)) if self.load_readable([i], 8, faults)[1]]
-        return self if len(kept) == len(self) else self.select(kept)
 
 
 class View(Protocol):
@@ -198,10 +164,11 @@ class ViewBatches(ShuffledBatches):
 
     @property
     def fingerprint(self) -> str:
-        """What a resumed run must find again: the pixels, or the files' names, in order."""
+        """What a resumed run must find again: the pixels, or the files' names in order, wherever these lie."""
         images = self.images.images
-        content = images.numpy().tobytes() if isinstance(images, Tensor) else "\0".join(map(str, images)).encode()
-        return hashlib.sha256(content).hexdigest()
+        if isinstance(images, Tensor):
+            return hashlib.sha256(images.numpy().tobytes()).hexdigest()
+        return digest(names_within(images))
 
     @property
     def in_memory(self) -> bool:
@@ -223,25 +190,27 @@ class ViewBatches(ShuffledBatches):
         seeds = [image_seeds(rng, len(indices)) for _ in views]
         spares = image_seeds(rng, len(indices))
         shown: list[list[Tensor]] = [[] for _ in views]
-        for place in range(len(indices))[own]:
+        for number in range(len(indices))[own]:
             picture = self.readable(
-                indices, place, spares[place], lambda i: open_image(paths[i], self.images.background), found
+                indices, number, spares[number], lambda i: open_image(paths[i], self.images.background), found
             )
             for (view, size), own_seeds, done in zip(views, seeds, shown, strict=True):
                 assert isinstance(view, PhotoView)
-                done.append(view.show(picture, size, own_seeds[place]))
+                done.append(view.show(picture, size, own_seeds[number]))
         return tuple(torch.stack(done) for done in shown)
 
 
 @dataclass
 class ImageData:
-    """Batches to train on, the images they come from, the images held out, and how to distort one."""
+    """Batches to train on, the images they come from, the images held out, how to distort one, what of the data cannot
+    be used, and what there is."""
 
     batches: ViewBatches
     train: Images
     held_out: Images
     view: View
-    faults: Faults = dataclasses.field(default_factory=Faults)  # what of the data cannot be used
+    faults: Faults = dataclasses.field(default_factory=Faults)
+    found: Found = dataclasses.field(default_factory=lambda: Found(""))
 
 
 def load(
@@ -250,24 +219,31 @@ def load(
 ) -> ImageData:  # fmt: skip
     """The images that a configuration names, split into what is trained on and what is held out."""
     view: View = PhotoView()
-    faults = config.faults()
+    faults, found = config.faults(), Found(place(config.data))
     if config.data == "mnist":
         images = Images(*digits.load())
+        found.holds = {"images": len(images), "classes": 10}
         view = DrawingView(degrees=25, scale=1.25, shift=0.075, shear=0.2)
-        train, held_out = _split(images, 0.2, config.split_seed)
+        train, held_out = split(images, 0.2, config.split_seed)
     elif config.data == "openmoji":
         # Half as large again as the model sees: rotating and scaling then costs no sharpness.
         pairs = openmoji.load(config.image_size * 3 // 2, config.image_size)
+        found.holds = {"images": len(pairs)}
         view = DrawingView(degrees=15, scale=1.25, shift=0.07, shear=0.05, brightness=0.05, ground=255.0)
         train, held_out = (Images(part.images) for part in openmoji.hold_out(pairs, config.split_seed))
     else:
-        images = replace(read_folder(_folder(config.data)), background=parse_colour(config.background))
-        train, held_out = _split(images, config.held_out, config.split_seed)
+        train, held_out = (
+            replace(part, background=parse_colour(config.background))
+            for part in read_parts(_folder(config.data), config.held_out, config.split_seed, found, faults)
+        )
     if config.evaluate_on == "validation":
-        train, held_out = _split(train, 0.2, config.split_seed + 1)
+        train, held_out = split(train, 0.2, config.split_seed + 1, found)
+    found.uses = {"training images": len(train), "held out": len(held_out)}
     if len(train) < batch_size:
+        reasons = "; ".join(found.reasons(faults))
         raise UserError(
             f"--batch-size: {batch_size} is more than the {len(train)} training images of --data {config.data}"
+            + (f" (left out: {reasons})" if reasons else "")
         )
     for part, use in ((train, TRAINING), (held_out, EVALUATION)):
         if isinstance(part.images, list):
@@ -276,43 +252,11 @@ def load(
         train, view, size=config.image_size, batch_size=batch_size, seed=seed, workers=workers, crops=crops,
         share=share, faults=faults,
     )  # fmt: skip
-    return ImageData(batches, train, held_out, view, faults)
+    return ImageData(batches, train, held_out, view, faults, found)
 
 
 def _folder(name: str) -> Path:
-    folder = Path(name)
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         raise UserError(f"--data: expected mnist, openmoji or a folder of images, got {name!r}")
     return folder
-
-
-def read_folder(folder: Path) -> Images:
-    """Every image below a folder, in the order of their paths, labelled by its first subfolder if all are in one.
-
-    What is hidden is left out: an editor's or a desktop's copies are neither more images nor a class of their own.
-    """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    files, places = [], []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if not hidden and path.suffix.lower() in IMG_EXTENSIONS and path.is_file():
-            files.append(path)
-            places.append(parts)
-    if not files:
-        raise UserError(f"--data: no images in {folder}; expected files such as {', '.join(IMG_EXTENSIONS[:3])}")
-    classes = sorted({parts[0] for parts in places})
-    if len(classes) < 2 or any(len(parts) < 2 for parts in places):
-        return Images(files)
-    if {"train", "val", "validation", "test"} & set(classes):
-        raise UserError(
-            f"--data: the folders of {folder} are splits, not classes ({', '.join(classes)}); name one of them"
-        )
-    return Images(files, torch.tensor([classes.index(parts[0]) for parts in places]))
-
-
-def _split(images: Images, share: float, seed: int) -> tuple[Images, Images]:
-    labels = torch.zeros(len(images), dtype=torch.long) if images.labels is None else images.labels
-    kept, held_out = digits.split(labels, share, seed)
-    return images.select(kept), images.select(held_out)

@@ -185,7 +185,8 @@ def categories(
         return []
     truth = np.array([classes.index(labels[i]) for i in known])
     guess = zero_shot(images[known], encode_texts, classes).argmax(1).numpy()
-    note = f"{len(known)} images{_SUPERVISED if supervised else ''}"
+    are_captions = labels == held_out.captions
+    note = f"{len(known)} images{_SUPERVISED if supervised and not are_captions else ''}"
     trivial = None
     if baseline is not None:
         own = baseline.train.categories or []
@@ -193,7 +194,9 @@ def categories(
         trivial = float(
             np.mean([np.mean([found[j] == name for j in np.flatnonzero(truth == c)]) for c, name in enumerate(classes)])
         )
-    name = f"zero-shot {len(classes)} categories, balanced"
+    name = f"{len(classes)} captions as classes, balanced"
+    if not are_captions:
+        name = f"zero-shot {len(classes)} categories, balanced"
     from sklearn.metrics import balanced_accuracy_score
 
     score, chance = float(balanced_accuracy_score(truth, guess)), 1 / len(classes)
@@ -243,7 +246,8 @@ def report_card(
     texts = embedder.texts(held_out.captions)
     drawn = train is not None and isinstance(train.images, Tensor)
     baseline = TfidfPixels(train, held_out, embedder.size) if drawn and train else None
-    figures = retrieval(images, texts, held_out, baseline)
+    is_gallery = len(set(held_out.captions)) == len(held_out)  # captions that name classes have many right answers
+    figures = retrieval(images, texts, held_out, baseline) if is_gallery else []
     if baseline is not None:
         figures.append(skin_tone(images, embedder.texts, held_out, baseline))
     figures += categories(images, embedder.texts, held_out, baseline, supervised=supervised)

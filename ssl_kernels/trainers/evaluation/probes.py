@@ -143,7 +143,7 @@ def report_card(
     rng, faults = np.random.default_rng((seed, 1)), Faults() if faults is None else faults
     train, held_out = (
         part.select(np.sort(rng.permutation(len(part))[:most]).tolist()).readable(faults)
-        for part, most in ((train, _MOST_TRAIN), (held_out, _MOST_HELD_OUT))
+        for part, most in ((train.labelled(), _MOST_TRAIN), (held_out.labelled(), _MOST_HELD_OUT))
     )
     if len(held_out) == 0:
         return []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
 from ssl_kernels.trainers.data.faults import EVALUATION, TRAINING, Faults
+from ssl_kernels.trainers.data.found import Found
 from ssl_kernels.trainers.data.pairs import ImageTextPairs
 from ssl_kernels.trainers.log import METRICS
 from ssl_kernels.trainers.loop import Result
@@ -59,15 +60,17 @@ def loss_difference(result: Result) -> float | None:
 
 
 def write_summary(
-    path: Path, result: Result, figures: Sequence[Any], total_s: float, faults: Faults | None = None
-) -> None:
-    """What a run reached, and what of the data was left out, for programs."""
+    path: Path, result: Result, figures: Sequence[Any], total_s: float, faults: Faults | None = None,
+    found: Found | None = None,
+) -> None:  # fmt: skip
+    """What a run reached, what was found of its data, and what of it was left out, for programs."""
     faults = Faults() if faults is None else faults
     first, last = (result.records[i]["loss"] if result.records else None for i in (0, -1))
     summary: dict[str, Any] = {
         "figures": [asdict(figure) for figure in figures], "loss_first": first, "loss_last": last,
         "loss_difference": loss_difference(result), "steps": result.steps, "training_s": result.elapsed_s,
         "total_s": total_s, "peak_mb": result.peak_mb,
+        "data": None if found is None else found.as_dict(),
         "left_out": {of: faults.counts(of) for of in (TRAINING, EVALUATION)},
     }  # fmt: skip
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(summary, indent=2) + "\n"))
@@ -113,7 +116,8 @@ def plot_retrieval(
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
-                spine.set(color="tab:green" if index == query else "lightgray", linewidth=3 if index == query else 1)
+                right = pairs.captions[index] == pairs.captions[query]
+                spine.set(color="tab:green" if right else "lightgray", linewidth=3 if right else 1)
     figure.supxlabel(credit, fontsize=7)
     _save(figure, path)
 
