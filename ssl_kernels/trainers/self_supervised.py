@@ -24,7 +24,7 @@ from ssl_kernels.trainers.evaluation import probes, report
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.models import BUILT_IN, TINY, ImageTower
-from ssl_kernels.trainers.optim import parameter_groups
+from ssl_kernels.trainers.optim import make_optimizer, parameter_groups
 from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import POSITIVE, at_least, require
 
@@ -149,11 +149,11 @@ def train(
     data = load(
         config, batch_size=config.batch_size, seed=config.seed, workers=config.workers, crops=crops, share=own_share()
     )
-    method = make_method(data, loop.steps_per_epoch(data.batches, config) * config.epochs)
+    method = make_method(data, loop.total_steps(data.batches, config))
     initial = copy.deepcopy(method.evaluated)
     method.synchronise(fabric.device)
     wrapped = fabric.setup_module(method)
-    optimizer = torch.optim.AdamW(parameter_groups(method, config.lr, config.weight_decay), betas=config.betas)
+    optimizer = make_optimizer(parameter_groups(method, config.lr, config.weight_decay), config)
     wrapped_optimizer: Any = fabric.setup_optimizers(optimizer)
     if config.resume is None:
         with fabric.autocast():  # an epoch that training does not reach has other views
@@ -170,7 +170,8 @@ def train(
         return
 
     folder = config.output_dir
-    report.plot_curves(folder / "curves.png", result.records)
+    if result.records:  # whose file may be lost
+        report.plot_curves(folder / "curves.png", result.records)
     trained = copy.deepcopy(initial).to(method.evaluated.mean)  # one process alone cannot call what lies in shards
     trained.load_state_dict(weights)
     figures = evaluate(fabric, trained, initial, data, config)

@@ -137,7 +137,7 @@ def try_loss(model: TwoTowerModel, config: TwoTowerConfig, fabric: Fabric) -> No
         raise UserError(f"--loss-backend: {error}") from None
 
 
-def parameter_groups(model: TwoTowerModel, config: TwoTowerConfig) -> list[dict[str, object]]:
+def parameter_groups(model: TwoTowerModel, config: TwoTowerConfig) -> list[dict[str, Any]]:
     """A pretrained trunk may learn slower than the rest, then without weight decay: it would forget what it knows."""
     trunk = model.image.trunk
     slow = config.image_lr_factor < 1
@@ -166,7 +166,7 @@ def train(
     evaluated = make_model(*copy.deepcopy(towers)) if config.strategy == "fsdp" and fabric.is_global_zero else model
     batch_norm.synchronise(model, fabric.device)
     wrapped = fabric.setup_module(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas)
+    optimizer = optim.make_optimizer(parameter_groups(model, config), config)
     wrapped_optimizer: Any = fabric.setup_optimizers(optimizer)
     try_loss(model, config, fabric)
     tokenize = tokenizer(config)
@@ -190,7 +190,8 @@ def train(
     figures: list[image_text.PairFigure] = []
     pictures: list[str] = []
     credit = openmoji.CREDIT if config.data == "openmoji" else ""
-    report.plot_curves(folder / "curves.png", result.records)
+    if result.records:  # whose file may be lost
+        report.plot_curves(folder / "curves.png", result.records)
     if data.held_out is not None:
         embedder = image_text.Embedder(fabric, evaluated, tokenize, config.image_size)
         supervised = config.label_captions > 0

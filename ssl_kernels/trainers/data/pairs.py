@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
+from ssl_kernels.trainers.data.fingerprint import digest, names_within
 from ssl_kernels.trainers.data.images import image_seeds, load_images, open_image, random_crop
 from ssl_kernels.trainers.processes import ALONE, Share
 
@@ -87,8 +88,8 @@ class Batches(ShuffledBatches):
     @property
     def fingerprint(self) -> str:
         """What a resumed run must find again: captions and image files, in order."""
-        names = [str(path) for path in self.pairs.images] if isinstance(self.pairs.images, list) else []
-        return hashlib.sha256("\0".join([*self.pairs.captions, *names]).encode()).hexdigest()
+        files = self.pairs.images if isinstance(self.pairs.images, list) else []
+        return digest([*self.pairs.captions, *names_within(files)])
 
     def make(self, indices: list[int], own: slice, rng: np.random.Generator) -> Batch:
         captions = self._captions(indices, rng)

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_kernels.distributed import gather_rows
 from ssl_kernels.trainers.data.batches import Batch, loader
+from ssl_kernels.trainers.data.fingerprint import names_within
 from ssl_kernels.trainers.data.images import centre_crop, image_seeds, random_crop
 from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, make_batch, shared_ids
 from ssl_kernels.trainers.errors import UserError
@@ -113,7 +114,7 @@ class ShardBatches(IterableDataset[Batch]):
     def fingerprint(self) -> str:
         """What a resumed run must find again: the shards, and the processes' workers among which they are dealt."""
         several = f"{self.share.world} processes, " if self.share.world > 1 else ""
-        return f"{several}{self.workers} workers: {' '.join(self.names)}"
+        return f"{several}{self.workers} workers: {' '.join(names_within(self.names))}"
 
     def __len__(self) -> int:
         return self.epoch_pairs // self.batch_size

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssl_kernels.trainers.data import digits, openmoji
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
+from ssl_kernels.trainers.data.fingerprint import digest, names_within
 from ssl_kernels.trainers.data.images import image_seeds, load_images, open_image, torch_draws_from
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.processes import ALONE, Share
@@ -167,8 +168,9 @@ class ViewBatches(ShuffledBatches):
     def fingerprint(self) -> str:
         """What a resumed run must find again: the pixels, or the files' names, in order."""
         images = self.images.images
-        content = images.numpy().tobytes() if isinstance(images, Tensor) else "\0".join(map(str, images)).encode()
-        return hashlib.sha256(content).hexdigest()
+        if isinstance(images, Tensor):
+            return hashlib.sha256(images.numpy().tobytes()).hexdigest()
+        return digest(names_within(images))
 
     def make(self, indices: list[int], own: slice, rng: np.random.Generator) -> Batch:
         views = [(self.view, self.size)] * 2 + [(self.view.local(), self.crops[1])] * self.crops[0]

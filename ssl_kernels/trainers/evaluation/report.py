@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
 from ssl_kernels.trainers.data.pairs import ImageTextPairs
-from ssl_kernels.trainers.log import METRICS
+from ssl_kernels.trainers.loggers import METRICS
 from ssl_kernels.trainers.loop import Result
 
 Row = tuple[str, Sequence[str], str]  # a name, the cells of the first columns, and a remark
