@@ -121,14 +121,14 @@ def save_checkpoint(path: Path, state: dict[str, Any], keep: int = 1) -> None:
     write_atomically(path, write, keep)
 
 
-def checkpoint_path(resume: Path) -> Path:
-    """The checkpoint that `--resume` means: the file itself, or the newest in the folder."""
+def checkpoint_path(resume: Path, flag: str = "--resume") -> Path:
+    """The checkpoint that `--resume` or another flag means: the file itself, or the newest in the folder."""
     path = resume / CHECKPOINT if resume.is_dir() else resume
     if not path.is_file():
         before = next(earlier(path))
         if resume.is_dir() and before.is_file():  # a kill between two names
             return before
-        raise UserError(f"--resume: no checkpoint at {path}; expected a run's folder or its {CHECKPOINT}")
+        raise UserError(f"{flag}: no checkpoint at {path}; expected a run's folder or its {CHECKPOINT}")
     return path
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,9 +32,9 @@ def arguments(kind: type[Any], path: Path) -> list[str]:
     options = {
         name: _option(name, value) for name, value in values.items() if value is not None or defaults[name] is not None
     }
-    if not _parses(kind, [word for words in options.values() for word in words]):
+    if None in map(values.get, options) or not _parses(kind, [word for words in options.values() for word in words]):
         for name, words in options.items():
-            if not _parses(kind, words):
+            if values[name] is None or not _parses(kind, words):
                 raise UserError(
                     f"--config: {path}: {name}: expected a value as --{_flag(name)} takes, got {values[name]!r}"
                 )
@@ -66,8 +68,10 @@ def _option(name: str, value: Any) -> list[str]:
 
 
 def _parses(kind: type[Any], words: list[str]) -> bool:
+    silence = io.StringIO()  # errors are printed whatever tyro is told
     try:
-        tyro.cli(kind, args=words, console_outputs=False)
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            tyro.cli(kind, args=words)
     except SystemExit:
         return False
     return True

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ssl_kernels.collapse import CollapseWarning, SpreadMonitor
 from ssl_kernels.trainers.loggers import Logger
 
 
@@ -42,9 +44,13 @@ class RunLog:
     total: int
     epoch_steps: int
     last: str = ""  # record, as the console shows it
+    monitors: dict[str, SpreadMonitor] = field(default_factory=dict)  # of each spread that is logged
 
     def write(self, record: dict[str, Any]) -> None:
-        """Keep a record of a step."""
+        """Keep a record of a step. Raises a `CollapseWarning` where its figures are those of a collapse."""
+        for name in (name for name in record if name.endswith("_std")):
+            monitor = self.monitors.setdefault(name, SpreadMonitor(f"the {name.removesuffix('_std')}s"))
+            monitor(record[name])
         for logger in self.loggers:
             logger.log(record)
         epochs = -(-self.total // self.epoch_steps)
@@ -60,6 +66,24 @@ class RunLog:
             if not self.console.is_terminal and (done % self.epoch_steps == 0 or done == self.total):
                 left = elapsed_s / done * (self.total - done)
                 self.console.print(f"step {done}/{self.total}  {self.last}  {left:.0f} s left", highlight=False)
+
+
+@contextlib.contextmanager
+def collapse_told(tell: Callable[[str], object]) -> Iterator[None]:
+    """Warnings of collapse are told in a line, which names no place in the code."""
+    show = warnings.showwarning
+
+    def show_or_tell(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        if issubclass(category, CollapseWarning):
+            tell(str(message))
+        else:
+            show(message, category, *where, **options)
+
+    warnings.showwarning = show_or_tell
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ssl_kernels.trainers import checkpoints, processes, sharding
 from ssl_kernels.trainers.errors import InterruptedRunError, LostRankError, NonFiniteError, StoppedRunError
-from ssl_kernels.trainers.log import RunLog, open_log, peak_memory_mb
+from ssl_kernels.trainers.log import RunLog, collapse_told, open_log, peak_memory_mb
 from ssl_kernels.trainers.loggers import open_loggers
 from ssl_kernels.trainers.loop_config import LoopConfig, plain
 from ssl_kernels.trainers.optim import cosine
@@ -57,6 +57,7 @@ class Result:
     elapsed_s: float = 0.0
     peak_mb: float = 0.0
     images_per_s: float | None = None  # without the first step, which prepares much; None after a step or none
+    notes: list[str] = field(default_factory=list)  # what the run has warned of
 
 
 @dataclass(kw_only=True)
@@ -69,6 +70,7 @@ class _Training(RunState):
     after_step: Callable[[int], None] | None
     evaluate: Callable[[], dict[str, float]] | None
     steps_s: list[float] = field(default_factory=list)  # what each step of this process took
+    notes: list[str] = field(default_factory=list)
 
     def optimizer_step(self, batches: Iterator[Any]) -> dict[str, float]:
         """Take the next step, over `accumulate` of the batches; its metrics."""
@@ -153,10 +155,16 @@ class _Training(RunState):
     def _images(self) -> int:
         return self.config.accumulate * self.config.batch_size
 
+    def warn(self, message: str) -> None:
+        """Say in a line what is odd about the run, and again at its end."""
+        self.notes.append(f"warning: step {self.done}: {message}")
+        self.console.print(self.notes[-1], highlight=False, soft_wrap=True)
+
     def result(self) -> Result:
         later = self.steps_s[1:]
         images_per_s = self._images * len(later) / sum(later) if later else None
-        return Result(self.records, self.done, self.elapsed_s, peak_memory_mb(self.fabric.device), images_per_s)
+        peak_mb = peak_memory_mb(self.fabric.device)
+        return Result(self.records, self.done, self.elapsed_s, peak_mb, images_per_s, self.notes)
 
 
 def fit(
@@ -164,11 +172,12 @@ def fit(
     step: Step | None = None, before_step: Callable[[int], None] | None = None,
     after_backward: Callable[[int], None] | None = None, after_step: Callable[[int], None] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None, inputs: dict[str, Any] | None = None,
-    console: Console | None = None,
+    held_out: str = "", console: Console | None = None,
 ) -> Result:  # fmt: skip
     """Train `model`, set up by Fabric as `optimizer` is, for `config.epochs` epochs or `config.max_steps` steps.
 
-    `step` defaults to calling the model; `inputs`, kept in checkpoints, says how its towers are built and fed. Raises
+    `step` defaults to calling the model; `inputs`, kept in checkpoints, says how its towers are built and fed, and
+    `held_out` which held-out data a resumed run must find again. Raises
     `NonFiniteError` where the loss or a gradient is not finite, `LostRankError` where another process does not answer,
     `InterruptedRunError` after SIGINT, SIGTERM or SIGHUP, and `StoppedRunError` from any other error, all with the path
     of the checkpoint to continue from.
@@ -176,14 +185,17 @@ def fit(
     console = console or Console()
     run = _Training(
         fabric=fabric, model=cast("_FabricModule", model), optimizer=optimizer, data=data, config=config,
-        inputs=inputs or {}, console=console, step=step or model, before_step=before_step,
+        inputs=inputs or {}, held_out=held_out, console=console, step=step or model, before_step=before_step,
         after_backward=after_backward, after_step=after_step, evaluate=evaluate,
     )  # fmt: skip
     run.begin()
     with Signals() as signals:  # torchrun sends one where it finds a lost process, perhaps before it is asked for
         try:
             loggers = open_loggers(config, plain(config), run.done) if fabric.is_global_zero else []
-            with open_log(console, loggers, done=run.done, total=run.total, epoch_steps=run.epoch_steps) as log:
+            with (
+                open_log(console, loggers, done=run.done, total=run.total, epoch_steps=run.epoch_steps) as log,
+                collapse_told(run.warn),
+            ):
                 _fit(run, log, signals)
         except (NonFiniteError, InterruptedRunError):
             raise

@@ -35,6 +35,7 @@ class RunState:
     data: EpochBatches
     config: LoopConfig
     inputs: dict[str, Any]
+    held_out: str  # fingerprint
     console: Console
     done: int = 0  # steps
     saved: int = 0  # steps that were done when the last checkpoint was written
@@ -77,6 +78,8 @@ class RunState:
             raise UserError(
                 "--resume: the data is not what the run was trained on (other pairs, files, workers or processes)"
             )
+        if state.get("held_out") != self.held_out:
+            raise UserError("--held-out-data: the held-out pairs are not those that the run was started with")
         if self.total != state["total"]:
             self._extend(state)
         try:
@@ -125,7 +128,8 @@ class RunState:
             "elapsed_s": self.elapsed_s, "total": self.total, "epoch_steps": self.epoch_steps,
             "data": self.fingerprint, "rng": checkpoints.rng_state(),
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
-            "config": plain(self.config), "inputs": self.inputs, "best": self.best,
+            "config": plain(self.config), "inputs": self.inputs, "held_out": self.held_out,
+            "best": self.best,
         }  # fmt: skip
         if self.fabric.is_global_zero:
             checkpoints.save_checkpoint(self.checkpoint, state, self.config.keep)
