@@ -31,7 +31,7 @@ class StoppedRunError(UserError):
 
     def __init__(self, step: int, cause: Exception, checkpoint: str | None) -> None:
         self.step, self.cause, self.checkpoint = step, cause, checkpoint
-        place = "" if isinstance(cause, UserError) else f"step {step}: "
+        place = "" if isinstance(cause, UserError) or not step else f"step {step}: "
         super().__init__(f"{place}{describe(cause)}; {_rescue(checkpoint)}")
 
 

@@ -75,12 +75,12 @@ class _Training(RunState):
     def optimizer_step(self, batches: Iterator[Any]) -> dict[str, float]:
         """Take the next step, over `accumulate` of the batches; its metrics."""
         self.last_step.keep()
-        self.is_at = "gradients"
+        self.number, self.is_at = self.done + 1, "gradients"
         rate = cosine(self.done, self.total, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
         if self.before_step is not None:
-            self.before_step(self.done + 1)
+            self.before_step(self.number)
         metrics: dict[str, float] = {}
         for left in reversed(range(self.config.accumulate)):
             with self.fabric.no_backward_sync(self.model, enabled=left > 0):
@@ -91,12 +91,12 @@ class _Training(RunState):
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + value / self.config.accumulate
         if self.after_backward is not None:
-            self.after_backward(self.done + 1)
+            self.after_backward(self.number)
         norm = self._clip_gradients()
         self.is_at = "update"
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
+        self.done = self.number
         if self.after_step is not None:
             self.after_step(self.done)
         self.is_at = "rest"
@@ -106,7 +106,7 @@ class _Training(RunState):
         if not math.isfinite(values["loss"]):
             others = [name for name, value in values.items() if name != "loss" and not math.isfinite(value)]
             terms = f"the loss (with {', '.join(others)})" if others else "the loss"
-            raise NonFiniteError(self.done + 1, terms, self.last_good())
+            raise NonFiniteError(self.number, terms, self.last_good())
 
     def _clip_gradients(self) -> float:
         """The norm of the gradients before they are clipped."""
@@ -119,7 +119,7 @@ class _Training(RunState):
             gradients = ((name, p.grad) for name, p in self.inner.named_parameters() if p.grad is not None)
             bad = (name for name, gradient in gradients if not sharding.whole(gradient.isfinite().all()))
             term = f"the gradient of {next(bad, 'all parameters together')}"
-            raise NonFiniteError(self.done + 1, term, self.last_good()) from None
+            raise NonFiniteError(self.number, term, self.last_good()) from None
         assert norm is not None
         return float(sharding.whole(norm))
 
@@ -157,7 +157,7 @@ class _Training(RunState):
 
     def warn(self, message: str) -> None:
         """Say in a line what is odd about the run, and again at its end."""
-        self.notes.append(f"warning: step {self.done}: {message}")
+        self.notes.append(f"warning: step {self.number}: {message}")
         self.console.print(self.notes[-1], highlight=False, soft_wrap=True)
 
     def result(self) -> Result:
@@ -202,8 +202,8 @@ def fit(
         except Exception as error:
             lost = processes.lost_ranks(error) if isinstance(error, RuntimeError) else None
             if lost is not None:
-                raise LostRankError(run.done + 1, lost, run.last_good()) from error
-            raise StoppedRunError(run.done + 1, error, run.rescue()) from error
+                raise LostRankError(run.number, lost, run.last_good()) from error
+            raise StoppedRunError(run.number, error, run.rescue()) from error
     return run.result()
 
 

@@ -52,7 +52,8 @@ class RunState:
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)  # of 16-mixed
         self.inner = self.model.module  # whose names are not those of wrappers
         self.last_step = LastStep(self.inner)
-        self.is_at = "rest"  # or in the "gradients", or in the "update" of a step
+        self.number = 0  # of the last step that was begun
+        self.is_at = "rest"  # or in its "gradients", or in its "update"
 
     def begin(self) -> None:
         """Come to where the resumed run stood, or see that the folder is free, and write what is known of the run."""

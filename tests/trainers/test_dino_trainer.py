@@ -469,7 +469,7 @@ def test_a_collapse_is_said(small: list[str], tmp_path: Path, capsys: pytest.Cap
     options = ["--held-out", "0", "--centering", "mean", "--teacher-temp", "1000", "--warmup-teacher-temp", "1000"]
     run(small, tmp_path, *options)
     captured = capsys.readouterr()
-    assert captured.out.count("warning: step 4: the teacher's output has collapsed: every sample's is uniform") == 2
+    assert captured.out.count("warning: step 5: the teacher's output has collapsed: every sample's is uniform") == 2
     assert "CollapseWarning" not in captured.err
 
 

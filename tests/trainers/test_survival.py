@@ -133,7 +133,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_it(
         assert siglip.main(["--resume", str(folder), "--epochs", "2"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert err == [
-        f"{PROG}: error: step 11: {folder / 'last.pt'}: {os.strerror(errno.EFBIG)};"
+        f"{PROG}: error: step 10: {folder / 'last.pt'}: {os.strerror(errno.EFBIG)};"
         f" the last good checkpoint is {folder / 'last.pt'}",
         f"continue with: {PROG} --resume {folder}",
     ]
@@ -156,7 +156,7 @@ def test_a_log_that_finds_no_room_stops_the_run_after_a_checkpoint(
         log(self, record)
 
     monkeypatch.setattr(kind, "log", full)
-    with pytest.raises(StoppedRunError, match=f"^step 6: {tmp_path / logger}: No space left on device; the last good"):
+    with pytest.raises(StoppedRunError, match=f"^step 5: {tmp_path / logger}: No space left on device; the last good"):
         run(config(tmp_path))
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 5
 

@@ -251,8 +251,8 @@ def print_table(console: Console, title: str, result: Result, figures: Sequence[
             remark = f"relative difference, worst of {steps} steps"
             training.append(("same loss by the reference", [f"{worst:.1e}"], remark))
         for name in ("image", "text"):
-            last = result.records[-1]
-            if f"{name}_std" in last:
-                cells = [f"{last[f'{name}_std']:.3g}, {last[f'{name}_rank']:.3g}"]
+            end = result.records[-1]
+            if f"{name}_std" in end:
+                cells = [f"{end[f'{name}_std']:.3g}, {end[f'{name}_rank']:.3g}"]
                 training.append((f"spread of {name}s, directions", cells, "1: spread evenly, 0: collapsed"))
     report.closing_table(console, title, _CAPTION, _COLUMNS, rows, training, result, total_s)
