@@ -1,4 +1,4 @@
-"""The `ssl-kernels` command: train a model, compare runs, measure the losses, or say what is installed.
+"""The `ssl-kernels` command: train a model, check data, compare runs, measure the losses, or say what is installed.
 
 Only trainers and what they wrote need the `train` extra. A command imports what it needs when it runs.
 """
@@ -25,6 +25,7 @@ usage: ssl-kernels COMMAND ...
 
   ssl-kernels train TRAINER [OPTIONS]   train a model; --help after the trainer lists its options
 {trainers}
+  ssl-kernels check DATA                read all images and captions of a table, a folder or shards; report bad ones
   ssl-kernels compare RUN [RUN ...]     the figures of finished runs, such as those of several seeds, in one table
   ssl-kernels bench [OP ...]            time and memory of the losses here, beside the peers that are installed
   ssl-kernels info                      versions, instruction set and the backend of each op
@@ -69,6 +70,13 @@ def train(argv: Sequence[str]) -> int:
     return code
 
 
+def check(argv: Sequence[str]) -> int:
+    """Read all of the data that the arguments name and report what is bad or odd."""
+    from ssl_kernels.trainers import check as checking
+
+    return checking.main(argv)
+
+
 def compare(folders: Sequence[str]) -> int:
     """Print the figures of the runs in these folders."""
     if folders and folders[0] in ("-h", "--help"):
@@ -105,7 +113,9 @@ def bench(argv: Sequence[str]) -> int:
     return command.main(argv)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "compare": compare, "bench": bench, "info": info}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train, "check": check, "compare": compare, "bench": bench, "info": info
+}  # fmt: skip
 
 
 def _fail(message: str) -> int:

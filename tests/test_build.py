@@ -24,6 +24,7 @@ KERNELS = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
 each_driver = pytest.mark.parametrize("driver", sorted((ROOT / "tests/cpp").glob("*.cpp")), ids=lambda path: path.stem)
 FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+CALLS = "--param=asan-instrumentation-with-call-threshold=0"  # compiles in two thirds of the time
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def run(*command: str) -> str:
 def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
     compile_driver: Callable[..., str], driver: Path
 ) -> None:
-    flags = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", CALLS]
     output = run(compile_driver("g++", driver, *flags))
     assert "baseline ok" in output
     if platform.machine() == "x86_64":
@@ -92,13 +93,13 @@ def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
 @each_driver
 def test_the_portable_build_holds_no_x86_code_and_is_right(compile_driver: Callable[..., str], driver: Path) -> None:
     """What a processor without x86's instruction sets gets; here with the x86 parts switched off."""
-    assert run(compile_driver("g++", driver, "-O3", "-DSSLK_PORTABLE")).splitlines()[0] == "baseline ok"
+    assert run(compile_driver("g++", driver, "-O1", "-DSSLK_PORTABLE")).splitlines()[0] == "baseline ok"
 
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no cross compiler for Arm is installed")
 @each_driver
 def test_compiles_for_arm(compile_driver: Callable[..., str], driver: Path) -> None:
-    binary = compile_driver("aarch64-linux-gnu-g++", driver, "-O3", "-static")
+    binary = compile_driver("aarch64-linux-gnu-g++", driver, "-O1", "-static")
     if shutil.which("qemu-aarch64-static"):
         assert "baseline ok" in run("qemu-aarch64-static", binary)
 
@@ -106,7 +107,7 @@ def test_compiles_for_arm(compile_driver: Callable[..., str], driver: Path) -> N
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
 @each_driver
 def test_compiles_with_clang(compile_driver: Callable[..., str], driver: Path) -> None:
-    assert "baseline ok" in run(compile_driver("clang++", driver, "-O3"))
+    assert "baseline ok" in run(compile_driver("clang++", driver, "-O1"))
 
 
 def test_without_the_compiled_part_import_says_what_to_run(tmp_path: Path) -> None:

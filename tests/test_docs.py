@@ -79,7 +79,8 @@ def trainer(name: str) -> ModuleType:
 def parsed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Commands read their arguments, trainers check them, and all stop. Data that they name are there, and empty."""
     from ssl_kernels.bench import command as bench
-    from ssl_kernels.trainers import command
+    from ssl_kernels.trainers import check, command
+    from ssl_kernels.trainers.data.faults import Faults
     from ssl_kernels.trainers.evaluation import compare
 
     for name in ("pairs.csv", *(f"shards-{number:03}.tar" for number in range(100))):
@@ -101,6 +102,7 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command, "run", run)
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(compare, "main", lambda folders: 0)
+    monkeypatch.setattr(check, "check", lambda config, console: check.Report(0, Faults(), Faults()))
 
 
 def is_command(words: list[str]) -> bool:
@@ -139,7 +141,10 @@ def test_commands_parse(name: str) -> None:
 
 def test_options_exist() -> None:
     """Those that sentences name, and what `make` is told in them."""
+    from ssl_kernels.trainers import check
+
     configs = [value for name in TRAINERS for value in vars(trainer(name)).values() if dataclasses.is_dataclass(value)]
+    configs.append(check.CheckConfig)
     options = {f"--{field.name.replace('_', '-')}" for config in configs for field in dataclasses.fields(config)}
     options |= {"--help", "--no-build-isolation"}
     for name in TEXTS.keys() - {"CONTRIBUTING.md"}:

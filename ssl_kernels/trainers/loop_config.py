@@ -131,6 +131,7 @@ class LoopConfig:
 RESUMABLE = {
     "output_dir", "config", "resume", "overwrite", "epochs", "max_steps", "workers", "log_every", "tensorboard",
     "wandb", "checkpoint_every", "keep", "eval_every", "devices", "num_nodes", "strategy", "data", "held_out_data",
+    "on_error", "max_bad",
 }  # fmt: skip
 
 

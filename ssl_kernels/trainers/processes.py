@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ssl_kernels.distributed import Ranks, several_processes, world
 from ssl_kernels.trainers.errors import UserError
+
+T = TypeVar("T")
 
 
 class Share(NamedTuple):
@@ -68,6 +70,18 @@ def mean_of_ranks(metrics: Mapping[str, Tensor | float], device: torch.device) -
 
 def highest_of_ranks(number: int, device: torch.device) -> int:
     return int(_told([number], device, "a signal").max()) if several_processes() else number
+
+
+def everyones(own: Sequence[T], what: str) -> list[T]:
+    """What each process has to tell, in their order, on all of them; mostly nothing, which costs one small exchange."""
+    if not several_processes():
+        return list(own)
+    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if not any(count for (count,) in world_ranks(what).agree([len(own)], {}, accelerator)):
+        return []
+    told: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(told, list(own))
+    return [item for items in told for item in items]
 
 
 def _told(numbers: list[float], device: torch.device, what: str) -> Tensor:

@@ -19,6 +19,7 @@ from ssl_kernels.schedules import cosine_momentum
 from ssl_kernels.trainers import batch_norm, chunks, init_from, loop, sharding, speed
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.batches import Batch
+from ssl_kernels.trainers.data.faults import FaultLog
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import during, probes, report
@@ -164,22 +165,28 @@ def train(
 
     def score() -> dict[str, float]:
         trained = whole_encoder(fabric, method, initial)
-        return (
-            {}
-            if trained is None
-            else during.of_features(
-                features_of(fabric, trained), data.train, data.held_out, data.view, config.image_size, config.split_seed
-            )
-        )
+        if trained is None:
+            return {}
+        return during.of_features(
+            features_of(fabric, trained), data.train, data.held_out, data.view, config.image_size, config.split_seed,
+            data.faults,
+        )  # fmt: skip
 
     if config.eval_every and not len(data.held_out):
         raise UserError("--eval-every: no image is held out; --held-out is a share of each class, rounded")
     step = chunks.in_chunks(fabric, wrapped, cast(chunks.InParts, method), chunk_size) if chunk_size else None
-    result = loop.fit(
-        fabric, wrapped, wrapped_optimizer, data.batches, config, console=console, step=step,
-        before_step=lambda number: method.before_step(number, optimizer.param_groups),
-        after_backward=method.after_backward, after_step=method.after_step, evaluate=score,
-    )  # fmt: skip
+    left_out = FaultLog(data.faults, config.output_dir, console, resume=config.resume, writes=fabric.is_global_zero)
+
+    def before_step(number: int) -> None:
+        left_out.tell()
+        method.before_step(number, optimizer.param_groups)
+
+    with left_out:
+        result = loop.fit(
+            fabric, wrapped, wrapped_optimizer, data.batches, config, console=console, step=step,
+            before_step=before_step, after_backward=method.after_backward, after_step=method.after_step,
+            evaluate=score,
+        )  # fmt: skip
     trained = whole_encoder(fabric, method, initial)
     if trained is None:
         return
@@ -189,16 +196,19 @@ def train(
         report.plot_curves(folder / "curves.png", result.records)
     figures = evaluate(fabric, trained, initial, data, config)
     total_s = time.perf_counter() - begun
-    report.write_summary(folder / "summary.json", result, figures, total_s)
+    report.write_summary(folder / "summary.json", result, figures, total_s, data.faults)
     title = f"{name} on {config.data}, seed {config.seed}, {config.evaluate_on} images"
     probes.print_table(console, title, result, figures, total_s)
-    if not figures:
+    if not figures and len(data.held_out):
+        console.print("not evaluated: none of the held-out images can be read")
+    elif not figures:
         console.print("not evaluated: no image is held out; --held-out is a share of each class, rounded")
     if config.data == "openmoji":
         console.print(openmoji.CREDIT)
     pictures = []
     if draw and draw_features(folder / "features.png", fabric, trained, initial, data, config):
         pictures.append("features.png")
+    left_out.sum_up()
     report.print_written(console, folder, *pictures)
 
 
@@ -228,14 +238,9 @@ def evaluate(
     fabric: Fabric, trained: Encoder, initial: Encoder, data: ImageData, config: SelfSupervisedConfig
 ) -> list[probes.FeatureFigure]:
     return probes.report_card(
-        features_of(fabric, trained),
-        features_of(fabric, initial.to(trained.mean)),
-        data.train,
-        data.held_out,
-        data.view,
-        config.image_size,
-        config.split_seed,
-    )
+        features_of(fabric, trained), features_of(fabric, initial.to(trained.mean)), data.train,
+        data.held_out, data.view, config.image_size, config.split_seed, data.faults,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -249,7 +254,9 @@ def draw_features(
     images = data.held_out if len(data.held_out) else data.train
     order = torch.arange(len(images)) if images.labels is None else images.labels.argsort(stable=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(10, len(order))).long()].tolist()
-    shown = images.load(chosen, config.image_size)
+    shown, _ = images.load_readable(chosen, config.image_size, data.faults)
+    if not len(shown):
+        return False
     with fabric.autocast():
         on_device = fabric.to_device(shown)
         maps = {

@@ -20,7 +20,8 @@ from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import batch_norm, chunks, init_from, loop, optim, sharding, speed
 from ssl_kernels.trainers.data import Batch, DataConfig, fingerprint, load, openmoji
-from ssl_kernels.trainers.data.shards import ids_of_keys
+from ssl_kernels.trainers.data.faults import FaultLog
+from ssl_kernels.trainers.data.pairs import ids_of_keys
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import during, image_text, report
 from ssl_kernels.trainers.evaluation.probes import spread
@@ -207,14 +208,19 @@ def train(
         together = put_together()
         if together is None or data.held_out is None:
             return {}
-        return during.of_pairs(image_text.Embedder(fabric, together, tokenize, config.image_size), data.held_out)
+        embedder = image_text.Embedder(fabric, together, tokenize, config.image_size)
+        return during.of_pairs(embedder, data.held_out, data.faults)
 
     held_out = "" if data.held_out is None else fingerprint.of_pairs(data.held_out.captions, data.held_out.images)
     step = chunks.in_chunks(fabric, wrapped, model, config.chunk_size) if config.chunk_size else None
-    result = loop.fit(
-        fabric, wrapped, wrapped_optimizer, data.batches, config,
-        step=step, after_step=model.after_step, evaluate=score, held_out=held_out, console=console,
-    )  # fmt: skip
+    with FaultLog(
+        data.faults, config.output_dir, console, resume=config.resume, writes=fabric.is_global_zero
+    ) as left_out:
+        result = loop.fit(
+            fabric, wrapped, wrapped_optimizer, data.batches, config,
+            step=step, before_step=left_out.tell, after_step=model.after_step, evaluate=score,
+            held_out=held_out, console=console,
+        )  # fmt: skip
     if put_together() is None:
         return
 
@@ -227,12 +233,18 @@ def train(
     if data.held_out is not None:
         embedder = image_text.Embedder(fabric, evaluated, tokenize, config.image_size)
         supervised = config.label_captions > 0
-        figures, similarity = image_text.report_card(embedder, data.train, data.held_out, supervised)
-        report.plot_retrieval(folder / "retrieval.png", data.held_out, similarity, config.image_size, credit)
-        pictures.append("retrieval.png")
+        figures, similarity, shown = image_text.report_card(
+            embedder, data.train, data.held_out, supervised, data.faults
+        )
+        if len(shown):
+            report.plot_retrieval(folder / "retrieval.png", shown, similarity, config.image_size, credit)
+            pictures.append("retrieval.png")
+        else:
+            console.print("not evaluated: none of the held-out images can be read")
     total_s = time.perf_counter() - begun
-    report.write_summary(folder / "summary.json", result, figures, total_s)
+    report.write_summary(folder / "summary.json", result, figures, total_s, data.faults)
     image_text.print_table(console, f"{name} on {config.data}, {config.evaluate_on} pairs", result, figures, total_s)
     if credit:
         console.print(credit)
+    left_out.sum_up()
     report.print_written(console, folder, *pictures)

@@ -75,8 +75,11 @@ def build() -> bool:
 def first_failure(tests: tuple[str, ...]) -> str:
     """Of the default selection; empty if all pass."""
     for test in tests:
-        environment = {"TRITON_INTERPRET": "1"} if "interpreter" in test else {}
-        command = ("-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", f"tests/{test}")
+        interpreted = "interpreter" in test
+        environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
+        profile = "brief" if interpreted else "default"
+        command = ("-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider")
+        command += (f"--hypothesis-profile={profile}", f"tests/{test}")
         try:
             done = call(*command, **environment)
         except subprocess.TimeoutExpired:

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from ssl_kernels.trainers import batch_norm, loop, self_supervised, two_towers
 from ssl_kernels.trainers.checkpoints import load_checkpoint
-from ssl_kernels.trainers.data.shards import ids_of_keys
+from ssl_kernels.trainers.data import images
+from ssl_kernels.trainers.data.pairs import ids_of_keys
 from ssl_kernels.trainers.dino import DINOConfig
 from ssl_kernels.trainers.processes import Share
 
@@ -49,6 +50,7 @@ def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
 
     self_supervised.evaluate = check_evaluated  # type: ignore[assignment]
     two_towers.CHECKED = 6  # of 8, four of which the first of two processes has
+    images._SAMPLE = 0  # files that are tried before training: of so few it would be all
     loop._Training.optimizer_step = signalled  # type: ignore[method-assign]
     try:
         code: int = module.main(arguments)

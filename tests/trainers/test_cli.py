@@ -170,22 +170,6 @@ def test_a_value_of_the_wrong_kind_is_refused(capsys: pytest.CaptureFixture[str]
         assert arguments[-1] in captured.out + captured.err
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_unreadable_image_stops_the_run_with_its_name(
-    small: list[str], table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
-) -> None:
-    """Also from a loader's worker process, whose errors arrive wrapped in a traceback."""
-    broken = table.parent / "broken.png"
-    broken.write_bytes(b"no picture")
-    lines = table.read_text().splitlines()[:41]
-    (table.parent / "broken.csv").write_text("\n".join([*lines, "broken.png,a broken one,"]) + "\n")
-    arguments = ["--data", str(table.parent / "broken.csv"), "--held-out", "0", "--batch-size", "41"]
-    assert siglip.main([*small, *arguments, "--workers", workers, "--output-dir", str(tmp_path)]) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(err) == 1
-    assert err[0].startswith(f"python -m ssl_kernels.trainers.siglip: error: --data: cannot read the image {broken}")
-
-
 def test_several_processes_of_an_unknown_launcher_are_refused(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

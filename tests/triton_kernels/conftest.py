@@ -40,8 +40,9 @@ class _InterpretedModule(pytest.File):
 class _InterpretedRun(pytest.Item):
     def runtest(self) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
+        examples = "default" if self.config.getoption("--hypothesis-profile") == "thorough" else "brief"
         done = subprocess.run(
-            [*command, "-m", self.config.option.markexpr, str(self.path)],
+            [*command, "-m", self.config.option.markexpr, f"--hypothesis-profile={examples}", str(self.path)],
             cwd=self.config.rootpath,
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # tiles are small matrices
             capture_output=True,

@@ -15,7 +15,7 @@ from typing import Any
 import aot
 import pytest
 from aot import CHIPS, KINDS, Budget, Launch, Resources, build
-from covering import covering_cases
+from covering import covering, covering_cases
 
 from ssl_kernels.kernels.key_softmax import (
     CONFIGS,
@@ -78,14 +78,13 @@ def cases() -> list[Case]:
     return [*found, Case("sm_90", "half", "bf16", "bf16", "whole", "lse")]
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("kind", ["half", "tf32"])
+@covering(1, chip=CHIPS, kind=["half", "tf32"])
 def test_what_measurements_may_choose_has_the_resources_too(chip, kind):
     dtype = "bf16" if kind == "half" else "fp32"
     Case(chip, kind, dtype, dtype, "narrow").check_resources()
 
 
-@covering_cases(1, cases(), also=lambda case: case.config)
+@covering_cases(1, cases(), also=aot.config_of_the_usual_chip)
 def test_resources_and_executed_instructions(case):
     made = case.check_resources()
     # One of each element, and one of each row; a compiler may prepare the first step apart from the others.

@@ -91,7 +91,7 @@ def cases() -> list[Case]:
     return found
 
 
-@covering_cases(1, cases(), also=lambda case: case.config)
+@covering_cases(1, cases(), also=aot.config_of_the_usual_chip)
 def test_resources_and_executed_instructions(case):
     made = case.check_resources()
     # And some for the vectors of positives and row sums, of which each thread may have its own copy.

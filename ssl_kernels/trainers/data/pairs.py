@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from ssl_kernels.distributed import gather_rows
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
+from ssl_kernels.trainers.data.faults import Fault, Faults
 from ssl_kernels.trainers.data.fingerprint import digest, names_within
-from ssl_kernels.trainers.data.images import image_seeds, load_images, open_image, random_crop
-from ssl_kernels.trainers.processes import ALONE, Share
+from ssl_kernels.trainers.data.images import (
+    centre_crop,
+    image_seeds,
+    load_images,
+    load_readable,
+    open_image,
+    random_crop,
+)
+from ssl_kernels.trainers.data.pixels import WHITE, Colour
+from ssl_kernels.trainers.processes import ALONE, Share, own_share
 
 Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -35,6 +46,7 @@ class ImageTextPairs:
     captions: list[str]
     categories: list[str] | None = None
     subsets: list[str] | None = None
+    background: Colour = WHITE  # of transparent files
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -44,11 +56,18 @@ class ImageTextPairs:
             return None if values is None else [values[i] for i in indices]
 
         images = self.images[list(indices)] if isinstance(self.images, Tensor) else pick(self.images)
-        return ImageTextPairs(images, pick(self.captions), pick(self.categories), pick(self.subsets))
+        return replace(
+            self, images=images, captions=pick(self.captions), categories=pick(self.categories),
+            subsets=pick(self.subsets),
+        )  # fmt: skip
 
     def load(self, indices: Sequence[int], size: int) -> Tensor:
         """The images as evaluation sees them: uint8 [n, 3, size, size], resized and cropped around the centre."""
-        return load_images(self.images, indices, size)
+        return load_images(self.images, indices, size, self.background)
+
+    def load_readable(self, indices: Sequence[int], size: int, faults: Faults) -> tuple[Tensor, list[int]]:
+        """The same of those that can be read, and which these are; `faults` is told of the others."""
+        return load_readable(self.images, indices, size, self.background, faults)
 
 
 def jitter(
@@ -80,8 +99,9 @@ class Batches(ShuffledBatches):
     def __init__(
         self, pairs: ImageTextPairs, tokenize: Tokenize, *, size: int, batch_size: int, seed: int,
         augment: bool = True, label_captions: float = 0.0, workers: int = 0, share: Share = ALONE,
+        faults: Faults | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(len(pairs), batch_size=batch_size, seed=seed, workers=workers, share=share)
+        super().__init__(len(pairs), batch_size=batch_size, seed=seed, workers=workers, share=share, faults=faults)
         self.pairs, self.tokenize, self.size = pairs, tokenize, size
         self.augment, self.label_captions = augment, label_captions
 
@@ -91,12 +111,26 @@ class Batches(ShuffledBatches):
         files = self.pairs.images if isinstance(self.pairs.images, list) else []
         return digest([*self.pairs.captions, *names_within(files)])
 
-    def make(self, indices: list[int], own: slice, rng: np.random.Generator) -> Batch:
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.pairs.images, Tensor)
+
+    def make(self, indices: list[int], own: slice, rng: np.random.Generator, found: list[Fault]) -> Batch:
         captions = self._captions(indices, rng)
-        sources: Sequence[Hashable] = indices
-        if isinstance(self.pairs.images, list):
-            sources = [self.pairs.images[i] for i in indices]
-        return make_batch(self._images(indices, own, rng), captions, sources, self.tokenize, own)
+        paths = self.pairs.images
+        if isinstance(paths, Tensor):
+            return make_batch(self._drawings(paths, indices, own, rng), captions, indices, self.tokenize, own)
+        asked = list(indices)
+        images = self._files(paths, indices, own, rng, found)
+        captions = [
+            caption if index == before else self.pairs.captions[index]
+            for caption, index, before in zip(captions, indices, asked, strict=True)
+        ]
+        sources = [paths[i] for i in indices]
+        batch = make_batch(images, captions, sources, self.tokenize, own)
+        if self.share.world > 1:  # no process knows what the others have replaced
+            batch["ids"] = keys_of(captions[own], sources[own])
+        return batch
 
     def _captions(self, indices: Sequence[int], rng: np.random.Generator) -> list[str]:
         captions = [self.pairs.captions[i] for i in indices]
@@ -109,16 +143,27 @@ class Batches(ShuffledBatches):
                 named.add(category)
         return captions
 
-    def _images(self, indices: list[int], own: slice, rng: np.random.Generator) -> Tensor:
-        chosen = indices[own]
+    def _drawings(self, images: Tensor, indices: list[int], own: slice, rng: np.random.Generator) -> Tensor:
         if not self.augment:
-            return self.pairs.load(chosen, self.size)
-        if isinstance(self.pairs.images, Tensor):
-            return jitter(self.pairs.images[chosen], self.size, rng, n=len(indices), own=own)
-        paths, seeds = self.pairs.images, image_seeds(rng, len(indices))[own]
-        return torch.stack(
-            [random_crop(open_image(paths[i]), self.size, seed) for i, seed in zip(chosen, seeds, strict=True)]
-        )
+            return self.pairs.load(indices[own], self.size)
+        return jitter(images[indices[own]], self.size, rng, n=len(indices), own=own)
+
+    def _files(
+        self, paths: list[Path], indices: list[int], own: slice, rng: np.random.Generator, found: list[Fault]
+    ) -> Tensor:
+        """Images of the part `own`; `indices` then names those that were taken in the place of bad ones."""
+
+        def open_pair(index: int) -> Image.Image:
+            return open_image(paths[index], self.pairs.background)
+
+        crops, spares = image_seeds(rng, len(indices)), image_seeds(rng, len(indices))
+        images = []
+        for place in range(len(indices))[own]:
+            picture = self.readable(indices, place, spares[place], open_pair, found)
+            images.append(
+                random_crop(picture, self.size, crops[place]) if self.augment else centre_crop(picture, self.size)
+            )
+        return torch.stack(images)
 
 
 def link(*keys: Sequence[Hashable]) -> list[int]:
@@ -177,3 +222,20 @@ def shared_ids(*keys: Sequence[Hashable]) -> Tensor | None:
     """Numbers [n] of n items that `link` has given, None if no two share any."""
     ids = link(*keys)
     return torch.tensor(ids) if len(set(ids)) < len(ids) else None
+
+
+def keys_of(captions: Sequence[str], sources: Sequence[Hashable]) -> Tensor:
+    """Keys [n, 2] of captions and images: a process that knows its part of a batch alone can compare them."""
+    return torch.tensor([[_key(caption), _key(source)] for caption, source in zip(captions, sources, strict=True)])
+
+
+def _key(name: Hashable) -> int:
+    content = name if isinstance(name, bytes) else str(name).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+
+
+def ids_of_keys(keys: Tensor) -> Tensor | None:
+    """Of this process's part of a batch whose captions and images have these keys [n, 2]; None where nobody has any."""
+    everyones = gather_rows(keys)
+    ids = shared_ids(*everyones.t().tolist())
+    return None if ids is None else ids[own_share().of(len(ids))].to(keys.device)

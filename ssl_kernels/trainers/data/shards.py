@@ -1,85 +1,64 @@
-"""WebDataset shards: tar files of images with their captions, streamed."""
+"""WebDataset shards, streamed: batches for training, and pairs in memory for evaluation."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ssl_kernels.distributed import gather_rows
-from ssl_kernels.trainers.data.batches import Batch, loader
+from ssl_kernels.trainers.data.batches import Batch, loader, with_faults, without_faults
+from ssl_kernels.trainers.data.faults import EVALUATION, Fault, Faults
 from ssl_kernels.trainers.data.fingerprint import names_within
-from ssl_kernels.trainers.data.images import centre_crop, image_seeds, random_crop
-from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, make_batch, shared_ids
+from ssl_kernels.trainers.data.images import BadImageError, centre_crop, image_seeds, open_image, random_crop
+from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, keys_of, make_batch
+from ssl_kernels.trainers.data.pixels import WHITE, Colour
+from ssl_kernels.trainers.data.tars import Losses, Sample, expand, samples
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.processes import ALONE, Share, own_share
+from ssl_kernels.trainers.processes import ALONE, Share
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
-CAPTION_KEYS = ("txt", "caption")
 _BUFFER = 1000  # samples that are shuffled among each other, on top of the shuffled shards
-
-Sample = tuple[bytes, str, str]  # encoded image, caption, key
-
-
-def expand(urls: str, flag: str = "--data") -> list[str]:
-    """The shards a pattern such as "shards-{000..099}.tar" names; local ones must exist."""
-    names = list(wds.shardlists.expand_urls(urls))
-    for name in names:
-        if "://" not in name and not name.startswith("pipe:"):
-            try:
-                open(name, "rb").close()
-            except OSError as error:
-                raise UserError(f"{flag}: cannot read the shard {name}: {error.strerror}") from None
-    return names
+_SPARES = 32  # samples that have passed, to take the place of one that cannot be decoded
 
 
-def read(names: list[str], flag: str = "--data") -> Iterator[Sample]:
-    """The samples of shards in their order."""
-    try:
-        for sample in wds.DataPipeline(wds.SimpleShardList(names), wds.tarfile_to_samples()):
-            key = f"{sample.get('__url__')}:{sample.get('__key__')}"
-            image = next((sample[k] for k in IMAGE_KEYS if k in sample), None)
-            caption = next((sample[k].decode().strip() for k in CAPTION_KEYS if k in sample), "")
-            if image is None:
-                raise UserError(f"{flag}: the sample {key} has no image; expected a member {', '.join(IMAGE_KEYS)}")
-            if not caption:
-                raise UserError(f"{flag}: the sample {key} has no caption; expected a member {', '.join(CAPTION_KEYS)}")
-            yield image, caption, key
-    except UserError:
-        raise
-    except Exception as error:  # tarfile, gzip, sockets and pipes each have their own
-        raise UserError(
-            f"{flag}: cannot read the shards: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from None
-
-
-def decode(image: bytes, key: str, flag: str = "--data") -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        raise UserError(f"{flag}: cannot decode the image of the sample {key}") from None
-
-
-def read_all(urls: str, size: int, flag: str = "--held-out-data") -> tuple[ImageTextPairs, Fingerprints]:
+def read_all(
+    urls: str,
+    size: int,
+    flag: str = "--held-out-data",
+    *,
+    faults: Faults | None = None,
+    background: Colour = WHITE,
+    encoding: str = "utf-8",
+) -> tuple[ImageTextPairs, Fingerprints]:
     """The pairs of held-out shards in memory, one for each caption and image, and what marks them."""
-    images, captions, seen = [], [], Fingerprints()
-    for image, caption, key in read(expand(urls, flag), flag):
-        if not seen.match(caption, image):
-            images.append(centre_crop(decode(image, key, flag), size))
-            captions.append(caption)
-        seen.add(caption, image)
+    faults = Faults(stop=True) if faults is None else faults
+    images, captions, marks, losses = [], [], Fingerprints(), Losses()
+    for name in expand(urls, flag):
+        found: list[Fault] = []
+        bad: list[Fault] = []
+        count = 0
+        for image, caption, where in samples(name, found, of=EVALUATION, encoding=encoding):
+            count += 1
+            try:
+                if not marks.match(caption, image):
+                    images.append(centre_crop(open_image(image, background, where), size))
+                    captions.append(caption)
+            except BadImageError as error:
+                bad.append(Fault(where, error.reason, of=EVALUATION))
+            else:
+                marks.add(caption, image)
+        faults.update([*bad, *losses.of(found, count)])
+    faults.update(losses.of_parts())
     if not images:
-        raise UserError(f"{flag}: {urls} holds no pairs")
-    return ImageTextPairs(torch.stack(images), captions), seen
+        reasons = "; ".join(faults.lines(EVALUATION))
+        raise UserError(f"{flag}: {urls} holds no pairs" + (f" that can be used: {reasons}" if reasons else ""))
+    return ImageTextPairs(torch.stack(images), captions), marks
 
 
 class ShardBatches(IterableDataset[Batch]):
@@ -87,7 +66,8 @@ class ShardBatches(IterableDataset[Batch]):
 
     Worker w of W makes the batches w, w + W, ... of an epoch from its own share of the shards. To start in mid-epoch it
     reads past what it had delivered without decoding it. A stream that ends before the epoch does starts over in a new
-    order. Samples that share a caption or an image with the held-out pairs are passed over.
+    order. Samples that share a caption or an image with the held-out pairs are passed over, as are incomplete ones; one
+    whose image cannot be decoded is replaced by one of those that passed before it.
 
     Each worker of several processes has shards of its own likewise, and makes its process's part of a batch. The parts
     know nothing of each other: instead of ids they have keys, from which `ids_of_keys` makes those of the whole.
@@ -95,7 +75,8 @@ class ShardBatches(IterableDataset[Batch]):
 
     def __init__(
         self, urls: str, tokenize: Tokenize, *, size: int, batch_size: int, seed: int, workers: int, augment: bool,
-        epoch_pairs: int, held_out: Fingerprints, share: Share = ALONE,
+        epoch_pairs: int, held_out: Fingerprints, share: Share = ALONE, faults: Faults | None = None,
+        background: Colour = WHITE, encoding: str = "utf-8",
     ) -> None:  # fmt: skip
         self.names, self.share = expand(urls), share
         if max(1, workers) * share.world > len(self.names):
@@ -103,12 +84,33 @@ class ShardBatches(IterableDataset[Batch]):
             raise UserError(f"--workers: {workers}{several} is more than the {len(self.names)} shards of --data {urls}")
         self.tokenize, self.size, self.batch_size, self.seed = tokenize, size, batch_size, seed
         self.workers, self.augment, self.held_out = workers, augment, held_out
-        self.epoch_pairs = epoch_pairs or sum(not held_out.match(c, image) for image, c, _ in read(self.names))
+        self.background, self.encoding = background, encoding
+        self.faults = Faults() if faults is None else faults
+        self.expected = epoch_pairs // len(self.names)  # samples of a shard
+        self.epoch_pairs = epoch_pairs or self._count()
         if self.epoch_pairs < batch_size:
+            reasons = "; ".join(self.faults.lines())
             raise UserError(
                 f"--batch-size: {batch_size} is more than the {self.epoch_pairs} pairs of an epoch of {urls}"
+                + (f" ({reasons})" if reasons else "")
             )
         self.epoch = self.start = 0
+
+    def _count(self) -> int:
+        """The pairs of all shards that can be trained on; `faults` is told of the others."""
+        losses, found = Losses(), list[Fault]()
+        total = fresh = 0
+        for name in self.names:
+            before, own = total, list[Fault]()
+            for sample in samples(name, own, encoding=self.encoding):
+                total += 1
+                fresh += not self.held_out.match(sample.caption, sample.image)
+            found += losses.of(own, total - before)
+        self.expected = losses.expected
+        found += losses.of_parts()
+        self.faults.update(found)
+        self.faults.check(total + sum(fault.lost for fault in found))
+        return fresh
 
     @property
     def fingerprint(self) -> str:
@@ -121,7 +123,8 @@ class ShardBatches(IterableDataset[Batch]):
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self.epoch, self.start = epoch, start
-        return iter(loader(self, self.workers))
+        for number, batch in enumerate(loader(self, self.workers), epoch * len(self) + start + 1):
+            yield without_faults(batch, self.faults, min(self.epoch_pairs, number * self.batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -129,14 +132,19 @@ class ShardBatches(IterableDataset[Batch]):
         # The loader asks its workers in turn from the first: renumbering them makes that the one whose turn it is.
         worker = ((info.id if info else 0) + self.start) % workers
         rank, world = self.share
-        stream = self._stream(worker * world + rank, workers * world)
+        found: list[Fault] = []
+        passed: deque[Sample] = deque(maxlen=_SPARES)
+        stream = self._stream(worker * world + rank, workers * world, found)
         for number in range(worker, len(self), workers):
-            samples = list(itertools.islice(stream, self.batch_size // world))
+            batch = list(itertools.islice(stream, self.batch_size // world))
             if number >= self.start:
                 seeds = (self.seed, self.epoch, number + 1, *([rank] if rank else []))
-                yield self._batch(samples, np.random.default_rng(seeds))
+                made = self._batch(batch, passed, np.random.default_rng(seeds), found)
+                yield with_faults(made, list(found))
+                found.clear()
+            passed.extend(batch)
 
-    def _stream(self, place: int, places: int) -> Iterator[Sample]:
+    def _stream(self, place: int, places: int, found: list[Fault]) -> Iterator[Sample]:
         fruitless = 0
         for again in itertools.count():
             names = [
@@ -144,7 +152,7 @@ class ShardBatches(IterableDataset[Batch]):
                 for i in np.random.default_rng((self.seed, self.epoch, again)).permutation(len(self.names))
             ]
             chance = random.Random(f"{self.seed} {self.epoch} {again} {place}")
-            fresh = (s for s in read(names[place::places]) if not self.held_out.match(s[1], s[0]))
+            fresh = (s for s in self._read(names[place::places], found) if not self.held_out.match(s.caption, s.image))
             for sample in wds.filters.shuffle(_BUFFER, rng=chance)(fresh):
                 fruitless = 0
                 yield sample
@@ -153,25 +161,39 @@ class ShardBatches(IterableDataset[Batch]):
             if fruitless > 20 * places:
                 raise UserError("--data: the shards hold no pair that is not held out")
 
-    def _batch(self, samples: list[Sample], rng: np.random.Generator) -> Batch:
-        pictures = [decode(image, key) for image, _, key in samples]
-        images = [
-            random_crop(picture, self.size, seed) if self.augment else centre_crop(picture, self.size)
-            for picture, seed in zip(pictures, image_seeds(rng, len(pictures)), strict=True)
-        ]
-        captions, sources = [caption for _, caption, _ in samples], [image for image, _, _ in samples]
-        batch = make_batch(torch.stack(images), captions, sources, self.tokenize)
+    def _read(self, names: list[str], found: list[Fault]) -> Iterator[Sample]:
+        for name in names:
+            yield from samples(name, found, expected=self.expected, encoding=self.encoding)
+
+    def _batch(
+        self, batch: list[Sample], passed: Sequence[Sample], rng: np.random.Generator, found: list[Fault]
+    ) -> Batch:
+        crops, spares = image_seeds(rng, len(batch)), image_seeds(rng, len(batch))
+        taken, images = [], []
+        for sample, crop, spare in zip(batch, crops, spares, strict=True):
+            sample, picture = self._readable(sample, [*passed, *batch], spare, found)
+            taken.append(sample)
+            images.append(random_crop(picture, self.size, crop) if self.augment else centre_crop(picture, self.size))
+        captions, sources = [sample.caption for sample in taken], [sample.image for sample in taken]
+        made = make_batch(torch.stack(images), captions, sources, self.tokenize)
         if self.share.world > 1:
-            batch["ids"] = torch.tensor([[_key(caption.encode()), _key(image)] for image, caption, _ in samples])
-        return batch
+            made["ids"] = keys_of(captions, sources)
+        return made
 
+    def _readable(
+        self, sample: Sample, others: list[Sample], seed: int, found: list[Fault]
+    ) -> tuple[Sample, Image.Image]:
+        """A sample with its image, or one of the others, in an order drawn from `seed`, that can be decoded."""
+        try:
+            return sample, self._open(sample)
+        except BadImageError as error:
+            found.append(Fault(error.where, error.reason))
+        for i in np.random.default_rng(seed).permutation(len(others)).tolist():
+            try:
+                return others[i], self._open(others[i])
+            except BadImageError as error:
+                found.append(Fault(error.where, error.reason))
+        raise UserError(f"--data: cannot read the image {sample.where}, nor any of {len(others)} that came before it")
 
-def _key(content: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
-
-
-def ids_of_keys(keys: Tensor) -> Tensor | None:
-    """Of this process's part of a batch whose captions and images have these keys [n, 2]; None where nobody has any."""
-    everyones = gather_rows(keys)
-    ids = shared_ids(*everyones.t().tolist())
-    return None if ids is None else ids[own_share().of(len(ids))].to(keys.device)
+    def _open(self, sample: Sample) -> Image.Image:
+        return open_image(sample.image, self.background, sample.where)

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ssl_kernels.trainers.data import digits, openmoji
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
+from ssl_kernels.trainers.data.faults import EVALUATION, TRAINING, Fault, Faults, ReadingConfig
 from ssl_kernels.trainers.data.fingerprint import digest, names_within
-from ssl_kernels.trainers.data.images import image_seeds, load_images, open_image, torch_draws_from
+from ssl_kernels.trainers.data.images import (
+    image_seeds,
+    load_images,
+    load_readable,
+    open_image,
+    torch_draws_from,
+    try_some,
+)  # fmt: skip
+from ssl_kernels.trainers.data.pixels import WHITE, Colour, parse_colour
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.processes import ALONE, Share
 from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
 
 
 @dataclass
-class ImageConfig:
+class ImageConfig(ReadingConfig):
     """Which images to learn from and to evaluate on."""
 
     data: str = "mnist"
@@ -44,6 +55,7 @@ class ImageConfig:
         require(self, SHARE_BELOW_ONE, "held_out")
         require(self, at_least(8), "image_size")
         require(self, at_least(0), "split_seed")
+        self.check_reading()
 
     def find_data(self) -> None:
         """Refuse a folder that is not there, before anything that takes long."""
@@ -57,6 +69,7 @@ class Images:
 
     images: Tensor | list[Path]  # uint8 [N, 3, H, W], or files
     labels: Tensor | None = None
+    background: Colour = WHITE  # of transparent files
 
     def __len__(self) -> int:
         return len(self.images)
@@ -65,12 +78,23 @@ class Images:
         chosen = torch.as_tensor(indices, dtype=torch.long)
         labels = None if self.labels is None else self.labels[chosen]
         if isinstance(self.images, Tensor):
-            return Images(self.images[chosen], labels)
-        return Images([self.images[i] for i in chosen.tolist()], labels)
+            return replace(self, images=self.images[chosen], labels=labels)
+        return replace(self, images=[self.images[i] for i in chosen.tolist()], labels=labels)
 
     def load(self, indices: Sequence[int], size: int) -> Tensor:
         """The images as evaluation sees them: uint8 [n, 3, size, size], resized and cropped around the centre."""
-        return load_images(self.images, indices, size)
+        return load_images(self.images, indices, size, self.background)
+
+    def load_readable(self, indices: Sequence[int], size: int, faults: Faults) -> tuple[Tensor, list[int]]:
+        """The same of those that can be read, and which these are; `faults` is told of the others."""
+        return load_readable(self.images, indices, size, self.background, faults)
+
+    def readable(self, faults: Faults) -> Images:
+        """Those that can be read; `faults` is told of the others."""
+        if isinstance(self.images, Tensor):
+            return self
+        kept = [i for i in range(len(self)) if self.load_readable([i], 8, faults)[1]]
+        return self if len(kept) == len(self) else self.select(kept)
 
 
 class View(Protocol):
@@ -138,20 +162,29 @@ class PhotoView:
     def __call__(
         self, images: Images, indices: Sequence[int], size: int, rng: np.random.Generator, own: slice = slice(None)
     ) -> Tensor:
-        from torchvision.transforms import v2
-
-        blur = v2.GaussianBlur(kernel_size=max(3, size // 20 * 2 + 1), sigma=(0.1, 2.0))
-        transform = v2.Compose([
-            v2.PILToTensor(), v2.RandomResizedCrop(size, scale=self.scale, antialias=True),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([blur], p=0.5), v2.RandomHorizontalFlip(),
-        ])  # fmt: skip
         assert isinstance(images.images, list)
-        views = []
-        for i, seed in zip(list(indices)[own], image_seeds(rng, len(indices))[own], strict=True):
-            with torch_draws_from(seed):
-                views.append(transform(open_image(images.images[i])))
-        return torch.stack(views)
+        chosen = [images.images[i] for i in list(indices)[own]]
+        seeds = image_seeds(rng, len(indices))[own]
+        pictures = (open_image(path, images.background) for path in chosen)
+        return torch.stack([self.show(picture, size, seed) for picture, seed in zip(pictures, seeds, strict=True)])
+
+    def show(self, picture: Image.Image, size: int, seed: int) -> Tensor:
+        """A view of an image, uint8 [3, size, size], drawn from `seed` alone."""
+        with torch_draws_from(seed):
+            view: Tensor = _photo_transform(self.scale, size)(picture)
+        return view
+
+
+@functools.lru_cache
+def _photo_transform(scale: tuple[float, float], size: int) -> Any:
+    from torchvision.transforms import v2
+
+    blur = v2.GaussianBlur(kernel_size=max(3, size // 20 * 2 + 1), sigma=(0.1, 2.0))
+    return v2.Compose([
+        v2.PILToTensor(), v2.RandomResizedCrop(size, scale=scale, antialias=True),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2),
+        v2.RandomApply([blur], p=0.5), v2.RandomHorizontalFlip(),
+    ])  # fmt: skip
 
 
 class ViewBatches(ShuffledBatches):
@@ -159,9 +192,9 @@ class ViewBatches(ShuffledBatches):
 
     def __init__(
         self, images: Images, view: View, *, size: int, batch_size: int, seed: int, workers: int = 0,
-        crops: tuple[int, int] = (0, 0), share: Share = ALONE,
+        crops: tuple[int, int] = (0, 0), share: Share = ALONE, faults: Faults | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(len(images), batch_size=batch_size, seed=seed, workers=workers, share=share)
+        super().__init__(len(images), batch_size=batch_size, seed=seed, workers=workers, share=share, faults=faults)
         self.images, self.view, self.size, self.crops = images, view, size, crops
 
     @property
@@ -172,9 +205,34 @@ class ViewBatches(ShuffledBatches):
             return hashlib.sha256(images.numpy().tobytes()).hexdigest()
         return digest(names_within(images))
 
-    def make(self, indices: list[int], own: slice, rng: np.random.Generator) -> Batch:
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.images.images, Tensor)
+
+    def make(self, indices: list[int], own: slice, rng: np.random.Generator, found: list[Fault]) -> Batch:
         views = [(self.view, self.size)] * 2 + [(self.view.local(), self.crops[1])] * self.crops[0]
-        return {"views": tuple(view(self.images, indices, size, rng, own) for view, size in views)}
+        if self.in_memory:
+            return {"views": tuple(view(self.images, indices, size, rng, own) for view, size in views)}
+        return {"views": self._photographs(views, indices, own, rng, found)}
+
+    def _photographs(
+        self, views: list[tuple[View, int]], indices: list[int], own: slice, rng: np.random.Generator,
+        found: list[Fault],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """As the views make them one after the other, but each file is opened once."""
+        paths = self.images.images
+        assert isinstance(paths, list)
+        seeds = [image_seeds(rng, len(indices)) for _ in views]
+        spares = image_seeds(rng, len(indices))
+        shown: list[list[Tensor]] = [[] for _ in views]
+        for place in range(len(indices))[own]:
+            picture = self.readable(
+                indices, place, spares[place], lambda i: open_image(paths[i], self.images.background), found
+            )
+            for (view, size), own_seeds, done in zip(views, seeds, shown, strict=True):
+                assert isinstance(view, PhotoView)
+                done.append(view.show(picture, size, own_seeds[place]))
+        return tuple(torch.stack(done) for done in shown)
 
 
 @dataclass
@@ -185,6 +243,7 @@ class ImageData:
     train: Images
     held_out: Images
     view: View
+    faults: Faults = dataclasses.field(default_factory=Faults)  # what of the data cannot be used
 
 
 def load(
@@ -193,6 +252,7 @@ def load(
 ) -> ImageData:  # fmt: skip
     """The images that a configuration names, split into what is trained on and what is held out."""
     view: View = PhotoView()
+    faults = config.faults()
     if config.data == "mnist":
         images = Images(*digits.load())
         view = DrawingView(degrees=25, scale=1.25, shift=0.075, shear=0.2)
@@ -203,7 +263,7 @@ def load(
         view = DrawingView(degrees=15, scale=1.25, shift=0.07, shear=0.05, brightness=0.05, ground=255.0)
         train, held_out = (Images(part.images) for part in openmoji.hold_out(pairs, config.split_seed))
     else:
-        images = read_folder(_folder(config.data))
+        images = replace(read_folder(_folder(config.data)), background=parse_colour(config.background))
         train, held_out = _split(images, config.held_out, config.split_seed)
     if config.evaluate_on == "validation":
         train, held_out = _split(train, 0.2, config.split_seed + 1)
@@ -211,11 +271,14 @@ def load(
         raise UserError(
             f"--batch-size: {batch_size} is more than the {len(train)} training images of --data {config.data}"
         )
+    for part, use in ((train, TRAINING), (held_out, EVALUATION)):
+        if isinstance(part.images, list):
+            try_some(part.images, faults, use)
     batches = ViewBatches(
         train, view, size=config.image_size, batch_size=batch_size, seed=seed, workers=workers, crops=crops,
-        share=share,
+        share=share, faults=faults,
     )  # fmt: skip
-    return ImageData(batches, train, held_out, view)
+    return ImageData(batches, train, held_out, view, faults)
 
 
 def _folder(name: str) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers.data import openmoji
+from ssl_kernels.trainers.data.faults import Faults
 from ssl_kernels.trainers.data.pairs import TEMPLATES, ImageTextPairs, Tokenize
 from ssl_kernels.trainers.evaluation import report
 from ssl_kernels.trainers.loop import Result
@@ -51,8 +52,17 @@ class Embedder:
         model.eval()
         self.size, self.batch_size = size, batch_size
 
-    def images(self, pairs: ImageTextPairs) -> Tensor:
-        return self._encode(len(pairs), lambda part: self.model.encode_image(self._put(pairs.load(part, self.size))))
+    def images(self, pairs: ImageTextPairs, faults: Faults) -> tuple[Tensor, ImageTextPairs]:
+        """Embeddings of the images that can be read, and the pairs of these; `faults` is told of the others."""
+        kept: list[int] = []
+
+        def encode(part: range) -> Tensor:
+            images, own = pairs.load_readable(part, self.size, faults)
+            kept.extend(own)
+            return self.model.encode_image(self._put(images)) if own else torch.empty(0)
+
+        embedded = self._encode(len(pairs), encode)
+        return embedded, pairs if len(kept) == len(pairs) else pairs.select(kept)
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         return self._encode(
@@ -65,7 +75,8 @@ class Embedder:
     def _encode(self, n: int, encode: Callable[[range], Tensor]) -> Tensor:
         parts = [range(start, min(start + self.batch_size, n)) for start in range(0, n, self.batch_size)]
         with torch.no_grad(), self.fabric.autocast():
-            return torch.cat([encode(part).float().cpu() for part in parts])
+            done = [encode(part).float().cpu() for part in parts]
+        return torch.cat([part for part in done if len(part)] or [torch.empty(0, 0)])
 
 
 @dataclass
@@ -220,10 +231,16 @@ def skin_tone(images: Tensor, encode_texts: EncodeTexts, held_out: ImageTextPair
 
 
 def report_card(
-    embedder: Embedder, train: ImageTextPairs | None, held_out: ImageTextPairs, supervised: bool
-) -> tuple[list[PairFigure], Tensor]:
-    """Every figure that the data allows, and the similarity [N, N] of the held-out captions to the held-out images."""
-    images, texts = embedder.images(held_out), embedder.texts(held_out.captions)
+    embedder: Embedder, train: ImageTextPairs | None, held_out: ImageTextPairs, supervised: bool, faults: Faults
+) -> tuple[list[PairFigure], Tensor, ImageTextPairs]:
+    """Every figure that the data allows, and the similarity [N, N] of the held-out captions to the held-out images.
+
+    Returned last are the pairs that these are of: those whose images can be read. `faults` is told of the others.
+    """
+    images, held_out = embedder.images(held_out, faults)
+    if not len(held_out):
+        return [], images, held_out
+    texts = embedder.texts(held_out.captions)
     drawn = train is not None and isinstance(train.images, Tensor)
     baseline = TfidfPixels(train, held_out, embedder.size) if drawn and train else None
     figures = retrieval(images, texts, held_out, baseline)
@@ -232,7 +249,7 @@ def report_card(
     figures += categories(images, embedder.texts, held_out, baseline, supervised=supervised)
     if baseline is not None:
         figures.append(flags(images, embedder.texts, held_out, baseline, supervised))
-    return figures, texts @ images.T
+    return figures, texts @ images.T, held_out
 
 
 def print_table(console: Console, title: str, result: Result, figures: Sequence[PairFigure], total_s: float) -> None:

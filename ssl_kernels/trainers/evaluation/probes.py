@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ssl_kernels.ops.unit_rows import unit_rows
+from ssl_kernels.trainers.data.faults import Faults
 from ssl_kernels.trainers.data.images import resize
 from ssl_kernels.trainers.data.views import Images, View
 from ssl_kernels.trainers.evaluation import report
@@ -130,20 +131,22 @@ class _Space:
 
 
 def report_card(
-    model: Encode, initial: Encode, train: Images, held_out: Images, view: View, size: int, seed: int
-) -> list[FeatureFigure]:
+    model: Encode, initial: Encode, train: Images, held_out: Images, view: View, size: int, seed: int,
+    faults: Faults | None = None,
+) -> list[FeatureFigure]:  # fmt: skip
     """Classification of held-out images by training images, where there are labels; else instance retrieval.
 
     What is random, the distortion of queries and gallery and the choice of the labelled, is drawn from `seed`. At most
-    5,000 training and 1,000 held-out images are used, and raw pixels are compared at 32 pixels a side or less.
+    5,000 training and 1,000 held-out images are used, and raw pixels are compared at 32 pixels a side or less. Of these
+    images, those that cannot be read are left out, and `faults` is told of them.
     """
-    if len(held_out) == 0:
-        return []
-    rng = np.random.default_rng((seed, 1))
+    rng, faults = np.random.default_rng((seed, 1)), Faults() if faults is None else faults
     train, held_out = (
-        part.select(np.sort(rng.permutation(len(part))[:most]).tolist())
+        part.select(np.sort(rng.permutation(len(part))[:most]).tolist()).readable(faults)
         for part, most in ((train, _MOST_TRAIN), (held_out, _MOST_HELD_OUT))
     )
+    if len(held_out) == 0:
+        return []
     gallery = held_out if held_out.labels is None else train  # an image is retrieved among those held out
     pixels = _pixels(min(size, _RAW_SIZE), grey=_is_grey(held_out.load(range(min(64, len(held_out))), size)))
 

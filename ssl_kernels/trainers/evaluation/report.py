@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ssl_kernels.trainers.checkpoints import BEST, CHECKPOINT, write_atomically
+from ssl_kernels.trainers.data.faults import EVALUATION, TRAINING, Faults
 from ssl_kernels.trainers.data.pairs import ImageTextPairs
 from ssl_kernels.trainers.loggers import METRICS
 from ssl_kernels.trainers.loop import Result
@@ -62,12 +63,17 @@ def loss_difference(result: Result) -> float | None:
     return max(differences, default=None)
 
 
-def write_summary(path: Path, result: Result, figures: Sequence[Any], total_s: float) -> None:
+def write_summary(
+    path: Path, result: Result, figures: Sequence[Any], total_s: float, faults: Faults | None = None
+) -> None:
+    """What a run reached, and what of the data was left out, for programs."""
+    faults = Faults() if faults is None else faults
     first, last = (result.records[i]["loss"] if result.records else None for i in (0, -1))
     summary: dict[str, Any] = {
         "figures": [asdict(figure) for figure in figures], "loss_first": first, "loss_last": last,
         "loss_difference": loss_difference(result), "steps": result.steps, "training_s": result.elapsed_s,
         "total_s": total_s, "peak_mb": result.peak_mb, "images_per_s": result.images_per_s, "notes": result.notes,
+        "left_out": {of: faults.counts(of) for of in (TRAINING, EVALUATION)},
     }  # fmt: skip
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(summary, indent=2) + "\n"))
 

@@ -1,0 +1,203 @@
+"""What of the data is left out, and why: each file, row or sample is counted once, and too many of them stop the run.
+
+Whoever reads data adds what it cannot use. A loader's worker sends what it has found with its batch, and all processes
+of a run are told of it, so that they count alike and stop in the same step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rich.console import Console
+
+from ssl_kernels.trainers.data.pixels import parse_colour
+from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.processes import everyones
+
+LEFT_OUT = "left_out.jsonl"  # of a run's folder: a line to each fault
+FORGIVEN = 10  # of any data, however small, unless --max-bad is 0
+TRAINING, EVALUATION = "training", "evaluation"
+_SHOWN = 10  # faults that are named on the console as they are found
+
+
+class Fault(NamedTuple):
+    """Something that cannot be used."""
+
+    where: str  # the file, row or sample
+    reason: str  # one of few, by which faults are counted: "cut short", "no caption"
+    lost: int = 1  # examples; more than one where a shard cannot be read
+    of: str = TRAINING  # or EVALUATION: what it was to be used for
+
+
+@dataclass(kw_only=True)
+class ReadingConfig:
+    """How images are read, and what is done about those that cannot be."""
+
+    on_error: Literal["skip", "stop"] = "skip"
+    """What to do about an image or a sample that cannot be read. `skip` puts another example in its place, which
+    depends on --seed alone, and counts it; the evaluation leaves it out. `stop` ends the run with its name."""
+    max_bad: str = "1%"
+    """Largest share of the training data that may be unreadable, such as 1% or 0.01; beyond it the run stops with a
+    list. Ten examples are always forgiven, unless the share is 0."""
+    background: str = "white"
+    """Colour behind transparent images: R,G,B such as 128,128,128, or a name."""
+
+    def check_reading(self) -> None:
+        """Refuse values that cannot work."""
+        parse_share(self.max_bad)
+        parse_colour(self.background)
+
+    def faults(self) -> Faults:
+        """None yet, with these limits."""
+        return Faults(stop=self.on_error == "stop", max_bad=parse_share(self.max_bad))
+
+
+def parse_share(text: str) -> float:
+    """The value of --max-bad."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"--max-bad: expected a share of the data such as 1% or 0.01, got {text!r}")
+    return share
+
+
+def place(path: Path | str) -> str:
+    """A file's name in one line that any console can show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
+@dataclass
+class Faults:
+    """What was found to be unusable, each place once, and how much of it may be."""
+
+    stop: bool = False  # at the first
+    max_bad: float = 0.01  # share of the training examples
+    found: dict[str, Fault] = field(default_factory=dict)  # by where they are
+    seen: dict[str, int] = field(default_factory=dict)  # examples of each use, good ones among them
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __iter__(self) -> Iterator[Fault]:
+        return iter(list(self.found.values()))
+
+    def add(self, reason: str, where: str, lost: int = 1, of: str = TRAINING) -> None:
+        """Count something that is left out; a place that is known already is not counted again."""
+        self.update([Fault(where, reason, lost, of)])
+
+    def update(self, faults: Iterable[Fault]) -> None:
+        """Count several. Raises `UserError` with the first new one if the run is to stop for it."""
+        for fault in faults:
+            if self.stop and fault.where not in self.found:
+                raise UserError(f"--data: cannot read {fault.where}: {fault.reason} (--on-error skip goes on without)")
+            self.found.setdefault(fault.where, fault)
+
+    def lost(self, of: str = "") -> int:
+        """How many examples are left out, of all or of those for training or evaluation."""
+        return sum(self.counts(of).values())
+
+    def counts(self, of: str = "") -> dict[str, int]:
+        """The same by reason, the most frequent first."""
+        counts: dict[str, int] = {}
+        for fault in self:
+            if of in ("", fault.of):
+                counts[fault.reason] = counts.get(fault.reason, 0) + fault.lost
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def lines(self, of: str = "", most: int = 3) -> list[str]:
+        """The same in words, a line to each reason, with some of the places."""
+        lines = []
+        for reason, count in self.counts(of).items():
+            places = [fault.where for fault in self if fault.reason == reason and of in ("", fault.of)]
+            more = f" and {len(places) - most:,} more" if len(places) > most else ""
+            lines.append(f"{count:,} {reason}: {', '.join(places[:most])}{more}")
+        return lines
+
+    def check(self, seen: int, of: str = TRAINING) -> None:
+        """Raise `UserError` with the list if too many are left out of the examples `seen` so far."""
+        self.seen[of] = seen = max(seen, self.seen.get(of, 0))
+        lost, allowed = self.lost(of), (FORGIVEN if self.max_bad else 0) + int(self.max_bad * seen)
+        if lost > allowed:
+            raise UserError(
+                f"--max-bad {100 * self.max_bad:.4g}%: {lost:,} of {max(lost, seen):,} {of} examples cannot be used,"
+                f" and at most {allowed:,} may be left out: {'; '.join(self.lines(of))}"
+            )
+
+
+class FaultLog:
+    """Names what is left out as it is found, on the console, and all of it in a file of the run's folder.
+
+    A run that is resumed knows what it had written there. Around what may end the run, it writes what is new by then.
+    """
+
+    def __init__(
+        self, faults: Faults, folder: Path, console: Console, *, resume: Path | None = None, writes: bool = True
+    ) -> None:
+        self.faults, self.path, self.console, self.writes = faults, folder / LEFT_OUT, console, writes
+        known = read_faults(resume if resume.is_dir() else resume.parent) if resume and writes else []
+        faults.found.update({fault.where: fault for fault in everyones(known, "what was left out")})
+        self.told = len(faults)  # what is known by now is told with the data
+        self.named = 0  # on the console
+        self.written: int | None = None  # in the file, which may yet be another run's
+
+    def __enter__(self) -> FaultLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.written is not None:
+            self.tell()
+
+    def tell(self, step: int = 0) -> None:
+        """Name what is new, once the folder is this run's."""
+        if not self.writes or self.written == len(self.faults):
+            return
+        faults = list(self.faults)
+        for fault in faults[self.told :]:
+            self.named += 1
+            if self.named <= _SHOWN:
+                self._print(f"left out: {fault.where}: {fault.reason}")
+            elif self.named == _SHOWN + 1:
+                self._print(f"left out: more, which {self.path} names")
+        self.told = len(faults)
+        try:
+            self._write(faults)
+        except OSError as error:  # a full disk ends the run where it matters
+            self._print(f"cannot write {self.path}: {error.strerror}")
+        self.written = len(faults)
+
+    def _write(self, faults: list[Fault]) -> None:
+        if not faults:
+            self.path.unlink(missing_ok=True)
+            return
+        with open(self.path, "w" if self.written is None else "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(fault._asdict()) + "\n" for fault in faults[self.written or 0 :])
+
+    def sum_up(self) -> None:
+        """Say at the end of a run how much of what was left out."""
+        self.tell()
+        if self.writes and self.faults:
+            uses = ((self.faults.lost(of), of) for of in (TRAINING, EVALUATION))
+            counts = " and ".join(f"{count:,} {of}" for count, of in uses if count)
+            self._print(f"left out: {counts} examples, which {self.path} names")
+            for line in self.faults.lines():
+                self._print(f"  {line}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def read_faults(folder: Path) -> list[Fault]:
+    """What a run has written of its faults; a last line that a kill cut short is left out."""
+    path, faults = folder / LEFT_OUT, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            faults.append(Fault(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return faults

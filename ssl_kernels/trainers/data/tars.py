@@ -1,0 +1,203 @@
+"""The samples in WebDataset shards: tar files in which the members of a sample have one name and different endings.
+
+The name ends at the first dot after the last slash. A sample has an image of any ending in `images.SUFFIXES` and a
+caption: the first that is not empty of its members `.txt`, `.text`, `.caption`, `.json` (its "caption") and `.cls`.
+Members of a sample need not follow each other; where they do not, what is still incomplete waits in memory.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import webdataset as wds
+
+from ssl_kernels.trainers.data.faults import TRAINING, Fault, place
+from ssl_kernels.trainers.data.images import SUFFIXES
+from ssl_kernels.trainers.data.tar_members import CutShortError, members
+from ssl_kernels.trainers.errors import UserError
+
+ENDINGS = (".tar", ".tgz", ".tar.gz")
+CAPTIONS = ("txt", "text", "caption", "json", "cls")
+_IMAGES = {suffix[1:] for suffix in SUFFIXES}
+_READ = _IMAGES | {*CAPTIONS}
+_SCHEMES = ("http://", "https://", "gs://")  # that webdataset opens by programs such as curl
+
+
+class Sample(NamedTuple):
+    image: bytes  # encoded
+    caption: str
+    where: str  # the shard and the name in it
+
+
+def is_shards(name: str) -> bool:
+    """Whether the name is one of shards: of files, by a pattern; of a folder that has some; or of a stream."""
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return bool(_in_folder(path))
+    is_url = "://" in name and any(ending in name.lower() for ending in ENDINGS)
+    return name.startswith("pipe:") or is_url or name.lower().endswith(ENDINGS)
+
+
+def _in_folder(path: str) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(e.path for e in entries if e.name.lower().endswith(ENDINGS) and not e.name.startswith("."))
+
+
+def expand(name: str, flag: str = "--data") -> list[str]:
+    """The shards of a folder, a glob or a pattern such as "shards-{000..099}.tar"; local ones must exist."""
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return _in_folder(path)
+    try:
+        every = [name] if name.startswith("pipe:") else wds.shardlists.expand_urls(path)
+    except ValueError as error:  # braces that do not close
+        raise UserError(f"{flag}: {name}: {error}") from None
+    names: list[str] = []
+    for each in every:
+        if each.startswith(("pipe:", *_SCHEMES)):
+            names.append(each)
+        elif "://" in each:
+            raise UserError(
+                f"{flag}: cannot read {each}: expected a file, one of {', '.join(_SCHEMES)}, or pipe:COMMAND,"
+                " such as pipe:aws s3 cp s3://bucket/0.tar -"
+            )
+        else:
+            names += _files(each, flag)
+    return names
+
+
+def _files(name: str, flag: str) -> list[str]:
+    found = [name] if os.path.lexists(name) else sorted(glob.glob(name))
+    if not found and glob.has_magic(name):
+        raise UserError(f"{flag}: no shard is named like {name}")
+    for each in found or [name]:
+        try:
+            open(each, "rb").close()
+        except OSError as error:
+            raise UserError(f"{flag}: cannot read the shard {place(each)}: {error.strerror}") from None
+    return found
+
+
+def samples(
+    shard: str, found: list[Fault], *, of: str = TRAINING, expected: int | None = None, encoding: str = "utf-8"
+) -> Iterator[Sample]:
+    """The samples of a shard in their order; `found` is told of those that are incomplete and of a shard cut short.
+
+    A shard of which a part is lost is the last of these, and counts as the samples that are missing to the number that
+    is `expected` of it; as 0 if that is not known. Captions, but for JSON, are in `encoding`.
+    """
+    own, before = _Shard(place(shard), found, of, encoding), len(found)
+    last = loss = ""
+    try:
+        for key, ending, content in members(shard, _READ):
+            if key != last:
+                yield from own.complete(last)
+            last = key
+            own.add(key, ending, content)
+    except CutShortError as error:
+        loss = str(error)
+    yield from own.complete(last)
+    if loss:
+        own.waiting.pop(last, None)  # cut in two
+    own.leave_out_the_rest()
+    if not loss and not own.given and len(found) == before:
+        loss = "without images and captions"
+    if loss:
+        where = f"{own.name} after {len(own.given):,} samples" if own.given else own.name
+        lost = 0 if expected is None else max(1, expected - len(own.given))
+        found.append(Fault(where, f"lost from a shard {loss}", lost, of))
+
+
+@dataclass
+class _Shard:
+    """The samples of a shard as their members come."""
+
+    name: str
+    found: list[Fault]
+    of: str
+    encoding: str
+    waiting: dict[str, dict[str, bytes]] = field(default_factory=dict)  # members by ending, of what is incomplete
+    given: set[str] = field(default_factory=set)  # names
+
+    def add(self, key: str, ending: str, content: bytes) -> None:
+        if key not in self.given:
+            self.waiting.setdefault(key, {}).setdefault(ending, content)
+        elif ending in _IMAGES:
+            self.leave_out(f"{key} again", "with the name of another")
+
+    def complete(self, key: str) -> Iterator[Sample]:
+        """The sample of this name, unless something of it is missing that may yet come."""
+        own = self.waiting.get(key, {})
+        image = next((own[ending] for ending in own if ending in _IMAGES), None)
+        try:
+            caption = _caption(own, self.encoding)
+        except UnicodeDecodeError:
+            self.leave_out(key, f"with a caption that is not {self.encoding.upper()}")
+        except ValueError:
+            self.leave_out(key, "with a .json that is none")
+        else:
+            if image is None or not caption:
+                return
+            if image:
+                yield Sample(image, caption, f"{self.name}:{place(key)}")
+            else:
+                self.leave_out(key, "with an empty image")
+        self.given.add(key)
+        del self.waiting[key]
+
+    def leave_out_the_rest(self) -> None:
+        """What is incomplete at the end stays so."""
+        for key, own in self.waiting.items():
+            self.leave_out(key, f"without {'caption' if _IMAGES & own.keys() else 'image'}")
+
+    def leave_out(self, key: str, reason: str) -> None:
+        self.found.append(Fault(f"{self.name}:{place(key)}", reason, 1, self.of))
+
+
+def _caption(members: dict[str, bytes], encoding: str) -> str:
+    """The first that is not empty."""
+    for ending in CAPTIONS:
+        text = members.get(ending, b"").decode(encoding if ending != "json" else "utf-8").removeprefix("\ufeff")
+        if ending == "json" and text.strip():
+            text = _text_in(json.loads(text))
+        if text.strip():
+            return text.strip()
+    return ""
+
+
+def _text_in(content: Any) -> str:
+    """The caption in a .json; the first of several."""
+    caption = content.get("caption") if isinstance(content, dict) else None
+    if isinstance(caption, list) and caption:
+        caption = caption[0]
+    return caption if isinstance(caption, str) else ""
+
+
+class Losses:
+    """What is left out of several shards that are read for the first time, when it is not known how long they are."""
+
+    def __init__(self) -> None:
+        self.whole: list[int] = []  # samples
+        self.cut: list[tuple[Fault, int]] = []
+
+    def of(self, found: list[Fault], count: int) -> list[Fault]:
+        """What was found in a shard that had `count` samples, but for the loss of a part of it."""
+        if not found or found[-1].lost:
+            self.whole.append(count)
+            return found
+        self.cut.append((found[-1], count))
+        return found[:-1]
+
+    @property
+    def expected(self) -> int:
+        """Samples of a shard."""
+        return round(sum(self.whole) / max(1, len(self.whole)))
+
+    def of_parts(self) -> list[Fault]:
+        """The shards of which a part is lost, each with the samples that are missing to the others' mean."""
+        return [fault._replace(lost=max(1, self.expected - count)) for fault, count in self.cut]
