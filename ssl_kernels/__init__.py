@@ -1,5 +1,8 @@
 """Fused, exact, memory-linear kernels for contrastive and self-supervised losses."""
 
+from ssl_kernels import _interrupt  # noqa: F401 (first, for what follows takes seconds)
+
+# isort: split
 import torch
 
 __version__ = "0.1.0"

@@ -10,6 +10,8 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
+from ssl_kernels import __version__, _interrupt
+
 TRAINERS = {
     "clip": "image-text pretraining with the softmax loss; with a locked image tower LiT and dino.txt",
     "dino": "images without labels, by self-distillation; with masked patches for vision transformers (v2)",
@@ -27,6 +29,7 @@ usage: ssl-kernels COMMAND ...
   ssl-kernels compare RUN [RUN ...]     the figures of finished runs, such as those of several seeds, in one table
   ssl-kernels bench [OP ...]            time and memory of the losses here, beside the peers that are installed
   ssl-kernels info                      versions, instruction set and the backend of each op
+  ssl-kernels --version
 """
 
 
@@ -37,11 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments in ([], ["-h"], ["--help"], ["train", "-h"], ["train", "--help"]):
         print(usage, end="")
         return 0 if arguments else 2
+    if arguments in (["-V"], ["--version"]):
+        print(f"ssl_kernels {__version__}")
+        return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         return _fail(f"expected one of the commands {', '.join(COMMANDS)}, got {command!r}")
+    if command != "train":
+        _interrupt.over()
     try:
         return COMMANDS[command](rest)
+    except KeyboardInterrupt:
+        print(f"ssl-kernels {command}: interrupted", file=sys.stderr)
+        return 130
     except ImportError as error:
         if "ssl_kernels.trainers: missing" not in str(error):  # not a missing extra: a bug, whose traceback helps
             raise
@@ -54,6 +65,7 @@ def train(argv: Sequence[str]) -> int:
         got = f"got {argv[0]!r}" if argv else "got none"
         return _fail(f"train: expected one of the trainers {', '.join(TRAINERS)}, {got}")
     trainer = importlib.import_module(f"ssl_kernels.trainers.{argv[0]}")
+    _interrupt.over()
     code: int = trainer.main(argv[1:], prog=f"ssl-kernels train {argv[0]}")
     return code
 

@@ -1,4 +1,4 @@
-"""A warning when self-distillation collapses, which its loss alone does not show."""
+"""Warnings when features collapse, which the loss alone does not show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import ssl_kernels.functional as K
 
 
 class CollapseWarning(UserWarning):
-    """The teacher's output no longer depends on the sample."""
+    """The output of a network no longer depends on the sample."""
 
 
 class CollapseMonitor:
@@ -108,4 +108,52 @@ class CollapseMonitor:
                 "check that the centre moves if constant",
                 CollapseWarning,
                 stacklevel=3,
+            )
+
+
+class SpreadMonitor:
+    r"""Watches how far embeddings are spread over the sphere and warns when they have become the same for every sample.
+
+    Contrastive losses show a collapse only as a loss that stays at the logarithm of the batch or of the queue. The
+    spread shows it at once: the standard deviation of normalised embeddings [B, D] times :math:`\sqrt D`, which is 1
+    where they are spread evenly and 0 where all are equal.
+
+    Args:
+        what: what has this spread, for the warning.
+        tolerance: a spread below it counts as collapsed; 0.02 is a mean cosine of 0.9996 between samples.
+        patience: how many calls in a row must look collapsed before the warning; the first steps of a run may.
+
+    Raises:
+        ValueError: if an argument does not fit; the message names it, what it got and what it expects.
+
+    >>> import warnings
+    >>> from ssl_kernels.collapse import SpreadMonitor
+    >>> monitor = SpreadMonitor(patience=2)
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     for spread in (0.9, 0.01, 0.005, 0.004):
+    ...         monitor(spread)
+    >>> print(caught[0].message)
+    the embeddings have collapsed: every sample's is the same (spread 0.005). Lower the learning rate or lengthen its warm-up, and clip gradients
+    >>> len(caught)
+    1
+    """  # noqa: E501
+
+    def __init__(self, what: str = "the embeddings", tolerance: float = 0.02, patience: int = 5) -> None:
+        if not 0 < tolerance < 1:
+            raise ValueError(f"tolerance: expected a number in (0, 1), got {tolerance}")
+        if patience < 1:
+            raise ValueError(f"patience: expected at least 1, got {patience}")
+        self.what, self.tolerance, self.patience = what, tolerance, patience
+        self._collapsed = 0  # calls in a row
+
+    def __call__(self, spread: float) -> None:
+        """Take the spread of a step; warn when the patience is at its end, and not again before it has recovered."""
+        self._collapsed = self._collapsed + 1 if spread < self.tolerance else 0
+        if self._collapsed == self.patience:
+            warnings.warn(
+                f"{self.what} have collapsed: every sample's is the same (spread {spread:.2g}). Lower the learning rate"
+                " or lengthen its warm-up, and clip gradients",
+                CollapseWarning,
+                stacklevel=2,
             )

@@ -86,6 +86,7 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("pairs.csv", *(f"shards-{number:03}.tar" for number in range(100))):
         (tmp_path / name).touch()
     (tmp_path / "photos").mkdir()
+    (tmp_path / "run.yaml").write_text("lr: 0.001\n")
     monkeypatch.chdir(tmp_path)
 
     def run(kind: type[Any], train: object, argv: list[str], prog: str) -> int:
@@ -201,7 +202,7 @@ def public_names() -> set[str]:
             if getattr(value, "__module__", None) == module and not name.startswith("_"):
                 names.add(f"{module}.{name}")
     base = {"ssl_kernels.integrations.dinov2.CenteredLoss"}  # what the losses there inherit from
-    others = {"ema.ema_multi_avg_fn", "collapse.CollapseWarning", "grad_cache.grad_cache"}
+    others = {"ema.ema_multi_avg_fn", "collapse.SpreadMonitor", "collapse.CollapseWarning", "grad_cache.grad_cache"}
     others |= {"distributed", "distributed.gather_rows"}
     return names - base | {f"ssl_kernels.{name}" for name in others}
 

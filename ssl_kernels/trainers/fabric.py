@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def make_fabric(config: LoopConfig) -> Fabric:
     """One device, or several processes with one each, with the asked precision, and every seed set.
 
-    All processes have the same seeds, and draw alike.
+    All processes have the same seeds, and draw alike. The precision `auto` is replaced by what it means here, so that
+    the run keeps it wherever it goes on.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
@@ -32,7 +33,8 @@ def make_fabric(config: LoopConfig) -> Fabric:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written twice
     torch.backends.cudnn.benchmark = False
-    if config.precision == "16-mixed" and (config.accelerator == "cpu" or not torch.accelerator.is_available()):
+    config.precision = precision = resolved_precision(config)
+    if precision == "16-mixed" and (config.accelerator == "cpu" or not torch.accelerator.is_available()):
         raise UserError("--precision: 16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")
     devices, num_nodes = processes.counts(config.devices, config.num_nodes)
     world = devices * num_nodes
@@ -46,7 +48,7 @@ def make_fabric(config: LoopConfig) -> Fabric:
         strategy = ModelParallelStrategy(sharding.shard, data_parallel_size=world, tensor_parallel_size=1)
     try:
         fabric = Fabric(
-            accelerator=config.accelerator, devices=devices, num_nodes=num_nodes, precision=config.precision,
+            accelerator=config.accelerator, devices=devices, num_nodes=num_nodes, precision=precision,
             strategy=strategy,
         )  # fmt: skip
         fabric.launch()
@@ -59,3 +61,11 @@ def make_fabric(config: LoopConfig) -> Fabric:
     np.random.seed(config.seed % 2**32)  # noqa: NPY002 (for whoever uses the global generator)
     torch.manual_seed(config.seed)
     return fabric
+
+
+def resolved_precision(config: LoopConfig) -> Any:
+    """What --precision auto means on this machine: bf16-mixed on a GPU that computes in bfloat16, else 32-true."""
+    if config.precision != "auto":
+        return config.precision
+    on_gpu = config.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"

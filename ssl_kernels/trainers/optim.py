@@ -1,11 +1,14 @@
-"""What the optimizer is given: groups of parameters, and the factor on their learning rate at each step."""
+"""The optimizer, its groups of parameters, and the factor on their learning rate at each step."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 from torch import nn
+
+from ssl_kernels.trainers.loop_config import LoopConfig
 
 
 def parameter_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -17,6 +20,23 @@ def parameter_groups(module: nn.Module, lr: float, weight_decay: float) -> list[
         {"params": plain, "lr": lr, "peak_lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: LoopConfig) -> torch.optim.Optimizer:
+    """The optimizer that a configuration names, for groups of parameters of `parameter_groups`.
+
+    LARS (You 2017, arXiv 1708.03888) adapts the rate of matrices and filters, as in SimCLR: biases and the like move as
+    by SGD.
+    """
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.optimizer_momentum)
+    if config.optimizer == "lars":
+        from timm.optim import Lars
+
+        for group in groups:
+            group["always_adapt"] = group["params"][0].ndim >= 2
+        return Lars(groups, lr=config.lr, momentum=config.optimizer_momentum)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
 def cosine(step: int, total: int, warmup: int) -> float:

@@ -34,6 +34,12 @@ def own_share() -> Share:
     return Share(dist.get_rank(), dist.get_world_size()) if several_processes() else ALONE
 
 
+def is_first() -> bool:
+    """Whether this process is the first of its run, by what its launcher says before processes know of each other."""
+    told = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
+    return all(int(os.environ.get(name) or 0) == 0 for name in told)
+
+
 def counts(devices: int, num_nodes: int) -> tuple[int, int]:
     """Processes to a node, and nodes: those that torchrun has started, or else those that are asked for."""
     asked, started = (devices, num_nodes), int(os.environ.get("WORLD_SIZE", 1))

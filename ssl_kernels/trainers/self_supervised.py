@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from ssl_kernels.ema import ModelEma
 from ssl_kernels.schedules import cosine_momentum
-from ssl_kernels.trainers import batch_norm, chunks, loop, sharding
+from ssl_kernels.trainers import batch_norm, chunks, init_from, loop, sharding, speed
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.faults import FaultLog
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
-from ssl_kernels.trainers.evaluation import probes, report
+from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.evaluation import during, probes, report
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.models import BUILT_IN, TINY, ImageTower
-from ssl_kernels.trainers.optim import parameter_groups
+from ssl_kernels.trainers.optim import make_optimizer, parameter_groups
 from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import POSITIVE, at_least, require
 
@@ -151,16 +152,29 @@ def train(
         config, batch_size=config.batch_size, seed=config.seed, workers=config.workers, crops=crops, share=own_share()
     )
     data.found.print(console, data.faults)
-    method = make_method(data, loop.steps_per_epoch(data.batches, config) * config.epochs)
+    method = make_method(data, loop.total_steps(data.batches, config))
+    init_from.initialise(config, method, console)
     initial = copy.deepcopy(method.evaluated)
+    speed.apply(config, method, method.encoder.trunk)
     method.synchronise(fabric.device)
     wrapped = fabric.setup_module(method)
-    optimizer = torch.optim.AdamW(parameter_groups(method, config.lr, config.weight_decay), betas=config.betas)
+    optimizer = make_optimizer(parameter_groups(method, config.lr, config.weight_decay), config)
     wrapped_optimizer: Any = fabric.setup_optimizers(optimizer)
     if config.resume is None:
         with fabric.autocast():  # an epoch that training does not reach has other views
             method.before_training(map(fabric.to_device, data.batches.batches(config.epochs)))
 
+    def score() -> dict[str, float]:
+        trained = whole_encoder(fabric, method, initial)
+        if trained is None:
+            return {}
+        return during.of_features(
+            features_of(fabric, trained), data.train, data.held_out, data.view, config.image_size, config.split_seed,
+            data.faults,
+        )  # fmt: skip
+
+    if config.eval_every and not len(data.held_out):
+        raise UserError("--eval-every: no image is held out; --held-out is a share of each class, rounded")
     step = chunks.in_chunks(fabric, wrapped, cast(chunks.InParts, method), chunk_size) if chunk_size else None
     left_out = FaultLog(data.faults, config.output_dir, console, resume=config.resume, writes=fabric.is_global_zero)
 
@@ -172,15 +186,15 @@ def train(
         result = loop.fit(
             fabric, wrapped, wrapped_optimizer, data.batches, config, console=console, step=step,
             before_step=before_step, after_backward=method.after_backward, after_step=method.after_step,
+            evaluate=score,
         )  # fmt: skip
-    weights = sharding.whole(method.evaluated.state_dict(), keep=fabric.is_global_zero)
-    if not fabric.is_global_zero:
+    trained = whole_encoder(fabric, method, initial)
+    if trained is None:
         return
 
     folder = config.output_dir
-    report.plot_curves(folder / "curves.png", result.records)
-    trained = copy.deepcopy(initial).to(method.evaluated.mean)  # one process alone cannot call what lies in shards
-    trained.load_state_dict(weights)
+    if result.records:  # whose file may be lost
+        report.plot_curves(folder / "curves.png", result.records)
     figures = evaluate(fabric, trained, initial, data, config)
     total_s = time.perf_counter() - begun
     report.write_summary(folder / "summary.json", result, figures, total_s, data.faults, data.found)
@@ -199,22 +213,34 @@ def train(
     report.print_written(console, folder, *pictures)
 
 
+def whole_encoder(fabric: Fabric, method: Method, initial: Encoder) -> Encoder | None:
+    """A copy of what is evaluated, for the first process: one alone cannot call what lies in shards. All take part."""
+    weights = sharding.whole(method.evaluated.state_dict(), keep=fabric.is_global_zero)
+    if not fabric.is_global_zero:
+        return None
+    trained = copy.deepcopy(initial).to(method.evaluated.mean)
+    trained.load_state_dict(weights)
+    return trained
+
+
+def features_of(fabric: Fabric, encoder: Encoder) -> probes.Encode:
+    """What an encoder's trunk makes of images, in evaluation mode."""
+    encoder.eval()
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        with fabric.autocast():
+            return encoder.features(fabric.to_device(images)).float().cpu()
+
+    return encode
+
+
 def evaluate(
     fabric: Fabric, trained: Encoder, initial: Encoder, data: ImageData, config: SelfSupervisedConfig
 ) -> list[probes.FeatureFigure]:
-    def features(encoder: Encoder) -> probes.Encode:
-        encoder.to(trained.mean).eval()
-
-        @torch.no_grad()
-        def encode(images: Tensor) -> Tensor:
-            with fabric.autocast():
-                return encoder.features(fabric.to_device(images)).float().cpu()
-
-        return encode
-
     return probes.report_card(
-        features(trained), features(initial), data.train, data.held_out, data.view, config.image_size,
-        config.split_seed, data.faults,
+        features_of(fabric, trained), features_of(fabric, initial.to(trained.mean)), data.train,
+        data.held_out, data.view, config.image_size, config.split_seed, data.faults,
     )  # fmt: skip
 
 

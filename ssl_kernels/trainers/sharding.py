@@ -19,14 +19,14 @@ def shard(module: nn.Module, mesh: Any) -> nn.Module:
     """A module whose weights are gathered a block at a time in its `forward`, and with it those outside of blocks."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    for part in (*_blocks(module), module):
+    for part in (*blocks(module), module):
         fully_shard(part, mesh=mesh["data_parallel"])
     if hasattr(module, "before_training"):  # which calls nets as well
         register_fsdp_forward_method(module, "before_training")
     return module
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def blocks(module: nn.Module) -> list[nn.Module]:
     """Of transformers and convolutional nets: what is called in a sequence and has parts. The inner ones are first."""
     sequences = [part for part in module.modules() if isinstance(part, nn.Sequential | nn.ModuleList)]
     members = dict.fromkeys(member for sequence in sequences for member in sequence)

@@ -15,14 +15,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ssl_kernels import use_backend
+from ssl_kernels.distributed import gather_rows
 from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers import batch_norm, chunks, loop, optim, sharding
-from ssl_kernels.trainers.data import Batch, DataConfig, load, openmoji
+from ssl_kernels.trainers import batch_norm, chunks, init_from, loop, optim, sharding, speed
+from ssl_kernels.trainers.data import Batch, DataConfig, fingerprint, load, openmoji
 from ssl_kernels.trainers.data.faults import FaultLog
 from ssl_kernels.trainers.data.pairs import ids_of_keys
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.evaluation import image_text, report
+from ssl_kernels.trainers.evaluation import during, image_text, report
+from ssl_kernels.trainers.evaluation.probes import spread
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.models import (
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 CHECKED = 1024  # pairs of a batch
+WATCHED = 256  # of them, whose spread is logged
 
 
 @dataclass
@@ -109,7 +112,7 @@ class TwoTowerModel(nn.Module, ABC):
         if ids is not None and ids.ndim == 2:
             ids = ids_of_keys(ids)
         loss = self.contrast_by(self.backend, x, y, ids, *learned)
-        metrics = self.scalars(*learned)
+        metrics = {**self.scalars(*learned), **spread_of(x, y)}
         if self.check:
             with torch.no_grad():
                 own = max(0, CHECKED - own_share().rank * len(x))  # of the first pairs of the batch
@@ -122,6 +125,15 @@ class TwoTowerModel(nn.Module, ABC):
     def contrast_by(self, backend: str, x: Tensor, y: Tensor, ids: Tensor | None, *learned: Tensor) -> Tensor:
         with _backend(backend):
             return self.contrast(x, y, ids, *learned)
+
+
+@torch.no_grad()
+def spread_of(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """How far the images and the texts of the first pairs of a batch are spread, and in how many directions."""
+    own = max(0, WATCHED - own_share().rank * len(x))
+    both = gather_rows(torch.stack([x[:own], y[:own]], 1))
+    spreads = {side: spread(both[:, i]) for i, side in enumerate(("image", "text"))}
+    return {name.replace("embedding", side): value for side, named in spreads.items() for name, value in named.items()}
 
 
 def _backend(name: str) -> AbstractContextManager[None]:
@@ -138,7 +150,7 @@ def try_loss(model: TwoTowerModel, config: TwoTowerConfig, fabric: Fabric) -> No
         raise UserError(f"--loss-backend: {error}") from None
 
 
-def parameter_groups(model: TwoTowerModel, config: TwoTowerConfig) -> list[dict[str, object]]:
+def parameter_groups(model: TwoTowerModel, config: TwoTowerConfig) -> list[dict[str, Any]]:
     """A pretrained trunk may learn slower than the rest, then without weight decay: it would forget what it knows."""
     trunk = model.image.trunk
     slow = config.image_lr_factor < 1
@@ -163,11 +175,15 @@ def train(
     image = image_tower(config, config.image_size, inverted=config.data == "openmoji" and not config.pretrained)
     towers = image, text_tower(config)
     model = make_model(*towers)
+    if config.resume is None:
+        init_from.initialise(config, model, console)
     # One process alone cannot call what lies in shards.
     evaluated = make_model(*copy.deepcopy(towers)) if config.strategy == "fsdp" and fabric.is_global_zero else model
+    nets = ([] if config.image_locked else [image.trunk]) + ([] if config.text_model == "ngrams" else [towers[1]])
+    speed.apply(config, model, *nets)
     batch_norm.synchronise(model, fabric.device)
     wrapped = fabric.setup_module(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas)
+    optimizer = optim.make_optimizer(parameter_groups(model, config), config)
     wrapped_optimizer: Any = fabric.setup_optimizers(optimizer)
     try_loss(model, config, fabric)
     tokenize = tokenizer(config)
@@ -178,24 +194,43 @@ def train(
 
     if config.image_locked and not config.pretrained:
         console.print("note: the image tower is locked at random weights; --pretrained loads learned ones")
+    if config.eval_every and data.held_out is None:
+        raise UserError("--eval-every: no pair is held out; give --held-out or --held-out-data")
+
+    def put_together() -> TwoTowerModel | None:
+        """What is evaluated, for the first process. All take part."""
+        weights = sharding.whole(model.state_dict(), keep=fabric.is_global_zero)
+        if not fabric.is_global_zero:
+            return None
+        evaluated.to(model.image.mean).load_state_dict(weights)
+        return evaluated
+
+    def score() -> dict[str, float]:
+        together = put_together()
+        if together is None or data.held_out is None:
+            return {}
+        embedder = image_text.Embedder(fabric, together, tokenize, config.image_size)
+        return during.of_pairs(embedder, data.held_out, data.faults)
+
+    held_out = "" if data.held_out is None else fingerprint.of_pairs(data.held_out.captions, data.held_out.images)
     step = chunks.in_chunks(fabric, wrapped, model, config.chunk_size) if config.chunk_size else None
     with FaultLog(
         data.faults, config.output_dir, console, resume=config.resume, writes=fabric.is_global_zero
     ) as left_out:
         result = loop.fit(
             fabric, wrapped, wrapped_optimizer, data.batches, config,
-            step=step, before_step=left_out.tell, after_step=model.after_step, console=console,
+            step=step, before_step=left_out.tell, after_step=model.after_step, evaluate=score,
+            held_out=held_out, console=console,
         )  # fmt: skip
-    weights = sharding.whole(model.state_dict(), keep=fabric.is_global_zero)
-    if not fabric.is_global_zero:
+    if put_together() is None:
         return
 
-    evaluated.to(model.image.mean).load_state_dict(weights)
     folder = config.output_dir
     figures: list[image_text.PairFigure] = []
     pictures: list[str] = []
     credit = openmoji.CREDIT if config.data == "openmoji" else ""
-    report.plot_curves(folder / "curves.png", result.records)
+    if result.records:  # whose file may be lost
+        report.plot_curves(folder / "curves.png", result.records)
     if data.held_out is not None:
         embedder = image_text.Embedder(fabric, evaluated, tokenize, config.image_size)
         supervised = config.label_captions > 0

@@ -171,14 +171,21 @@ def start(
 
     With `hold` it waits in the step of that number, before its line is logged: see `signal_held`.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = ["-m", f"ssl_kernels.trainers.{trainer}"]
     if hold is not None:
         command = ["-c", _HOLD, trainer, str(hold[0]), str(hold[1])]
+    return start_command([*command, *arguments], **options)
+
+
+def start_command(words: list[str], path: str | None = None, **options: object) -> subprocess.Popen[str]:
+    """Python with these arguments, which hears SIGINT."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if path is not None:
+        environment["PYTHONPATH"] = path
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, a child would ignore it too
     try:
         return subprocess.Popen(
-            [sys.executable, *command, *arguments],
+            [sys.executable, *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
         )  # type: ignore[call-overload, no-any-return]  # fmt: skip
     finally:
@@ -200,7 +207,7 @@ def signal_held(process: subprocess.Popen[str], gate: Path, number: signal.Signa
 
 def logged(folder: Path) -> list[dict[str, float]]:
     """The log of a run without what depends on the clock."""
-    from ssl_kernels.trainers.log import TIMED
+    from ssl_kernels.trainers.loggers import TIMED
 
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import start
+from conftest import start, start_command
 from processes import run_python
 
+import ssl_kernels
 from ssl_kernels import cli
 from ssl_kernels.trainers import siglip
 
@@ -197,3 +198,48 @@ def test_interrupted_before_training_exits_at_once(small: list[str], tmp_path: P
     process.communicate()
     assert process.returncode != 0
     assert not (tmp_path / "run").exists()
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ssl_kernels {ssl_kernels.__version__}\n"
+
+
+_ENDLESS = """
+import time
+print("loading", flush=True)
+while True:
+    try:
+        time.sleep(1)
+    except BaseException:  # as imports of the wide world do
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("torch", ["--help"]), ("tyro", ["train", "siglip"])], ids=["torch", "a trainer"]
+)
+def test_an_interrupt_while_modules_are_loaded_is_one_line(tmp_path: Path, module: str, arguments: list[str]) -> None:
+    (tmp_path / f"{module}.py").write_text(_ENDLESS)
+    package = str(Path(ssl_kernels.__file__).parents[1])
+    process = start_command(["-m", "ssl_kernels.cli", *arguments], path=f"{tmp_path}:{package}")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "ssl-kernels: interrupted\n")
+    assert process.returncode == 130
+
+
+def test_other_programs_keep_their_interrupts() -> None:
+    code = "import signal, ssl_kernels; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    process = start_command(["-c", code])
+    assert process.communicate()[0] == "True\n"
+
+
+def test_an_interrupted_command_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", interrupt)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "ssl-kernels info: interrupted\n"

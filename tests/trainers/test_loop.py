@@ -21,7 +21,7 @@ from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, Use
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop import Result, fit
 from ssl_kernels.trainers.loop_config import LoopConfig
-from ssl_kernels.trainers.optim import cosine, parameter_groups
+from ssl_kernels.trainers.optim import cosine, make_optimizer, parameter_groups
 
 PAIRS, DIM = 24, 3
 
@@ -70,7 +70,7 @@ def run(
     fabric = make_fabric(settings)
     model = model or Linear()
     groups = parameter_groups(model, settings.lr, settings.weight_decay)
-    wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(groups, betas=settings.betas))
+    wrapped, optimizer = fabric.setup(model, make_optimizer(groups, settings))
     return fit(fabric, wrapped, optimizer, data or Regression(settings.batch_size), settings, **options)  # type: ignore[arg-type]
 
 

@@ -247,8 +247,7 @@ def test_a_stopped_run_resumes_bit_exactly(small: list[str], tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(MoCo, "after_step", fail)
-        with pytest.raises(RuntimeError, match="out of power"):
-            moco.main([*settings, "--output-dir", str(folder)])
+        assert moco.main([*settings, "--output-dir", str(folder)]) == 1
     stopped = load_checkpoint(folder / "last.pt")
     assert stopped["step"] == 4
     assert stopped["model"]["queue.pointer"].item() == 4 * 16 % 20

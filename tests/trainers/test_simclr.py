@@ -103,8 +103,7 @@ def test_a_stopped_run_resumes_bit_exactly(small: list[str], tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(SimCLR, "after_step", fail)
-        with pytest.raises(RuntimeError, match="out of power"):
-            simclr.main([*settings, "--output-dir", str(stopped)])
+        assert simclr.main([*settings, "--output-dir", str(stopped)]) == 1
     assert load_checkpoint(stopped / "last.pt")["step"] == 4
     assert simclr.main(["--resume", str(stopped)]) == 0
     assert logged(stopped) == logged(whole)

@@ -21,3 +21,8 @@ def names_within(files: Sequence[Path | str]) -> list[str]:
     common = os.path.commonprefix([min(paths, default=""), max(paths, default="")])  # noqa: RUF071 (cut below)
     start = common.rfind("/") + 1
     return [path[start:] for path in paths]
+
+
+def of_pairs(captions: Sequence[str], images: object) -> str:
+    """Of captions and of the files of their images, if these are files."""
+    return digest([*captions, *names_within(images if isinstance(images, list) else [])])

@@ -271,4 +271,9 @@ def print_table(console: Console, title: str, result: Result, figures: Sequence[
             steps = sum("loss_reference" in record for record in result.records)
             remark = f"relative difference, worst of {steps} steps"
             training.append(("same loss by the reference", [f"{worst:.1e}"], remark))
+        for name in ("image", "text"):
+            end = result.records[-1]
+            if f"{name}_std" in end:
+                cells = [f"{end[f'{name}_std']:.3g}, {end[f'{name}_rank']:.3g}"]
+                training.append((f"spread of {name}s, directions", cells, "1: spread evenly, 0: collapsed"))
     report.closing_table(console, title, _CAPTION, _COLUMNS, rows, training, result, total_s)

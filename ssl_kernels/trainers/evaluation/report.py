@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
+from ssl_kernels.trainers.checkpoints import BEST, CHECKPOINT, write_atomically
 from ssl_kernels.trainers.data.faults import EVALUATION, TRAINING, Faults
 from ssl_kernels.trainers.data.found import Found
 from ssl_kernels.trainers.data.pairs import ImageTextPairs
-from ssl_kernels.trainers.log import METRICS
+from ssl_kernels.trainers.loggers import METRICS
 from ssl_kernels.trainers.loop import Result
 
 Row = tuple[str, Sequence[str], str]  # a name, the cells of the first columns, and a remark
@@ -35,8 +35,10 @@ def closing_table(
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("remarks")
     seconds = f"{result.elapsed_s:.0f} / {total_s:.0f}"
+    speed = result.images_per_s
     costs: list[Row] = [
         ("seconds", [seconds], f"training ({result.steps} steps) / all"),
+        *([] if speed is None else [("images a second", [f"{speed:.0f}"], "in training, without the first step")]),
         ("peak memory, MB", [f"{result.peak_mb:.0f}"], "CPU: whole process with its libraries"),
     ]
     for rows in (figures, [*training, *costs]):
@@ -44,12 +46,15 @@ def closing_table(
             table.add_row(name, *cells, *[""] * (len(columns) - len(cells)), remark)
         table.add_section()
     console.print(table)
+    for note in result.notes:
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def print_written(console: Console, folder: Path, *pictures: str) -> None:
     """Name the files of a finished run, `pictures` among them."""
-    files = (CHECKPOINT, METRICS, "config.json", "tensorboard", "curves.png", "summary.json", *pictures)
-    console.print("written:", *(str(folder / file) for file in files), highlight=False, soft_wrap=True)
+    files = (CHECKPOINT, BEST, METRICS, "config.json", "tensorboard", "curves.png", "summary.json", *pictures)
+    written = [folder / file for file in files if (folder / file).exists()]
+    console.print("written:", *map(str, written), highlight=False, soft_wrap=True)
 
 
 def loss_difference(result: Result) -> float | None:
@@ -69,8 +74,8 @@ def write_summary(
     summary: dict[str, Any] = {
         "figures": [asdict(figure) for figure in figures], "loss_first": first, "loss_last": last,
         "loss_difference": loss_difference(result), "steps": result.steps, "training_s": result.elapsed_s,
-        "total_s": total_s, "peak_mb": result.peak_mb,
         "data": None if found is None else found.as_dict(),
+        "total_s": total_s, "peak_mb": result.peak_mb, "images_per_s": result.images_per_s, "notes": result.notes,
         "left_out": {of: faults.counts(of) for of in (TRAINING, EVALUATION)},
     }  # fmt: skip
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(summary, indent=2) + "\n"))
