@@ -3,6 +3,9 @@
 from ssl_kernels import _interrupt  # noqa: F401 (first, for what follows takes seconds)
 
 # isort: split
+import importlib
+from types import ModuleType
+
 import torch
 
 __version__ = "0.1.0"
@@ -42,6 +45,14 @@ from ssl_kernels.queue import KeyQueue
 from ssl_kernels.settings import set_defaults, use_backend, use_tile_budget, use_workspace
 
 _C.active_isa()  # an unknown SSL_KERNELS_ISA is reported here, not in the first loss
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`ssl_kernels.trainers` needs no import of its own; it is imported when it is asked for."""
+    if name == "trainers":
+        return importlib.import_module("ssl_kernels.trainers")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ALBEFContrastiveLoss",

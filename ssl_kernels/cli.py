@@ -20,6 +20,15 @@ TRAINERS = {
     "simclr": "images without labels, by contrast within the batch",
 }
 
+USES = {
+    "embed": "the embeddings of images or captions, in a file",
+    "search": "the images that lie nearest to a text or to an image",
+    "classify": "which of some labels fits each image",
+    "probe": "k-NN, linear probe and few labels on a labelled folder",
+    "finetune": "train a classifier on top, by a labelled folder",
+    "export": "the model for timm, ONNX, torch.export, open_clip and transformers",
+}
+
 _USAGE = """\
 usage: ssl-kernels COMMAND ...
 
@@ -27,6 +36,7 @@ usage: ssl-kernels COMMAND ...
 {trainers}
   ssl-kernels check DATA                read all images and captions of a table, a folder or shards; report bad ones
   ssl-kernels compare RUN [RUN ...]     the figures of finished runs, such as those of several seeds, in one table
+{uses}
   ssl-kernels bench [OP ...]            time and memory of the losses here, beside the peers that are installed
   ssl-kernels info                      versions, instruction set and the backend of each op
   ssl-kernels --version
@@ -36,7 +46,10 @@ usage: ssl-kernels COMMAND ...
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    usage = _USAGE.format(trainers="\n".join(f"{'':14}TRAINER = {name:<12}{what}" for name, what in TRAINERS.items()))
+    usage = _USAGE.format(
+        trainers="\n".join(f"{'':14}TRAINER = {name:<12}{what}" for name, what in TRAINERS.items()),
+        uses="\n".join(f"  ssl-kernels {name + ' RUN ...':<26}{what}" for name, what in USES.items()),
+    )
     if arguments in ([], ["-h"], ["--help"], ["train", "-h"], ["train", "--help"]):
         print(usage, end="")
         return 0 if arguments else 2
@@ -94,6 +107,16 @@ def compare(folders: Sequence[str]) -> int:
     return 0
 
 
+def use(name: str) -> Callable[[Sequence[str]], int]:
+    """The command that `ssl_kernels.trainers.use.<name>` has for a run."""
+
+    def command(argv: Sequence[str]) -> int:
+        code: int = importlib.import_module(f"ssl_kernels.trainers.use.{name}").main(argv, prog=f"ssl-kernels {name}")
+        return code
+
+    return command
+
+
 def info(_: Sequence[str]) -> int:
     """Print what is installed."""
     from ssl_kernels import info
@@ -114,7 +137,8 @@ def bench(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train, "check": check, "compare": compare, "bench": bench, "info": info
+    "train": train, "check": check, "compare": compare, **{name: use(name) for name in USES}, "bench": bench,
+    "info": info,
 }  # fmt: skip
 
 

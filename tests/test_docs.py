@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
 import shlex
@@ -18,13 +19,14 @@ import pytest
 import torch.distributed as dist
 
 import ssl_kernels.integrations
-from ssl_kernels.cli import TRAINERS
+from ssl_kernels.cli import TRAINERS, USES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md", ROOT / "tests/README.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+BEGIN_WITH_RUNS = {"docs/using_models.md"}
 RUN_ELSEWHERE = {"docs/tour.md"}  # in tests/examples/test_tour.py, at a small size
 
 
@@ -53,7 +55,34 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@pytest.mark.usefixtures("one_process")
+@pytest.fixture
+def runs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page finds that begins where `make demo` ended: a run, here of untrained towers, and photographs."""
+    if request.node.callspec.params["name"] not in BEGIN_WITH_RUNS:
+        return
+    import torch
+    from PIL import Image
+
+    from ssl_kernels.trainers import inputs
+    from ssl_kernels.trainers.models import TowerConfig, image_tower, text_tower
+
+    config = TowerConfig()
+    model = torch.nn.Module()
+    model.image, model.text = image_tower(config, 40, inverted=True), text_tower(config)
+    scalars = {"log_scale": torch.tensor([2.3]), "bias": torch.tensor([-10.0])}
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    about = inputs.of_pairs("SigLIP", model, config)  # type: ignore[arg-type]
+    state = {"inputs": about, "model": {**model.state_dict(), **scalars}, "config": {"data": "openmoji"}}
+    torch.save(state, tmp_path / "runs/demo/last.pt")
+    figure = {"name": "text->image R@1", "model": 0.5, "chance": 0.003}
+    (tmp_path / "runs/demo/summary.json").write_text(json.dumps({"figures": [figure]}))
+    (tmp_path / "photos").mkdir()
+    for name in ("heart", "cat"):
+        Image.new("RGB", (50, 40), "red").save(tmp_path / f"photos/{name}.png")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("one_process", "runs")
 @pytest.mark.parametrize("name", [name for name in sorted(TEXTS.keys() - RUN_ELSEWHERE) if blocks(name, "python")])
 def test_python_runs(name: str) -> None:
     """The blocks of a page follow each other, as a reader pastes them."""
@@ -82,6 +111,7 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from ssl_kernels.trainers import check, command
     from ssl_kernels.trainers.data.faults import Faults
     from ssl_kernels.trainers.evaluation import compare
+    from ssl_kernels.trainers.use import command as use
 
     for name in ("pairs.csv", *(f"shards-{number:03}.tar" for number in range(100))):
         (tmp_path / name).touch()
@@ -100,6 +130,7 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise SystemExit(0)
 
     monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(use, "run", run)
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(compare, "main", lambda folders: 0)
     monkeypatch.setattr(check, "check", lambda config, console: check.Report(0, Faults(), Faults()))
@@ -143,7 +174,8 @@ def test_options_exist() -> None:
     """Those that sentences name, and what `make` is told in them."""
     from ssl_kernels.trainers import check
 
-    configs = [value for name in TRAINERS for value in vars(trainer(name)).values() if dataclasses.is_dataclass(value)]
+    modules = [trainer(name) for name in (*TRAINERS, *(f"use.{name}" for name in USES))]
+    configs = [value for module in modules for value in vars(module).values() if dataclasses.is_dataclass(value)]
     configs.append(check.CheckConfig)
     options = {f"--{field.name.replace('_', '-')}" for config in configs for field in dataclasses.fields(config)}
     options |= {"--help", "--no-build-isolation"}
@@ -202,7 +234,14 @@ def public_names() -> set[str]:
             if getattr(value, "__module__", None) == module and not name.startswith("_"):
                 names.add(f"{module}.{name}")
     base = {"ssl_kernels.integrations.dinov2.CenteredLoss"}  # what the losses there inherit from
-    others = {"ema.ema_multi_avg_fn", "collapse.SpreadMonitor", "collapse.CollapseWarning", "grad_cache.grad_cache"}
+    others = {
+        "trainers.load",
+        "trainers.use.trained.Trained",
+        "ema.ema_multi_avg_fn",
+        "collapse.SpreadMonitor",
+        "collapse.CollapseWarning",
+        "grad_cache.grad_cache",
+    }
     others |= {"distributed", "distributed.gather_rows"}
     return names - base | {f"ssl_kernels.{name}" for name in others}
 
@@ -236,6 +275,8 @@ def test_every_argument_is_told() -> None:
                 "ssl-kernels bench sigmoids",
                 "ssl-kernels bench --quickly",
                 "ssl-kernels compare",
+                "ssl-kernels embed runs/demo photos",
+                "ssl-kernels search runs/demo photos --queries x",
                 "make tea",
                 'pip install ".[tea]"',
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 TINY = "tiny-resnet"
 TINY_VIT = "tiny-vit"
 BUILT_IN = (TINY, TINY_VIT)
+TINY_VIT_SIZES: dict[str, Any] = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
 
 
 class TinyResNet(nn.Module):
@@ -48,6 +50,10 @@ class TinyResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.grid = size // 8
         self.num_features = widths[-1] * self.grid**2
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Which parameters are of one layer, in the words of timm."""
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 
     def forward_features(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.blocks(self.stem(x)))
@@ -106,7 +112,7 @@ class ImageTower(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.locked, self.reads_tokens = locked, head == "dinotxt"
-        self.trunk, config = _trunk(name, size, pretrained, any_size)
+        self.trunk, config, self.options = _trunk(name, size, pretrained, any_size)
         # Inverted images are fed as 1 - x, so that a white ground is zero.
         mean, std = ([1.0] * 3, [-1.0] * 3) if inverted else (config["mean"], config["std"])
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -116,7 +122,7 @@ class ImageTower(nn.Module):
                 f"--image-head: dinotxt reads the patch tokens of a vision transformer, which {name} lacks; name one in"
                 " --image-model, for example vit_small_patch14_dinov2"
             )
-        self.name = name
+        self.name, self.size, self.any_size, self.head_kind = name, size, any_size, head
         self.width = self.probe(size, "--image-size")
         self.head = DinoTxtHead(self.trunk, dim) if self.reads_tokens else nn.Linear(self.width, dim, bias=False)
         if locked:
@@ -193,12 +199,13 @@ class ImageTower(nn.Module):
 
 def _trunk(
     name: str, size: int, pretrained: bool, any_size: bool
-) -> tuple[nn.Module, dict[str, Sequence[float]]]:  # fmt: skip
+) -> tuple[nn.Module, dict[str, Sequence[float]], dict[str, Any]]:
+    """A trunk, how its images are normalised, and with which arguments it was built."""
     if name in BUILT_IN:
         if pretrained:
             raise UserError(f"--pretrained: {name} has no pretrained weights; name a timm model in --image-model")
         trunk = TinyResNet(size) if name == TINY else tiny_vit(size, any_size)
-        return trunk, {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+        return trunk, {"mean": (0.5,) * 3, "std": (0.25,) * 3}, {"img_size": size}
     import timm
 
     if not timm.is_model(name):
@@ -206,30 +213,30 @@ def _trunk(
         raise UserError(
             f"--image-model: timm has no model {name!r}; it has for example {near} ({TINY} and {TINY_VIT} are ours)"
         )
-    sized: dict[str, Any] = {"img_size": size}
-    # A ViT is built for its image size, a convolutional net knows no such argument.
-    options = [{**sized, "dynamic_img_size": True}] * any_size + [sized, {}]
     try:
-        for i, option in enumerate(options):
-            try:
-                model = timm.create_model(name, pretrained=pretrained, num_classes=0, **option)
-                break
-            except TypeError:
-                if i == len(options) - 1:
-                    raise
+        model, options = _of_timm(name, size, pretrained, any_size)
     except Exception as error:  # the hub's errors share no base class
         what = "--pretrained: cannot get the weights of" if pretrained else "--image-model: cannot build"
         raise UserError(f"{what} {name} at {size} pixels ({_first(error)})") from None
-    return model, timm.data.resolve_model_data_config(model)
+    return model, timm.data.resolve_model_data_config(model), options
+
+
+def _of_timm(name: str, size: int, pretrained: bool, any_size: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A model, and the arguments that it took: a ViT is built for its image size, a convolutional net knows none."""
+    import timm
+
+    options: list[dict[str, Any]] = [{"img_size": size, "dynamic_img_size": True}] * any_size + [{"img_size": size}, {}]
+    for option in options[:-1]:
+        with contextlib.suppress(TypeError):
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **option), option
+    return timm.create_model(name, pretrained=pretrained, num_classes=0), {}
 
 
 def tiny_vit(size: int, any_size: bool) -> VisionTransformer:
     """Four blocks over patches of 4 pixels: the smallest transformer that learns small drawings."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
-        img_size=size, patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=0, dynamic_img_size=any_size
-    )
+    return VisionTransformer(img_size=size, num_classes=0, dynamic_img_size=any_size, **TINY_VIT_SIZES)
 
 
 def _first(error: Exception) -> str:

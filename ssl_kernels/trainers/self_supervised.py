@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ssl_kernels.ema import ModelEma
 from ssl_kernels.schedules import cosine_momentum
-from ssl_kernels.trainers import batch_norm, chunks, init_from, loop, sharding, speed
+from ssl_kernels.trainers import batch_norm, chunks, init_from, inputs, loop, sharding, speed
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.faults import FaultLog
+from ssl_kernels.trainers.data.pixels import parse_colour
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import during, probes, report
@@ -187,6 +188,7 @@ def train(
             fabric, wrapped, wrapped_optimizer, data.batches, config, console=console, step=step,
             before_step=before_step, after_backward=method.after_backward, after_step=method.after_step,
             evaluate=score,
+            inputs=inputs.of_images(name, method, parse_colour(config.background)),
         )  # fmt: skip
     trained = whole_encoder(fabric, method, initial)
     if trained is None:

@@ -18,10 +18,11 @@ from ssl_kernels import use_backend
 from ssl_kernels.distributed import gather_rows
 from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers import batch_norm, chunks, init_from, loop, optim, sharding, speed
+from ssl_kernels.trainers import batch_norm, chunks, init_from, inputs, loop, optim, sharding, speed
 from ssl_kernels.trainers.data import Batch, DataConfig, fingerprint, load, openmoji
 from ssl_kernels.trainers.data.faults import FaultLog
 from ssl_kernels.trainers.data.pairs import ids_of_keys
+from ssl_kernels.trainers.data.pixels import parse_colour
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import during, image_text, report
 from ssl_kernels.trainers.evaluation.probes import spread
@@ -221,6 +222,7 @@ def train(
             fabric, wrapped, wrapped_optimizer, data.batches, config,
             step=step, before_step=left_out.tell, after_step=model.after_step, evaluate=score,
             held_out=held_out, console=console,
+            inputs=inputs.of_pairs(name, model, config, parse_colour(config.background)),
         )  # fmt: skip
     if put_together() is None:
         return

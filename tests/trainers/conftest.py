@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,53 @@ def same_state(a: object, b: object) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+@dataclass
+class TrainedRun:
+    """A finished run over the drawings of `table`, and what its own evaluation made of the held-out pairs."""
+
+    folder: Path
+    images: list[Path]
+    captions: list[str]
+    similarity: torch.Tensor  # text by image
+
+    @property
+    def drawings(self) -> Path:
+        """The folder of all images, the table among them."""
+        return self.images[0].parent
+
+
+@pytest.fixture(scope="session")
+def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A run of siglip that tells the drawings apart."""
+    from ssl_kernels.trainers import siglip
+    from ssl_kernels.trainers.data import ImageTextPairs
+    from ssl_kernels.trainers.evaluation import report
+
+    folder, seen = tmp_path_factory.mktemp("trained") / "run", []
+
+    def keep(path: Path, pairs: ImageTextPairs, similarity: torch.Tensor, *_: object, **__: object) -> None:
+        seen.append((pairs, similarity))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_retrieval", keep)
+        patch.setattr(report, "plot_curves", lambda *_, **__: None)
+        arguments = ["--batch-size", "16", "--epochs", "14", "--image-size", "16", "--dim", "16", "--lr", "5e-3"]
+        options = ["--accelerator", "cpu", "--no-check-loss", "--label-captions", "0"]
+        assert siglip.main(["--data", str(table), *arguments, *options, "--output-dir", str(folder)]) == 0
+    torch.set_num_threads(threads)
+    ((pairs, similarity),) = seen
+    return TrainedRun(folder, pairs.images, pairs.captions, similarity)
+
+
+@pytest.fixture(scope="session")
+def shapes(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawings of `table` in a subfolder to each shape."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for i, (_, shape, _) in enumerate(rows(96)):
+        (folder / shape).mkdir(exist_ok=True)
+        (folder / shape / f"{i}.png").write_bytes((table.parent / f"{i}.png").read_bytes())
+    return folder

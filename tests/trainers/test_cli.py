@@ -63,11 +63,15 @@ def run(arguments, code, absent):
     assert got == code, (arguments, got, silence.getvalue())
     assert not absent & {*sys.modules}, (arguments, absent & {*sys.modules})
 
+assert "ssl_kernels.trainers" not in sys.modules
 for arguments in (["--help"], ["train", "--help"], ["info"]):
     run(arguments, 0, LATE | {"tyro", "rich", "PIL", "webdataset"})
 for name in cli.TRAINERS:
     run(["train", name, "--help"], 0, LATE)
     run(["train", name, "--data", "nowhere.csv"], 2, LATE)
+for name in cli.USES:
+    run([name, "--help"], 0, LATE)
+run(["search", "nowhere", "photos", "--query", "x"], 2, LATE)
 """
 
 

@@ -102,10 +102,12 @@ def recall(similarity: Tensor, k: int, queries: Tensor | None = None) -> float:
     return float((found if queries is None else found[queries]).mean())
 
 
-def zero_shot(images: Tensor, encode_texts: EncodeTexts, classes: Sequence[str]) -> Tensor:
+def zero_shot(
+    images: Tensor, encode_texts: EncodeTexts, classes: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> Tensor:
     """Similarity [N, C] of image embeddings to each class: the mean embedding of its name in every template."""
-    prompts = encode_texts([template.format(name) for name in classes for template in TEMPLATES])
-    means = prompts.view(len(classes), len(TEMPLATES), -1).mean(1)
+    prompts = encode_texts([template.format(name) for name in classes for template in templates])
+    means = prompts.view(len(classes), len(templates), -1).mean(1)
     return images @ unit_rows(means).T
 
 

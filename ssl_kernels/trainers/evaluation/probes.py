@@ -8,7 +8,7 @@ augmentation as the trained net, so what it reaches is owed to knowing the augme
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -115,18 +115,18 @@ class FeatureFigure:
     model: float
     initial: float
     raw: float
-    raw_augmented: float
+    raw_augmented: float | None
     chance: float
     note: str = ""
 
 
 @dataclass
-class _Space:
+class Space:
     """One way to turn images into features, and the features of what is compared."""
 
     gallery: Tensor
     clean: Tensor
-    distorted: Tensor
+    distorted: Tensor = field(default_factory=lambda: torch.empty(0))  # or none
     copies: int = 1  # of every image in the gallery, one set after the other
 
 
@@ -156,9 +156,9 @@ def report_card(
     distorted = _encode(len(held_out), lambda part: view(held_out, part, size, rng), *every)
     copies = [_encode(len(gallery), lambda part: view(gallery, part, size, rng), pixels)[0] for _ in range(COPIES)]
 
-    spaces = [_Space(*features) for features in zip(galleries, clean, distorted, strict=True)]
+    spaces = [Space(*features) for features in zip(galleries, clean, distorted, strict=True)]
     raw = spaces[-1]
-    spaces.append(_Space(torch.cat([raw.gallery, *copies]), raw.clean, raw.distorted, 1 + COPIES))
+    spaces.append(Space(torch.cat([raw.gallery, *copies]), raw.clean, raw.distorted, 1 + COPIES))
     for space in spaces[-2:]:  # most of what pixels share is the ground
         mean = space.gallery.mean(0)
         space.gallery, space.clean, space.distorted = (x - mean for x in (space.gallery, space.clean, space.distorted))
@@ -166,12 +166,11 @@ def report_card(
         scores = (instance_recall(space.distorted, space.gallery, space.copies) for space in spaces)
         note = f"a distorted view of each of {len(held_out)} held-out images finds it among them"
         return [_figure("instance retrieval R@1", scores, 1 / len(held_out), note)]
-    return _classification(spaces, gallery.labels, held_out.labels, np.random.default_rng((seed, 2)))
+    return classification(spaces, gallery.labels, held_out.labels, np.random.default_rng((seed, 2)))
 
 
-def _classification(
-    spaces: list[_Space], labels: Tensor, truth: Tensor, rng: np.random.Generator
-) -> list[FeatureFigure]:
+def classification(spaces: list[Space], labels: Tensor, truth: Tensor, rng: np.random.Generator) -> list[FeatureFigure]:
+    """How well the labels of the galleries tell the classes `truth` of the queries, in each of the spaces."""
     draws = []
     for _ in range(DRAWS):  # one choice of the labelled images is worth several points more than another
         shuffled = torch.from_numpy(rng.permutation(len(labels)))
@@ -180,34 +179,36 @@ def _classification(
     def accuracy(guess: Tensor) -> float:
         return float((guess == truth).float().mean())
 
-    def few(space: _Space) -> float:
+    def few(space: Space) -> float:
         return float(np.mean([neighbours(space, space.clean, 1, None, chosen) for chosen in draws]))
 
     def neighbours(
-        space: _Space, queries: Tensor, k: int, temperature: float | None = None, chosen: Tensor | None = None
+        space: Space, queries: Tensor, k: int, temperature: float | None = None, chosen: Tensor | None = None
     ) -> float:
         chosen = torch.arange(len(labels)) if chosen is None else chosen
         rows = torch.cat([chosen + copy * len(labels) for copy in range(space.copies)])
         voters = labels[chosen].repeat(space.copies)
         return accuracy(nearest_classes(queries, space.gallery[rows], voters, k, temperature))
 
-    def probe(space: _Space) -> float:
+    def probe(space: Space) -> float:
         return accuracy(linear_probe(space.clean, space.gallery, labels.repeat(space.copies)))
 
     majority = float((truth == labels.mode().values).float().mean())
-    rows: list[tuple[str, Callable[[_Space], float], str]] = [
+    rows: list[tuple[str, Callable[[Space], float], str]] = [
         (f"{LABELLED} labels a class, 1-NN", few, f"mean of {DRAWS} draws of the labelled images"),
         ("distorted query, 5-NN", lambda s: neighbours(s, s.distorted, 5), "much of the gain is the augmentation's"),
         ("clean query, 5-NN", lambda s: neighbours(s, s.clean, 5), f"{len(labels)} labelled, {len(truth)} held out"),
         ("clean query, weighted 20-NN", lambda s: neighbours(s, s.clean, 20, 0.07), "temperature 0.07"),
         ("clean query, linear probe", probe, "logistic regression"),
     ]
+    if not len(spaces[0].distorted):
+        del rows[1]
     return [_figure(name, map(score, spaces), majority, note) for name, score, note in rows]
 
 
 def _figure(name: str, scores: Iterable[float], chance: float, note: str) -> FeatureFigure:
-    model, initial, raw, raw_augmented = scores
-    return FeatureFigure(name, model, initial, raw, raw_augmented, chance, note)
+    model, initial, raw, *others = scores
+    return FeatureFigure(name, model, initial, raw, others[0] if others else None, chance, note)
 
 
 def _encode(n: int, load: Callable[[range], Tensor], *encoders: Encode, batch_size: int = 256) -> list[Tensor]:
@@ -231,7 +232,7 @@ def print_table(console: Console, title: str, result: Result, figures: Sequence[
     """What the run reached, each figure beside its baselines."""
     columns = ("model", "initial", "raw", "raw + aug", "chance")
     rows = [
-        (figure.name, [f"{score:.3f}" for score in
+        (figure.name, ["" if score is None else f"{score:.3f}" for score in
                        (figure.model, figure.initial, figure.raw, figure.raw_augmented, figure.chance)], figure.note)
         for figure in figures
     ]  # fmt: skip

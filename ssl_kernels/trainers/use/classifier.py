@@ -1,0 +1,98 @@
+"""A classifier on top of a run's image tower, and the batches that it learns from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_kernels.trainers import inputs as described
+from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
+from ssl_kernels.trainers.data.faults import Fault, Faults
+from ssl_kernels.trainers.data.images import image_seeds, open_image, random_crop
+from ssl_kernels.trainers.data.pixels import WHITE, Colour
+from ssl_kernels.trainers.optim import parameter_groups
+from ssl_kernels.trainers.processes import ALONE, Share
+from ssl_kernels.trainers.use.labelled import Part
+from ssl_kernels.trainers.use.pixels import to_pixels
+from ssl_kernels.trainers.use.trained import Trained
+
+
+class Classifier(nn.Module):
+    """The image tower of a run with a linear classifier in the place of its head: a batch to (loss, metrics)."""
+
+    def __init__(self, model: Trained, classes: int, *, freeze: bool, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.tower = described.image_tower({**model.inputs["image"], "head": None, "dim": None})
+        self.tower.trunk.load_state_dict(model.image.trunk.state_dict())
+        self.tower.head = nn.Linear(self.tower.width, classes)
+        nn.init.zeros_(self.tower.head.weight)  # all classes are alike at first
+        nn.init.zeros_(self.tower.head.bias)
+        self.tower.locked, self.label_smoothing = freeze, label_smoothing
+        self.tower.trunk.requires_grad_(not freeze)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self.tower(batch["images"])
+        loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
+        return loss, {"accuracy": (logits.argmax(1) == batch["labels"]).float().mean()}
+
+
+def layer_groups(net: Classifier, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """What is trained, the classifier at the whole learning rate and each layer of the trunk slower than that above."""
+    from timm.optim import param_groups_layer_decay
+
+    found = parameter_groups(net.tower.head, lr, weight_decay)
+    trunk: Any = net.tower.trunk
+    if net.tower.locked:
+        return found
+    plain = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()
+    for group in param_groups_layer_decay(trunk, weight_decay, plain, layer_decay=layer_decay):
+        rate = lr * layer_decay * group.pop("lr_scale")  # which is 1 at the top of the trunk
+        found.append({**group, "lr": rate, "peak_lr": rate})
+    return found
+
+
+class LabelledBatches(ShuffledBatches):
+    """Batches of images uint8 [B, 3, S, S] with their labels [B]; files are cropped at random with `augment`."""
+
+    def __init__(
+        self, part: Part, *, size: int, batch_size: int, seed: int, augment: bool = True, mirror: bool = False,
+        workers: int = 0, share: Share = ALONE, faults: Faults | None = None, background: Colour = WHITE,
+    ) -> None:  # fmt: skip
+        count = len(part.items)
+        super().__init__(count, batch_size=batch_size, seed=seed, workers=workers, share=share, faults=faults)
+        self.items, self.labels, self.size, self.background = part.items, part.labels, size, background
+        self.augment, self.mirror = augment, mirror
+
+    @property
+    def fingerprint(self) -> str:
+        """What a resumed run must find again: the images' names, in order, and their labels."""
+        names = "\0".join(item.name for item in self.items).encode(errors="surrogateescape")
+        return hashlib.sha256(names + self.labels.numpy().tobytes()).hexdigest()
+
+    @property
+    def in_memory(self) -> bool:
+        return not any(isinstance(item.source, Path) for item in self.items)
+
+    def make(self, indices: list[int], own: slice, rng: np.random.Generator, found: list[Fault]) -> Batch:
+        crops, spares = image_seeds(rng, len(indices)), image_seeds(rng, len(indices))
+        images = []
+        for place in range(len(indices))[own]:
+            show = functools.partial(self._image, seed=crops[place])
+            images.append(self.readable(indices, place, spares[place], show, found))
+        return {"images": torch.stack(images), "labels": self.labels[indices[own]]}
+
+    def _image(self, index: int, seed: int) -> Tensor:
+        name, source = self.items[index]
+        assert not isinstance(source, str)
+        if self.augment and isinstance(source, Path):
+            image = random_crop(open_image(source, self.background), self.size, seed)
+        else:
+            image = to_pixels(source, self.size, self.background, name)
+        return image.flip(-1) if self.mirror and seed % 2 else image

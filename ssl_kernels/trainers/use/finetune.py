@@ -1,0 +1,145 @@
+"""`ssl-kernels finetune RUN DATA`: a classifier on top of what a run has learned, by a labelled folder.
+
+With `--freeze` the classifier alone is trained. Otherwise all is, each layer slower than the one above it (layer-wise
+decay, Clark 2020, arXiv 2003.10555; Bao 2021, arXiv 2106.08254): what lies near the images needs the least change. The
+table at the end has the held-out accuracy beside what needs no fine-tuning: a linear probe of the run as it was, raw
+pixels, and always the largest class.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+from tyro.conf import Positional
+
+from ssl_kernels.trainers import batch_norm, command, inputs, loop, sharding
+from ssl_kernels.trainers.data.faults import FaultLog, Faults
+from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.evaluation import report
+from ssl_kernels.trainers.fabric import make_fabric
+from ssl_kernels.trainers.loop_config import LoopConfig
+from ssl_kernels.trainers.processes import own_share
+from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, Range, at_least, require
+from ssl_kernels.trainers.use.accuracy import evaluate, print_table
+from ssl_kernels.trainers.use.classifier import Classifier, LabelledBatches, layer_groups
+from ssl_kernels.trainers.use.command import UseConfig
+from ssl_kernels.trainers.use.labelled import Part, read_parts
+from ssl_kernels.trainers.use.loading import load_run
+from ssl_kernels.trainers.use.probe import raw_pixels
+from ssl_kernels.trainers.use.trained import Trained
+
+
+@tyro.conf.configure(tyro.conf.PositionalMetavarFromFieldName)
+@dataclass(kw_only=True)
+class FinetuneConfig(LoopConfig):
+    """Train a classifier on top of a run's image tower, by a folder with a subfolder of images to each class."""
+
+    run: Positional[Path]
+    """Folder of the run to start from, or one of its checkpoints."""
+    data: Positional[str]
+    """A folder with a subfolder of images to each class, or `mnist`."""
+    output_dir: Path = Path("runs/finetuned")
+    """Folder for logs, checkpoints and pictures."""
+    held_out_data: str = ""
+    """Another such folder to test on; without it a share of DATA is held out."""
+    held_out: float = 0.2
+    """Share of each class that is held out."""
+    split_seed: int = 0
+    """Seed of the held-out split; independent of --seed."""
+    on_error: Literal["skip", "stop"] = "skip"
+    """What an image that cannot be read does: `skip` leaves it out and names it, `stop` ends the run."""
+    freeze: bool = False
+    """Train the classifier alone, above the features as they are."""
+    layer_decay: float = 0.75
+    """Factor on the learning rate from each layer to the one below it; 1 trains all layers alike."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over the classes."""
+    augment: bool = True
+    """Crop the training images at random."""
+    mirror: bool = False
+    """Mirror half of the training images; leave it off where left and right mean something."""
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 32
+    """Images per forward pass, over all processes."""
+    lr: float = 1e-3
+    """Peak learning rate of the classifier and of the topmost layers."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.run)  # a checkpoint has it as text
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        return True  # a trunk of timm may
+
+    def check(self) -> None:
+        super().check()
+        require(self, SHARE_BELOW_ONE, "held_out", "label_smoothing")
+        require(self, at_least(0), "split_seed")
+        require(self, Range("a number in (0, 1]", lambda value: 0 < value <= 1), "layer_decay")
+
+
+def read(base: Trained, config: FinetuneConfig, console: Console) -> tuple[list[str], Part, Part]:
+    """The classes and both parts of the data; their vectors are the features of the run as it is, then raw pixels."""
+
+    def encode(images: Tensor) -> Tensor:
+        return torch.cat([base.features(images), raw_pixels(images, base.size)], 1)
+
+    options = UseConfig(run=config.run, on_error=config.on_error)
+    return read_parts(
+        base, config.data, config.held_out_data, config.held_out, config.split_seed, encode, options, console
+    )
+
+
+def train(config: FinetuneConfig, console: Console) -> None:
+    """Train the classifier, evaluate it and report on both."""
+    begun = time.perf_counter()
+    fabric = make_fabric(config)
+    console.quiet = not fabric.is_global_zero
+    base = load_run(config.run, fabric.device)
+    classes, data, test = read(base, config, console)
+    if len(data.labels) < config.batch_size:
+        raise UserError(f"--batch-size: {config.batch_size} is more than the {len(data.labels)} images to train on")
+    net = Classifier(base, len(classes), freeze=config.freeze, label_smoothing=config.label_smoothing)
+    batch_norm.synchronise(net, fabric.device)
+    wrapped = fabric.setup_module(net)
+    groups = layer_groups(net, config.lr, config.weight_decay, config.layer_decay)
+    optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(groups, betas=config.betas))
+    batches = LabelledBatches(
+        data, size=base.size, batch_size=config.batch_size, seed=config.seed, augment=config.augment,
+        mirror=config.mirror, workers=config.workers, share=own_share(), background=base.background,
+        faults=Faults(stop=config.on_error == "stop"),
+    )  # fmt: skip
+    said = {
+        "method": f"{base.method} fine-tuned", "image": inputs.of_image(net.tower, background=base.background),
+        "text": None, "classes": classes, "weights": {"image": "tower.", "classifier": "tower.head."},
+    }  # fmt: skip
+    with FaultLog(
+        batches.faults, config.output_dir, console, resume=config.resume, writes=fabric.is_global_zero
+    ) as left_out:
+        result = loop.fit(
+            fabric, wrapped, optimizer, batches, config, before_step=left_out.tell, console=console, inputs=said
+        )
+    weights = sharding.whole(net.state_dict(), keep=fabric.is_global_zero)
+    if not fabric.is_global_zero:
+        return
+    figures = evaluate(Trained(said, weights, device=fabric.device), base, data, test, console)
+    total_s = time.perf_counter() - begun
+    folder = config.output_dir
+    report.plot_curves(folder / "curves.png", result.records)
+    report.write_summary(folder / "summary.json", result, figures, total_s)
+    print_table(console, f"{base.name} fine-tuned on {config.data}", result, figures, total_s)
+    left_out.sum_up()
+    report.print_written(console, folder)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "ssl-kernels finetune") -> int:
+    return command.run(FinetuneConfig, train, argv, prog)
