@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from ssl_kernels.trainers import checkpoints
+from ssl_kernels.trainers import checkpoints, series
 from ssl_kernels.trainers.errors import InterruptedRunError, LostRankError, NonFiniteError, UserError, one_line
 from ssl_kernels.trainers.loop_config import RESUMABLE, LoopConfig, plain
 from ssl_kernels.trainers.processes import own_share
@@ -23,10 +23,14 @@ Config = TypeVar("Config", bound=LoopConfig)
 def run(kind: type[Config], train: Callable[[Config, Console], None], argv: Sequence[str] | None, prog: str) -> int:
     """Parse the arguments into a `kind`, train, and return the exit code."""
     try:
-        config = parse(kind, sys.argv[1:] if argv is None else argv, prog)
+        argv = list(sys.argv[1:] if argv is None else argv)
+        config = parse(kind, series.arguments(argv), prog)
         config.check()
         # A pipe or a log file has no width of its own, and 80 columns would wrap every line of the table.
-        train(config, Console(width=None if sys.stdout.isatty() else 150))
+        console = Console(width=None if sys.stdout.isatty() else 150)
+        if config.seeds:
+            return series.run(config, argv, prog, console)
+        train(config, console)
     except UserError as error:
         rank = own_share().rank
         if not (rank and isinstance(error, NonFiniteError)):  # which all processes meet together

@@ -25,6 +25,9 @@ class LoopConfig:
     """Start over in a folder that already holds a run."""
     seed: int = 0
     """Seed of the weights, the data order and the augmentation."""
+    seeds: tuple[int, ...] = ()
+    """Train once with each of these seeds, in the subfolders seed-0, seed-1 and so on of --output-dir, and print the
+    figures of all in one table. --resume continues a series that was stopped."""
     epochs: int = 40
     """Passes over the training pairs."""
     batch_size: int = 256
@@ -78,6 +81,11 @@ class LoopConfig:
         if self.strategy == "fsdp" and self.precision not in ("32-true", "bf16-mixed"):  # Fabric has no others
             raise UserError(f"--precision: expected 32-true or bf16-mixed under --strategy fsdp, got {self.precision}")
         require(self, Range("less than 2**64", lambda seed: seed < 2**64), "seed")  # torch's generators take no more
+        unlike = Range(
+            "seeds in [0, 2**64), each once",
+            lambda seeds: len(set(seeds)) == len(seeds) and all(0 <= seed < 2**64 for seed in seeds),
+        )
+        require(self, unlike, "seeds")
 
 
 # Settings that a resumed run may change: they do not touch the arithmetic. (Where the data depends on the workers, its
