@@ -26,8 +26,9 @@ from ssl_kernels.collapse import CollapseWarning
 from ssl_kernels.trainers import data, dino, moco, optim
 from ssl_kernels.trainers.clip import Clip
 from ssl_kernels.trainers.data import openmoji, views
-from ssl_kernels.trainers.evaluation import image_text, report
+from ssl_kernels.trainers.evaluation import image_text
 from ssl_kernels.trainers.evaluation.probes import nearest_classes
+from ssl_kernels.trainers.evaluation.retrieval import plot_retrieval
 from ssl_kernels.trainers.models import image_tower, text_tower, tokenizer
 from ssl_kernels.trainers.self_supervised import Method
 from ssl_kernels.trainers.siglip import SigLip, SigLipConfig
@@ -168,7 +169,7 @@ for name in ("SigLIP", "CLIP"):
     first, five = (image_text.recall(y @ x.T, k) for k in (1, 5))
     print(f"{name:6} right image first: {first:.2f}, among the first five: {five:.2f}, by chance {1 / len(x):.3f}")
     if name == "CLIP":
-        report.plot_retrieval(folder / "retrieval.png", pairs.held_out, y @ x.T, EMOJI_SIZE, openmoji.CREDIT, 7, 5)
+        plot_retrieval(folder / "retrieval.png", pairs.held_out, y @ x.T, EMOJI_SIZE, openmoji.CREDIT, 7, 5)
 
 # %% [markdown]
 # ![Seven names with the five images that lie nearest to each](tour/retrieval.png)

@@ -37,7 +37,10 @@ MAX_LOG_SCALE = math.log(100.0)
 
 @dataclass
 class ClipConfig(TwoTowerConfig):
-    """Train an image tower and a text tower with the softmax loss. The defaults learn OpenMoji in a few minutes."""
+    """Train an image tower and a text tower with the softmax loss. The defaults learn OpenMoji in a few minutes.
+
+    ssl-kernels train clip --data pairs.csv --output-dir runs/pairs
+    """
 
     output_dir: Path = Path("runs/clip")
     """Folder for logs, checkpoints and pictures."""
@@ -74,6 +77,7 @@ class Clip(TwoTowerModel):
     @torch.no_grad()
     def after_step(self, number: int) -> None:
         """Beyond a scale of 100 the authors found training unstable."""
+        super().after_step(number)
         self.log_scale.clamp_(max=MAX_LOG_SCALE)
 
 

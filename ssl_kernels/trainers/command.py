@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from ssl_kernels.trainers import checkpoints, config_files, run_folder
+from ssl_kernels.trainers import checkpoints, config_files, run_folder, series
 from ssl_kernels.trainers.errors import (
     InterruptedRunError,
     LostRankError,
@@ -37,10 +37,13 @@ def run(kind: type[Config], train: Callable[[Config, Console], None], argv: Sequ
             stream.reconfigure(errors="backslashreplace")
     config: Config | None = None
     try:
-        config = parse(kind, sys.argv[1:] if argv is None else argv, prog)
+        argv = list(sys.argv[1:] if argv is None else argv)
+        config = parse(kind, series.arguments(argv), prog)
         config.check()
         # A pipe or a log file has no width of its own, and 80 columns would wrap every line of the table.
         console = Console(width=None if sys.stdout.isatty() else 150)
+        if config.seeds:
+            return series.run(config, argv, prog, console)
         with run_folder.held(config.output_dir):
             train(config, console)
     except InterruptedRunError as stop:

@@ -46,16 +46,21 @@ from ssl_kernels.trainers.data.views import ImageData
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation.probes import spread
 from ssl_kernels.trainers.masking import PatchMask, block_masks, mask_weights
-from ssl_kernels.trainers.optim import cosine
+from ssl_kernels.trainers.optim import cosine, parameter_groups
 from ssl_kernels.trainers.processes import own_share
-from ssl_kernels.trainers.ranges import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, require
+from ssl_kernels.trainers.ranges import LAYER_DECAY, NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, require
 from ssl_kernels.trainers.self_supervised import Encoder, MomentumMethod, SelfSupervisedConfig
 from ssl_kernels.trainers.steps import steps_per_epoch
+
+LOCAL_CROPS, SMALLEST_PHOTO = 8, 64  # crops, and pixels of the images that have them by default
 
 
 @dataclass
 class DINOConfig(SelfSupervisedConfig):
-    """Train an encoder by self-distillation. The defaults learn 4,000 digits in a few minutes."""
+    """Train an encoder by self-distillation. The defaults learn 4,000 digits in a few minutes.
+
+    ssl-kernels train dino --data photos/ --image-model vit_small_patch16_224 --image-size 224 --output-dir runs/photos
+    """
 
     output_dir: Path = Path("runs/dino")
     """Folder for logs, checkpoints and pictures."""
@@ -74,11 +79,15 @@ class DINOConfig(SelfSupervisedConfig):
     """Number of prototypes K. It is 65,536 on ImageNet; use few of them for little data."""
     norm: bool = True
     """Use BatchNorm in the head, which helps small and convolutional networks."""
-    local_crops: int = 0
-    """Number of small crops of each image, which only the student sees, besides the two large views. Use 8 for
-    photographs; half of a digit says little about it."""
-    local_size: int = 16
-    """Height and width of the small crops in pixels."""
+    local_crops: int | None = None
+    """Number of small crops of each image, which only the student sees, besides the two large views. By default there
+    are 8 of photographs of 64 pixels or more, if the network takes them, and none of drawings and digits: half of a
+    digit says little about it."""
+    local_size: int | None = None
+    """Height and width of the small crops in pixels. By default 96 for photographs of 224 pixels, and accordingly for
+    others; 16 for drawings and digits."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each layer of the network to the layer below it; 1 trains all layers alike."""
     momentum: float = 0.95
     """The teacher's momentum at the start; it rises along a cosine to 1 at the last step. Use 0.996 for long runs."""
     teacher_temp: float = 0.04
@@ -111,8 +120,10 @@ class DINOConfig(SelfSupervisedConfig):
     def check(self) -> None:
         super().check()
         require(self, at_least(2), "prototypes")
-        require(self, at_least(0), "local_crops")
-        if self.local_crops:
+        require(self, LAYER_DECAY, "layer_decay")
+        if self.local_crops is not None:
+            require(self, at_least(0), "local_crops")
+        if self.local_size is not None and self.local_crops != 0:
             most = self.image_size
             require(self, Range(f"8 to --image-size {most}", lambda size: 8 <= size <= most), "local_size")
         require(self, SHARE, "momentum", "center_momentum", "mask_probability")
@@ -135,8 +146,25 @@ class Student(Encoder):
             )
 
         super().__init__(config, make_head=make_head, any_size=True)
-        if config.local_crops:
-            self.probe(config.local_size, "--local-size")
+        self.crops = self._crops(config)
+
+    def _crops(self, config: DINOConfig) -> tuple[int, int]:
+        """Number and size of the local crops, by default those of the paper where image and network allow them."""
+        is_photo = config.data not in ("mnist", "openmoji")
+        number, size = config.local_crops, config.local_size
+        if number is None:
+            number = LOCAL_CROPS if is_photo and config.image_size >= SMALLEST_PHOTO else 0
+        if number and size is None and is_photo:
+            unit = max(self.patch) if max(self.patch) > 1 else 8
+            size = max(1, round(config.image_size * 96 / 224 / unit)) * unit
+        if number:
+            try:
+                self.probe(size or 16, "--local-size")
+            except UserError:
+                if config.local_crops is not None:
+                    raise
+                number = 0
+        return (number, size or 16) if number else (0, 0)
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Views, of which the first two are large, to features [V B, W] and logits [V, B, K]."""
@@ -187,6 +215,10 @@ class DINO(MomentumMethod):
     @property
     def evaluated(self) -> Encoder:
         return cast(Encoder, self.teacher.module)
+
+    def parameter_groups(self, config: SelfSupervisedConfig) -> list[dict[str, Any]]:
+        decay = self.config.layer_decay
+        return parameter_groups(self, config.lr, config.weight_decay, trunk=self.encoder.trunk, layer_decay=decay)
 
     def before_step(self, number: int, groups: list[dict[str, Any]]) -> None:
         config, done = self.config, number - 1
@@ -267,17 +299,21 @@ class DINOv2(DINO):
         return total, {**{name: term.detach() for name, term in terms.items()}, **metrics}
 
 
-def make_method(config: DINOConfig, data: ImageData, steps: int) -> DINO:
+def make_method(config: DINOConfig, data: ImageData, steps: int, console: Console | None = None) -> DINO:
+    """The method for these data, whose batches it gives the local crops that its network takes."""
+    student = MaskedStudent(config) if config.version == 2 else Student(config)
+    data.batches.crops = student.crops
+    if console is not None:
+        number, size = student.crops
+        local = f"{number} local crops of {size} pixels" if number else "no local crops"
+        console.print(f"each image in two views of {config.image_size} pixels and {local} (--local-crops)")
     epoch_steps = steps_per_epoch(data.batches, config)
-    if config.version == 2:
-        return DINOv2(MaskedStudent(config), config, steps, epoch_steps)
-    return DINO(Student(config), config, steps, epoch_steps)
+    return (DINOv2 if config.version == 2 else DINO)(student, config, steps, epoch_steps)
 
 
 def train(config: DINOConfig, console: Console) -> None:
-    crops = (config.local_crops, config.local_size)
-    make = partial(make_method, config)
-    self_supervised.train(f"DINO v{config.version}", make, config, console, crops=crops, draw=True)
+    make = partial(make_method, config, console=console)
+    self_supervised.train(f"DINO v{config.version}", make, config, console, draw=True)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ssl_kernels.trainers.dino") -> int:

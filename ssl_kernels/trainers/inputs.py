@@ -24,18 +24,24 @@ Inputs = dict[str, Any]  # of types that JSON knows
 
 def of_pairs(method: str, model: TwoTowerModel, config: TowerConfig, background: Colour = WHITE) -> Inputs:
     """Of a run that trains an image tower and a text tower; transparent images lie over the background."""
+    place = _place(model, model.evaluated)
     return {
         "method": method, "image": of_image(model.image, config.dim, background), "text": of_text(model.text, config),
-        "weights": {"image": "image.", "text": "text.", "log_scale": "log_scale", "bias": "bias"},
+        "weights": {"image": f"{place}image.", "text": f"{place}text.", "log_scale": "log_scale", "bias": "bias"},
     }  # fmt: skip
 
 
 def of_images(method: str, trained: Method, background: Colour = WHITE) -> Inputs:
     """Of a run on images alone, whose features are those of the encoder's trunk."""
     encoder = trained.evaluated
-    place = next(name for name, module in trained.named_modules() if module is encoder)
     image = of_image(encoder, background=background)
-    return {"method": method, "image": image, "text": None, "weights": {"image": f"{place}."}}
+    return {"method": method, "image": image, "text": None, "weights": {"image": _place(trained, encoder)}}
+
+
+def _place(model: nn.Module, part: nn.Module) -> str:
+    """What stands before the names of a part's weights among those of the model."""
+    name = next(name for name, module in model.named_modules() if module is part)
+    return f"{name}." if name else ""
 
 
 def of_image(tower: ImageTower, dim: int | None = None, background: Colour = WHITE) -> Inputs:

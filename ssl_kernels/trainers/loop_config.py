@@ -36,6 +36,9 @@ class LoopConfig:
     """Start over in a folder that already holds a run."""
     seed: int = 0
     """Seed of the weights, the data order and the augmentation."""
+    seeds: tuple[int, ...] = ()
+    """Train once with each of these seeds, in the subfolders seed-0, seed-1 and so on of --output-dir, and print the
+    figures of all in one table. --resume continues a series that was stopped."""
     epochs: int = 40
     """Passes over the training pairs."""
     max_steps: int = 0
@@ -124,6 +127,11 @@ class LoopConfig:
                 ) from None
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError("--wandb: the package wandb is not installed; pip install wandb")
+        unlike = Range(
+            "seeds in [0, 2**64), each once",
+            lambda seeds: len(set(seeds)) == len(seeds) and all(0 <= seed < 2**64 for seed in seeds),
+        )
+        require(self, unlike, "seeds")
 
 
 # Settings that a resumed run may change: they do not touch the arithmetic of a step. (How long the run is moves its

@@ -56,7 +56,10 @@ from ssl_kernels.trainers.self_supervised import Encoder, Method, MomentumMethod
 
 @dataclass
 class MoCoConfig(SelfSupervisedConfig):
-    """Train an encoder by momentum contrast. The defaults learn 4,000 digits in a minute or two."""
+    """Train an encoder by momentum contrast. The defaults learn 4,000 digits in a minute or two.
+
+    ssl-kernels train moco --data photos/ --image-model resnet50 --image-size 224 --output-dir runs/photos
+    """
 
     output_dir: Path = Path("runs/moco")
     """Folder for logs, checkpoints and pictures."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.ranges import SHARE, Range, at_least, require
+from ssl_kernels.trainers.ranges import LAYER_DECAY, SHARE, SHARE_BELOW_ONE, Range, at_least, require
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -33,10 +33,11 @@ class TinyResNet(nn.Module):
     Flattening keeps where things are, which averaging throws away; it also ties the net to one image size.
     """
 
-    def __init__(self, size: int, widths: Sequence[int] = (32, 64, 128)) -> None:
+    def __init__(self, size: int, widths: Sequence[int] = (32, 64, 128), drop_path: float = 0.0) -> None:
         super().__init__()
         if size % 8:
             raise UserError(f"--image-size: {TINY} needs a multiple of 8, got {size}")
+        from timm.layers import DropPath
         from timm.models.resnet import BasicBlock, downsample_conv
 
         self.stem = nn.Sequential(
@@ -46,7 +47,9 @@ class TinyResNet(nn.Module):
         for before, after in itertools.pairwise((widths[0], *widths)):
             stride = 1 if not blocks else 2
             shortcut = downsample_conv(before, after, kernel_size=1, stride=stride) if stride > 1 else None
-            blocks.append(BasicBlock(before, after, stride=stride, downsample=shortcut))
+            rate = drop_path * len(blocks) / (len(widths) - 1)
+            dropped = DropPath(rate) if rate else None
+            blocks.append(BasicBlock(before, after, stride=stride, downsample=shortcut, drop_path=dropped))
         self.blocks = nn.Sequential(*blocks)
         self.grid = size // 8
         self.num_features = widths[-1] * self.grid**2
@@ -100,7 +103,8 @@ class ImageTower(nn.Module):
 
     The `linear` head projects the trunk's pooled features, `dinotxt` is `DinoTxtHead` over its tokens. A locked tower
     keeps its trunk as it is and trains only the head (LiT, Zhai 2021, arXiv 2111.07991). With `any_size` a vision
-    transformer also takes images of other sizes, its position embeddings interpolated.
+    transformer also takes images of other sizes, its position embeddings interpolated. In training, residual blocks are
+    skipped with probabilities that rise to `drop_path` at the last (stochastic depth, Huang 2016, arXiv 1603.09382).
     """
 
     mean: Tensor
@@ -108,11 +112,13 @@ class ImageTower(nn.Module):
 
     def __init__(
         self, name: str, size: int, dim: int, *, pretrained: bool = False, inverted: bool = False,
-        locked: bool = False, head: str = "linear", any_size: bool = False,
+        locked: bool = False, head: str = "linear", any_size: bool = False, drop_path: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.locked, self.reads_tokens = locked, head == "dinotxt"
-        self.trunk, config, self.options = _trunk(name, size, pretrained, any_size)
+        self.trunk, config, self.options = _trunk(name, size, pretrained, any_size, drop_path)
+        if drop_path and not has_drop_path(self.trunk):
+            raise UserError(f"--drop-path: {name} has no residual blocks that could be skipped; expected 0")
         # Inverted images are fed as 1 - x, so that a white ground is zero.
         mean, std = ([1.0] * 3, [-1.0] * 3) if inverted else (config["mean"], config["std"])
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -136,12 +142,8 @@ class ImageTower(nn.Module):
 
     def probe(self, size: int, flag: str) -> int:
         """The width of the features of images of a size; an error names the flag that set it."""
-        from timm.layers import PatchEmbed
-
-        embed = getattr(self.trunk, "patch_embed", None)  # of other kinds, patches overlap
-        patch = embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1)
-        if any(size % p for p in patch):
-            raise UserError(f"{flag}: {self.name} cuts patches of {patch[0]} pixels, which do not divide {size}")
+        if any(size % p for p in self.patch):
+            raise UserError(f"{flag}: {self.name} cuts patches of {self.patch[0]} pixels, which do not divide {size}")
         self.trunk.eval()
         try:
             with torch.no_grad():
@@ -150,6 +152,14 @@ class ImageTower(nn.Module):
             raise UserError(f"{flag}: {self.name} does not take {size} x {size} images ({_first(error)})") from None
         finally:
             self.train()
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of the patches that images are cut into; 1 where they are not, or overlap."""
+        from timm.layers import PatchEmbed
+
+        embed = getattr(self.trunk, "patch_embed", None)
+        return cast("tuple[int, int]", embed.patch_size) if isinstance(embed, PatchEmbed) else (1, 1)
 
     def features(self, images: Tensor) -> Tensor:
         """What the head reads of uint8 images: all tokens [B, N, W] of the trunk, or pooled features [B, W]."""
@@ -198,13 +208,13 @@ class ImageTower(nn.Module):
 
 
 def _trunk(
-    name: str, size: int, pretrained: bool, any_size: bool
+    name: str, size: int, pretrained: bool, any_size: bool, drop_path: float
 ) -> tuple[nn.Module, dict[str, Sequence[float]], dict[str, Any]]:
     """A trunk, how its images are normalised, and with which arguments it was built."""
     if name in BUILT_IN:
         if pretrained:
             raise UserError(f"--pretrained: {name} has no pretrained weights; name a timm model in --image-model")
-        trunk = TinyResNet(size) if name == TINY else tiny_vit(size, any_size)
+        trunk = TinyResNet(size, drop_path=drop_path) if name == TINY else tiny_vit(size, any_size, drop_path)
         return trunk, {"mean": (0.5,) * 3, "std": (0.25,) * 3}, {"img_size": size}
     import timm
 
@@ -214,29 +224,54 @@ def _trunk(
             f"--image-model: timm has no model {name!r}; it has for example {near} ({TINY} and {TINY_VIT} are ours)"
         )
     try:
-        model, options = _of_timm(name, size, pretrained, any_size)
+        model, options = _of_timm(name, size, pretrained, any_size, drop_path)
     except Exception as error:  # the hub's errors share no base class
+        if "drop_path_rate" in str(error):
+            raise UserError(f"--drop-path: {name} has no residual blocks that could be skipped; expected 0") from None
         what = "--pretrained: cannot get the weights of" if pretrained else "--image-model: cannot build"
         raise UserError(f"{what} {name} at {size} pixels ({_first(error)})") from None
     return model, timm.data.resolve_model_data_config(model), options
 
 
-def _of_timm(name: str, size: int, pretrained: bool, any_size: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _of_timm(
+    name: str, size: int, pretrained: bool, any_size: bool, drop_path: float
+) -> tuple[nn.Module, dict[str, Any]]:
     """A model, and the arguments that it took: a ViT is built for its image size, a convolutional net knows none."""
     import timm
 
+    create = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
+    if drop_path:
+        create = functools.partial(create, drop_path_rate=drop_path)
     options: list[dict[str, Any]] = [{"img_size": size, "dynamic_img_size": True}] * any_size + [{"img_size": size}, {}]
     for option in options[:-1]:
         with contextlib.suppress(TypeError):
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **option), option
-    return timm.create_model(name, pretrained=pretrained, num_classes=0), {}
+            return create(**option), option
+    return create(), {}
 
 
-def tiny_vit(size: int, any_size: bool) -> VisionTransformer:
+def tiny_vit(size: int, any_size: bool, drop_path: float = 0.0) -> VisionTransformer:
     """Four blocks over patches of 4 pixels: the smallest transformer that learns small drawings."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(img_size=size, num_classes=0, dynamic_img_size=any_size, **TINY_VIT_SIZES)
+    return VisionTransformer(
+        img_size=size, num_classes=0, dynamic_img_size=any_size, drop_path_rate=drop_path, **TINY_VIT_SIZES
+    )
+
+
+def has_drop_path(trunk: nn.Module) -> bool:
+    """Whether a trunk skips blocks in training."""
+    from timm.layers import DropPath
+
+    return any(isinstance(part, DropPath) for part in trunk.modules())
+
+
+def keep_all_paths(module: nn.Module) -> None:
+    """Let a network skip no block, also in training: a teacher is to be the whole network."""
+    from timm.layers import DropPath
+
+    for part in module.modules():
+        if isinstance(part, DropPath):
+            part.drop_prob = 0.0
 
 
 def _first(error: Exception) -> str:
@@ -317,6 +352,12 @@ class TowerConfig:
     """Keep the image tower's trunk as it is and train its head and the text tower only, as LiT does."""
     image_lr_factor: float = 1.0
     """Factor on the learning rate of the image tower's trunk; below 1 its weight decay is off, at 0 it is locked."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each layer of the image tower's trunk to the layer below it, such as 0.75 for a
+    pretrained vision transformer; 1 trains all layers alike."""
+    drop_path: float = 0.0
+    """Largest probability with which a residual block of the image tower is skipped for an image in training, which
+    keeps deep networks from overfitting; it rises along the blocks. Each of several processes draws on its own."""
     text_model: Literal["ngrams", "transformer"] = "ngrams"
     """Text tower: hashed n-grams, for short names; or a transformer over open_clip's tokens, for sentences."""
     text_width: int = 256
@@ -338,13 +379,18 @@ class TowerConfig:
         require(self, at_least(2), "context_length")
         require(self, Range("a multiple of 64", lambda width: width >= 64 and width % 64 == 0), "text_width")
         require(self, SHARE, "image_lr_factor")
+        require(self, SHARE_BELOW_ONE, "drop_path")
+        require(self, LAYER_DECAY, "layer_decay")
+        if self.image_locked and (self.drop_path or self.layer_decay < 1):
+            flag = "--drop-path" if self.drop_path else "--layer-decay"
+            raise UserError(f"{flag}: the image tower is locked (--lock-image), and its trunk is not trained")
 
 
 def image_tower(config: TowerConfig, size: int, *, inverted: bool = False) -> ImageTower:
     """The image tower that a configuration names."""
     return ImageTower(
         config.image_model, size, config.dim, pretrained=config.pretrained, inverted=inverted,
-        locked=config.image_locked, head=config.image_head,
+        locked=config.image_locked, head=config.image_head, drop_path=config.drop_path,
     )  # fmt: skip
 
 

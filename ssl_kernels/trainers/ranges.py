@@ -18,6 +18,7 @@ class Range(NamedTuple):
 
 SHARE = Range("a number in [0, 1]", lambda value: 0 <= value <= 1)
 SHARE_BELOW_ONE = Range("a number in [0, 1)", lambda value: 0 <= value < 1)
+LAYER_DECAY = Range("a number in (0, 1]", lambda value: 0 < value <= 1)
 POSITIVE = Range("a finite number > 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("a finite number >= 0", lambda value: 0 <= value < math.inf)
 

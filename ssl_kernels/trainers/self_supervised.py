@@ -23,13 +23,14 @@ from ssl_kernels.trainers.data.faults import FaultLog
 from ssl_kernels.trainers.data.pixels import parse_colour
 from ssl_kernels.trainers.data.views import ImageConfig, ImageData, load
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.evaluation import during, probes, report
+from ssl_kernels.trainers.evaluation import curves, during, features, probes, report
+from ssl_kernels.trainers.evaluation.progress import Stages
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop_config import LoopConfig
-from ssl_kernels.trainers.models import BUILT_IN, TINY, ImageTower
+from ssl_kernels.trainers.models import BUILT_IN, TINY, ImageTower, keep_all_paths
 from ssl_kernels.trainers.optim import make_optimizer, parameter_groups
 from ssl_kernels.trainers.processes import own_share
-from ssl_kernels.trainers.ranges import POSITIVE, at_least, require
+from ssl_kernels.trainers.ranges import POSITIVE, SHARE_BELOW_ONE, at_least, require
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -47,6 +48,9 @@ class SelfSupervisedConfig(ImageConfig, LoopConfig):
     """Peak learning rate."""
     image_model: str = TINY
     """The built-in `tiny-resnet` or `tiny-vit`, or any timm model by name: resnet50, vit_small_patch16_224."""
+    drop_path: float = 0.0
+    """Largest probability with which a residual block is skipped for an image in training, which keeps deep networks
+    from overfitting; it rises along the blocks. A teacher skips none. Each of several processes draws on its own."""
     hidden: int = 256
     """Width of the heads' hidden layers. Heads are dropped after training; the network below them is evaluated."""
     dim: int = 128
@@ -64,6 +68,7 @@ class SelfSupervisedConfig(ImageConfig, LoopConfig):
         require(self, at_least(2, "images to tell apart"), "batch_size")
         require(self, at_least(1), "hidden", "dim")
         require(self, POSITIVE, "temperature")
+        require(self, SHARE_BELOW_ONE, "drop_path")
 
 
 class Encoder(ImageTower):
@@ -75,7 +80,10 @@ class Encoder(ImageTower):
         any_size: bool = False,
     ) -> None:  # fmt: skip
         inverted = config.data == "openmoji"
-        super().__init__(config.image_model, config.image_size, config.dim, inverted=inverted, any_size=any_size)
+        super().__init__(
+            config.image_model, config.image_size, config.dim, inverted=inverted, any_size=any_size,
+            drop_path=config.drop_path,
+        )  # fmt: skip
         if config.data == "mnist":  # the ground of a digit is zero already
             self.mean.zero_()
             self.std.fill_(1)
@@ -107,6 +115,10 @@ class Method(nn.Module):
         """Normalise over several processes as over one."""
         batch_norm.synchronise(self, device)
 
+    def parameter_groups(self, config: SelfSupervisedConfig) -> list[dict[str, Any]]:
+        """What the optimizer is given."""
+        return parameter_groups(self, config.lr, config.weight_decay)
+
     def before_training(self, batches: Iterator[Batch]) -> None:
         """What a new run starts with; the batches are an epoch's."""
 
@@ -126,6 +138,7 @@ class MomentumMethod(Method):
     def __init__(self, encoder: Encoder, momentum: float, steps: int) -> None:
         super().__init__()
         self.encoder, self.teacher = encoder, ModelEma(encoder)
+        keep_all_paths(self.teacher)
         self.momentum, self.steps = momentum, steps
 
     def momentum_at(self, number: int) -> float:
@@ -138,20 +151,18 @@ class MomentumMethod(Method):
 
 def train(
     name: str, make_method: Callable[[ImageData, int], Method], config: SelfSupervisedConfig, console: Console, *,
-    crops: tuple[int, int] = (0, 0), draw: bool = False, chunk_size: int = 0,
+    draw: bool = False, chunk_size: int = 0,
 ) -> None:  # fmt: skip
     """Train what `make_method` builds for the data and a number of steps, and set its features beside the baselines.
 
-    Besides its two views an image is shown in `crops[0]` local ones of `crops[1]` pixels; `draw` also writes a picture
-    of the features. With `chunk_size` so many images go through the nets at a time; the method is then `InParts`.
+    `draw` also writes a picture of the features. With `chunk_size` so many images go through the nets at a time; the
+    method is then `InParts`.
     """
     begun = time.perf_counter()
     config.find_data()
     fabric = make_fabric(config)
     console.quiet = not fabric.is_global_zero
-    data = load(
-        config, batch_size=config.batch_size, seed=config.seed, workers=config.workers, crops=crops, share=own_share()
-    )
+    data = load(config, batch_size=config.batch_size, seed=config.seed, workers=config.workers, share=own_share())
     data.found.print(console, data.faults)
     method = make_method(data, loop.total_steps(data.batches, config))
     init_from.initialise(config, method, console)
@@ -159,7 +170,7 @@ def train(
     speed.apply(config, method, method.encoder.trunk)
     method.synchronise(fabric.device)
     wrapped = fabric.setup_module(method)
-    optimizer = make_optimizer(parameter_groups(method, config.lr, config.weight_decay), config)
+    optimizer = make_optimizer(method.parameter_groups(config), config)
     wrapped_optimizer: Any = fabric.setup_optimizers(optimizer)
     if config.resume is None:
         with fabric.autocast():  # an epoch that training does not reach has other views
@@ -195,13 +206,18 @@ def train(
         return
 
     folder = config.output_dir
+    title = f"{name} on {config.data}, seed {config.seed}"
+    picture_title = f"{report.run_name(folder)}: {title}"
     if result.records:  # whose file may be lost
-        report.plot_curves(folder / "curves.png", result.records)
-    figures = evaluate(fabric, trained, initial, data, config)
+        curves.plot_curves(folder / "curves.png", result.records, picture_title)  # what is evaluated comes below them
+    with Stages(console) as stages:
+        figures = evaluate(fabric, trained, initial, data, config, stages)
     total_s = time.perf_counter() - begun
     report.write_summary(folder / "summary.json", result, figures, total_s, data.faults, data.found)
-    title = f"{name} on {config.data}, seed {config.seed}, {config.evaluate_on} images"
-    probes.print_table(console, title, result, figures, total_s)
+    if result.records:
+        remark = curves.plot_curves(folder / "curves.png", result.records, picture_title, figures)
+        report.print_remark(console, "curves.png", remark)
+    probes.print_table(console, f"{title}, {config.evaluate_on} images", result, figures, total_s)
     if not figures and len(data.held_out):
         console.print("not evaluated: none of the held-out images can be read")
     elif not figures:
@@ -209,7 +225,7 @@ def train(
     if config.data == "openmoji":
         console.print(openmoji.CREDIT)
     pictures = []
-    if draw and draw_features(folder / "features.png", fabric, trained, initial, data, config):
+    if draw and draw_features(folder / "features.png", picture_title, fabric, trained, initial, data, config):
         pictures.append("features.png")
     left_out.sum_up()
     report.print_written(console, folder, *pictures)
@@ -238,18 +254,20 @@ def features_of(fabric: Fabric, encoder: Encoder) -> probes.Encode:
 
 
 def evaluate(
-    fabric: Fabric, trained: Encoder, initial: Encoder, data: ImageData, config: SelfSupervisedConfig
+    fabric: Fabric, trained: Encoder, initial: Encoder, data: ImageData, config: SelfSupervisedConfig, stages: Stages
 ) -> list[probes.FeatureFigure]:
+    """What the features of the trained and of the initial encoder are worth."""
     return probes.report_card(
-        features_of(fabric, trained), features_of(fabric, initial.to(trained.mean)), data.train,
-        data.held_out, data.view, config.image_size, config.split_seed, data.faults,
+        features_of(fabric, trained), features_of(fabric, initial.to(trained.mean)), data.train, data.held_out,
+        data.view, config.image_size, config.split_seed, data.faults, stages,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def draw_features(
-    path: Path, fabric: Fabric, trained: Encoder, initial: Encoder, data: ImageData, config: SelfSupervisedConfig
-) -> bool:
+    path: Path, title: str, fabric: Fabric, trained: Encoder, initial: Encoder, data: ImageData,
+    config: SelfSupervisedConfig,
+) -> bool:  # fmt: skip
     """A few held-out images with what the nets make of their places: of each label some, where there are labels.
 
     False where the nets tell nothing of places.
@@ -270,5 +288,5 @@ def draw_features(
     if maps["features"] is None:
         return False
     rows = {name: row.float().cpu() for name, row in maps.items() if row is not None}
-    report.plot_features(path, shown, rows, openmoji.CREDIT if config.data == "openmoji" else "")
+    features.plot_features(path, shown, rows, openmoji.CREDIT if config.data == "openmoji" else "", title)
     return True

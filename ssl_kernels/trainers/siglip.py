@@ -31,7 +31,10 @@ from ssl_kernels.trainers.two_towers import TwoTowerConfig, TwoTowerModel
 
 @dataclass
 class SigLipConfig(TwoTowerConfig):
-    """Train an image tower and a text tower with the sigmoid loss. The defaults learn OpenMoji in a few minutes."""
+    """Train an image tower and a text tower with the sigmoid loss. The defaults learn OpenMoji in a few minutes.
+
+    ssl-kernels train siglip --data pairs.csv --output-dir runs/pairs
+    """
 
 
 class SigLip(TwoTowerModel):

@@ -30,7 +30,10 @@ from ssl_kernels.trainers.self_supervised import Encoder, Method, SelfSupervised
 
 @dataclass
 class SimClrConfig(ChunkConfig, SelfSupervisedConfig):
-    """Train an encoder by contrast within the batch. The defaults learn 4,000 digits in a minute or two."""
+    """Train an encoder by contrast within the batch. The defaults learn 4,000 digits in a minute or two.
+
+    ssl-kernels train simclr --data photos/ --image-model resnet50 --image-size 224 --output-dir runs/photos
+    """
 
     output_dir: Path = Path("runs/simclr")
     """Folder for logs, checkpoints and pictures."""

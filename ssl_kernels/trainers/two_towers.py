@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssl_kernels import use_backend
 from ssl_kernels.distributed import gather_rows
+from ssl_kernels.ema import ModelEma
 from ssl_kernels.losses.in_group import LossInGroup
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import batch_norm, chunks, init_from, inputs, loop, optim, sharding, speed
@@ -24,8 +25,9 @@ from ssl_kernels.trainers.data.faults import FaultLog
 from ssl_kernels.trainers.data.pairs import ids_of_keys
 from ssl_kernels.trainers.data.pixels import parse_colour
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.evaluation import during, image_text, report
+from ssl_kernels.trainers.evaluation import curves, during, image_text, report, retrieval
 from ssl_kernels.trainers.evaluation.probes import spread
+from ssl_kernels.trainers.evaluation.progress import Stages
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.models import (
@@ -38,6 +40,7 @@ from ssl_kernels.trainers.models import (
     tokenizer,
 )  # fmt: skip
 from ssl_kernels.trainers.processes import own_share
+from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, require
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -56,6 +59,10 @@ class TwoTowerConfig(TowerConfig, DataConfig, chunks.ChunkConfig, LoopConfig):
     """Compare every batch's loss, over its first 1,024 pairs, with the reference (and the reference, where it trains,
     with `auto`) and log both."""
 
+    ema: float = 0.0
+    """Momentum of a moving average of the towers' weights, which is then what is evaluated, such as 0.999; 0 keeps
+    none. In the first steps the average follows faster."""
+
     @property
     def leaves_parameters_unused(self) -> bool:
         return self.image_model not in BUILT_IN
@@ -65,9 +72,24 @@ class TwoTowerConfig(TowerConfig, DataConfig, chunks.ChunkConfig, LoopConfig):
         self.check_data()
         self.check_towers()
         self.check_chunks()
+        require(self, SHARE_BELOW_ONE, "ema")
 
 
-class TwoTowerModel(nn.Module, ABC):
+class Towers(nn.Module):
+    """An image tower and a text tower, and their normalised embeddings."""
+
+    def __init__(self, image: ImageTower, text: nn.Module) -> None:
+        super().__init__()
+        self.image, self.text = image, text
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return unit_rows(self.image(images))
+
+    def encode_text(self, text: dict[str, Tensor]) -> Tensor:
+        return unit_rows(self.text(**text))
+
+
+class TwoTowerModel(Towers, ABC):
     """Two towers and a loss; a method adds its learned scalars and says how a batch is contrasted."""
 
     log_scale: nn.Parameter  # [1], for FSDP2 takes no parameter without dimension
@@ -75,8 +97,9 @@ class TwoTowerModel(nn.Module, ABC):
     def __init__(
         self, image: ImageTower, text: nn.Module, loss: LossInGroup, backend: str = "auto", check: bool = False
     ) -> None:
-        super().__init__()
-        self.image, self.text, self.loss, self.backend, self.check = image, text, loss, backend, check
+        super().__init__(image, text)
+        self.loss, self.backend, self.check = loss, backend, check
+        self.average: ModelEma | None = None  # of the towers
 
     @abstractmethod
     def contrast(self, x: Tensor, y: Tensor, ids: Tensor | None, *learned: Tensor) -> Tensor:
@@ -90,14 +113,21 @@ class TwoTowerModel(nn.Module, ABC):
         """The same, as they are logged."""
         return {"logit_scale": log_scale.detach().exp()}
 
+    def keep_average(self, momentum: float) -> None:
+        """From now on keep a moving average of the towers, of this momentum."""
+        self.average = ModelEma(Towers(self.image, self.text), momentum)
+
+    @property
+    def evaluated(self) -> Towers:
+        """The towers that are the run's result."""
+        return self if self.average is None else cast(Towers, self.average.module)
+
     def after_step(self, number: int) -> None:
-        """What the method does to its scalars after an optimizer step."""
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return unit_rows(self.image(images))
-
-    def encode_text(self, text: dict[str, Tensor]) -> Tensor:
-        return unit_rows(self.text(**text))
+        """What the method does after an optimizer step, counted from 1. At first the average follows faster, or short
+        runs would be averaged with their random start."""
+        if self.average is not None:
+            momentum = min(self.average.momentum, number / (number + 9))
+            self.average.update(Towers(self.image, self.text), momentum)
 
     def forward(self, batch: Batch, embed_alone: bool = False) -> tuple[Any, ...]:
         """The loss and what is logged; or the embeddings and the scalars, of which the loss is made elsewhere."""
@@ -157,8 +187,9 @@ def parameter_groups(model: TwoTowerModel, config: TwoTowerConfig) -> list[dict[
     slow = config.image_lr_factor < 1
     others = nn.ModuleList([model.image.head, model.text])
     scalars = list(model.parameters(recurse=False))
+    rate, decay = config.lr * config.image_lr_factor, 0.0 if slow else config.weight_decay
     return [
-        *optim.parameter_groups(trunk, config.lr * config.image_lr_factor, 0.0 if slow else config.weight_decay),
+        *optim.parameter_groups(trunk, rate, decay, trunk=trunk, layer_decay=config.layer_decay),
         *optim.parameter_groups(others, config.lr, config.weight_decay),
         {"params": scalars, "lr": config.lr, "peak_lr": config.lr, "weight_decay": 0.0},
     ]
@@ -180,6 +211,9 @@ def train(
         init_from.initialise(config, model, console)
     # One process alone cannot call what lies in shards.
     evaluated = make_model(*copy.deepcopy(towers)) if config.strategy == "fsdp" and fabric.is_global_zero else model
+    if config.ema:
+        for whole in {model, evaluated}:
+            whole.keep_average(config.ema)
     nets = ([] if config.image_locked else [image.trunk]) + ([] if config.text_model == "ngrams" else [towers[1]])
     speed.apply(config, model, *nets)
     batch_norm.synchronise(model, fabric.device)
@@ -210,7 +244,7 @@ def train(
         together = put_together()
         if together is None or data.held_out is None:
             return {}
-        embedder = image_text.Embedder(fabric, together, tokenize, config.image_size)
+        embedder = image_text.Embedder(fabric, together.evaluated, tokenize, config.image_size)
         return during.of_pairs(embedder, data.held_out, data.faults)
 
     held_out = "" if data.held_out is None else fingerprint.of_pairs(data.held_out.captions, data.held_out.images)
@@ -231,22 +265,32 @@ def train(
     figures: list[image_text.PairFigure] = []
     pictures: list[str] = []
     credit = openmoji.CREDIT if config.data == "openmoji" else ""
+    title = f"{name} on {config.data}, seed {config.seed}"
+    picture_title = f"{report.run_name(folder)}: {title}"
     if result.records:  # whose file may be lost
-        report.plot_curves(folder / "curves.png", result.records)
+        curves.plot_curves(folder / "curves.png", result.records, picture_title)  # what is evaluated comes below them
     if data.held_out is not None:
-        embedder = image_text.Embedder(fabric, evaluated, tokenize, config.image_size)
         supervised = config.label_captions > 0
-        figures, similarity, shown = image_text.report_card(
-            embedder, data.train, data.held_out, supervised, data.faults
-        )
+        with Stages(console) as stages:
+            embedder = image_text.Embedder(fabric, evaluated.evaluated, tokenize, config.image_size, stages=stages)
+            figures, similarity, shown = image_text.report_card(
+                embedder, data.train, data.held_out, supervised, data.faults
+            )
         if len(shown):
-            report.plot_retrieval(folder / "retrieval.png", shown, similarity, config.image_size, credit)
+            remark = retrieval.plot_retrieval(
+                folder / "retrieval.png", shown, similarity, config.image_size, credit, title=picture_title
+            )
+            report.print_remark(console, "retrieval.png", remark)
             pictures.append("retrieval.png")
         else:
             console.print("not evaluated: none of the held-out images can be read")
+    if result.records:
+        remark = curves.plot_curves(folder / "curves.png", result.records, picture_title, figures)
+        report.print_remark(console, "curves.png", remark)
     total_s = time.perf_counter() - begun
     report.write_summary(folder / "summary.json", result, figures, total_s, data.faults, data.found)
-    image_text.print_table(console, f"{name} on {config.data}, {config.evaluate_on} pairs", result, figures, total_s)
+    averaged = ", averaged weights" if config.ema else ""
+    image_text.print_table(console, f"{title}, {config.evaluate_on} pairs{averaged}", result, figures, total_s)
     if credit:
         console.print(credit)
     left_out.sum_up()

@@ -28,14 +28,14 @@ def test_tour(tour_page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     import emoji
 
     from ssl_kernels.trainers.data import openmoji
-    from ssl_kernels.trainers.evaluation import report
+    from ssl_kernels.trainers.evaluation import retrieval
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOUR_TINY", "1")
     # Some fifty emoji, which twelve steps see several times each; to draw more takes seconds, as does the sheet.
     monkeypatch.setattr(emoji, "EMOJI_DATA", dict(itertools.islice(emoji.EMOJI_DATA.items(), 0, None, 80)))
     monkeypatch.setattr(openmoji, "render", openmoji.render.__wrapped__)
-    monkeypatch.setattr(report, "plot_retrieval", lambda path, *_: path.touch())
+    monkeypatch.setattr(retrieval, "plot_retrieval", lambda path, *_: path.touch())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

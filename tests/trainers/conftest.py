@@ -115,17 +115,19 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave empty files, for drawing takes most of their time, but in tests that ask for ``pictures``."""
-    from ssl_kernels.trainers.evaluation import report
+    from ssl_kernels.trainers.evaluation import curves, features, retrieval
 
     if "pictures" in request.fixturenames:
         return
-    for name in ("plot_curves", "plot_retrieval", "plot_features"):
-        expected = inspect.signature(getattr(report, name))
+    for module in (curves, retrieval, features):
+        name = f"plot_{module.__name__.rpartition('.')[2]}"
+        expected = inspect.signature(getattr(module, name))
 
-        def touch(*arguments: object, expected: inspect.Signature = expected) -> None:
-            expected.bind(*arguments).arguments["path"].touch()
+        def touch(*arguments: object, expected: inspect.Signature = expected, **options: object) -> str:
+            expected.bind(*arguments, **options).arguments["path"].touch()
+            return ""
 
-        monkeypatch.setattr(report, name, touch)
+        monkeypatch.setattr(module, name, touch)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from ssl_kernels.trainers import dino
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data.views import DrawingView, Images, PhotoView, ViewBatches
 from ssl_kernels.trainers.dino import DINO, DINOConfig, DINOv2, MaskedStudent, Student
-from ssl_kernels.trainers.evaluation import report
+from ssl_kernels.trainers.evaluation import features
 from ssl_kernels.trainers.masking import block_masks
 from ssl_kernels.trainers.models import ImageTower, TinyResNet
 from ssl_kernels.trainers.optim import parameter_groups
@@ -366,7 +366,7 @@ def test_a_picture_of_features_colours_alike_what_is_alike(tmp_path: Path) -> No
     kinds = torch.tensor([[0, 1], [1, 2]])
     centres = 5 * torch.randn(3, 7)
     maps = centres[kinds].permute(2, 0, 1).expand(4, 7, 2, 2) + 0.01 * torch.randn(4, 7, 2, 2)
-    colours = report.principal_components(maps)
+    colours = features.principal_components(maps)
     assert colours.shape == (4, 3, 2, 2)
     assert colours.min() >= 0
     assert colours.max() <= 1
@@ -374,15 +374,15 @@ def test_a_picture_of_features_colours_alike_what_is_alike(tmp_path: Path) -> No
         of_kind = colours.movedim(1, -1)[:, kinds == i, :2].flatten(0, 1)
         assert of_kind.std(0).max() < 0.02
     assert (colours[0, :2, 0, 0] - colours[0, :2, 1, 1]).abs().max() > 0.5
-    assert torch.allclose(report.principal_components(maps + 100), colours, atol=0.01)
-    assert report.principal_components(maps[:, :2]).shape == (4, 3, 2, 2)
+    assert torch.allclose(features.principal_components(maps + 100), colours, atol=0.01)
+    assert features.principal_components(maps[:, :2]).shape == (4, 3, 2, 2)
     channels = torch.randn(200, 4, 2, 2) * torch.tensor([1.0, 9.0, 0.1, 3.0]).view(4, 1, 1)
-    found = report.principal_components(channels)
+    found = features.principal_components(channels)
     for component, channel in enumerate((1, 3, 0)):  # by falling variance
         pair = torch.stack([found[:, component].flatten(), channels[:, channel].flatten()])
         assert pair.corrcoef()[0, 1].abs() > 0.97
     shown = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    report.plot_features(tmp_path / "features.png", shown, {"features": maps, "attention": maps[:, :1]}, "credit")
+    features.plot_features(tmp_path / "features.png", shown, {"features": maps, "attention": maps[:, :1]}, "credit")
     with Image.open(tmp_path / "features.png") as picture:
         width, height = picture.size
         assert len(np.unique(np.array(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50

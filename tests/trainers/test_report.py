@@ -1,4 +1,4 @@
-"""The closing table and the pictures."""
+"""The closing table and the summary."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 from rich.console import Console
 
-from ssl_kernels.trainers.data.pairs import ImageTextPairs
 from ssl_kernels.trainers.evaluation import image_text, report
 from ssl_kernels.trainers.evaluation.image_text import PairFigure
 from ssl_kernels.trainers.loop import Result
 
-pytestmark = pytest.mark.usefixtures("pictures")
 RECORDS = [
     {"step": 1, "epoch": 0, "loss": 10.0, "loss_check": 2.0, "loss_reference": 2.0, "lr": 0.1, "elapsed_s": 0.1},
     {"step": 2, "epoch": 0, "loss": 1.5, "loss_check": 1.0, "loss_reference": 1.25, "lr": 0.2, "elapsed_s": 0.2},
@@ -66,25 +61,3 @@ def test_the_summary_holds_what_the_table_shows(tmp_path: Path) -> None:
 def test_the_difference_of_losses_is_the_largest_or_none() -> None:
     assert report.loss_difference(RESULT) == pytest.approx(0.2)
     assert report.loss_difference(Result(records=[{"step": 1, "loss": 1.0}])) is None
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.array(image.convert("RGB")).astype(int)
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_the_right_image_is_framed_in_green(tmp_path: Path, right: bool) -> None:
-    images = torch.full((8, 3, 16, 16), 200, dtype=torch.uint8)
-    pairs = ImageTextPairs(images, [f"caption {i}" for i in range(8)], subsets=["novel concepts"] * 8)
-    similarity = torch.eye(8) if right else -torch.eye(8)
-    report.plot_retrieval(tmp_path / "retrieval.png", pairs, similarity, 16)
-    picture = pixels(tmp_path / "retrieval.png")
-    green = (abs(picture - np.array([44, 160, 44])).sum(-1) < 30).sum()
-    assert (green > 500) == right
-
-
-def test_curves_are_drawn_for_every_metric(tmp_path: Path) -> None:
-    report.plot_curves(tmp_path / "curves.png", [{**r, "loss": 10.0 / r["step"]} for r in RECORDS])
-    blue = (abs(pixels(tmp_path / "curves.png") - np.array([31, 119, 180])).sum(-1) < 30).sum(0)
-    assert (blue > 0).sum() > 300  # two lines that cross their axes

@@ -22,6 +22,7 @@ from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.faults import Faults
 from ssl_kernels.trainers.data.pairs import TEMPLATES, ImageTextPairs, Tokenize
 from ssl_kernels.trainers.evaluation import report
+from ssl_kernels.trainers.evaluation.progress import Stages
 from ssl_kernels.trainers.loop import Result
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ class TwoTowers(Protocol):
 class Embedder:
     """A model's normalised embeddings [N, D] of images and texts, in fp32 on the CPU, in evaluation mode."""
 
-    def __init__(self, fabric: Fabric, model: TwoTowers, tokenize: Tokenize, size: int, batch_size: int = 256) -> None:
-        self.fabric, self.model, self.tokenize = fabric, model, tokenize
+    def __init__(
+        self, fabric: Fabric, model: TwoTowers, tokenize: Tokenize, size: int, batch_size: int = 256,
+        stages: Stages | None = None,
+    ) -> None:  # fmt: skip
+        self.fabric, self.model, self.tokenize, self.stages = fabric, model, tokenize, stages or Stages()
         model.eval()
         self.size, self.batch_size = size, batch_size
 
@@ -61,22 +65,27 @@ class Embedder:
             kept.extend(own)
             return self.model.encode_image(self._put(images)) if own else torch.empty(0)
 
-        embedded = self._encode(len(pairs), encode)
+        embedded = self._encode("images", len(pairs), encode)
         return embedded, pairs if len(kept) == len(pairs) else pairs.select(kept)
 
     def texts(self, captions: Sequence[str]) -> Tensor:
-        return self._encode(
-            len(captions), lambda part: self.model.encode_text(self._put(self.tokenize([captions[i] for i in part])))
-        )
+        def encode(part: range) -> Tensor:
+            return self.model.encode_text(self._put(self.tokenize([captions[i] for i in part])))
+
+        return self._encode("captions", len(captions), encode)
 
     def _put(self, data: Any) -> Any:
         return self.fabric.to_device(data)
 
-    def _encode(self, n: int, encode: Callable[[range], Tensor]) -> Tensor:
+    def _encode(self, what: str, n: int, encode: Callable[[range], Tensor]) -> Tensor:
         parts = [range(start, min(start + self.batch_size, n)) for start in range(0, n, self.batch_size)]
+        self.stages.plan(len(parts))
+        encoded = []
         with torch.no_grad(), self.fabric.autocast():
-            done = [encode(part).float().cpu() for part in parts]
-        return torch.cat([part for part in done if len(part)] or [torch.empty(0, 0)])
+            for part in parts:
+                self.stages.begin(what)
+                encoded.append(encode(part).float().cpu())
+        return torch.cat([part for part in encoded if len(part)] or [torch.empty(0, 0)])
 
 
 @dataclass
@@ -247,7 +256,11 @@ def report_card(
         return [], images, held_out
     texts = embedder.texts(held_out.captions)
     drawn = train is not None and isinstance(train.images, Tensor)
+    embedder.stages.plan(1 + drawn)
+    if drawn:
+        embedder.stages.begin("baseline")
     baseline = TfidfPixels(train, held_out, embedder.size) if drawn and train else None
+    embedder.stages.begin("figures")
     is_gallery = len(set(held_out.captions)) == len(held_out)  # captions that name classes have many right answers
     figures = retrieval(images, texts, held_out, baseline) if is_gallery else []
     if baseline is not None:

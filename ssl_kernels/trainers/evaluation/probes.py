@@ -18,14 +18,17 @@ from torch import Tensor
 
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers.data.faults import Faults
-from ssl_kernels.trainers.data.images import resize
-from ssl_kernels.trainers.data.views import Images, View
+from ssl_kernels.trainers.data.images import image_seeds, open_image, resize
+from ssl_kernels.trainers.data.views import Images, PhotoView, View
 from ssl_kernels.trainers.evaluation import report
+from ssl_kernels.trainers.evaluation.progress import Stages
 from ssl_kernels.trainers.loop import Result
 
 Encode = Callable[[Tensor], Tensor]  # uint8 images [n, 3, S, S] to features [n, D]
 
 LABELLED, DRAWS, COPIES = 10, 10, 10  # labels a class; random choices of them; distorted copies in a gallery
+_SPACES, _STAGES = ("trained net", "untrained net", "raw pixels", "raw pixels and copies"), 3  # in each of them
+_BATCH, _FILES = 256, 25  # images in memory, and in files, of a stage
 _RAW_SIZE, _MOST_TRAIN, _MOST_HELD_OUT = 32, 5000, 1000  # pixels a side, and images, of the largest comparison
 _CAPTION = (
     "initial: the same net before training; raw: centred pixels; raw + aug: with distorted copies in the gallery too;"
@@ -49,10 +52,20 @@ def nearest_classes(
     Without `temperature` each has one vote, and of classes with as many the one whose voters are nearer wins; with it
     a neighbour of similarity s votes with exp(s / temperature), as in Wu 2018, arXiv 1805.01978.
     """
-    similarity, index = (unit_rows(queries) @ unit_rows(gallery).T).topk(min(k, len(gallery)), dim=1)
+    return vote(cosines(queries, gallery), labels, k, temperature)
+
+
+def cosines(queries: Tensor, gallery: Tensor) -> Tensor:
+    """The cosine [n, N] of each query [n, D] and each of the gallery [N, D]."""
+    return unit_rows(queries) @ unit_rows(gallery).T
+
+
+def vote(similarity: Tensor, labels: Tensor, k: int, temperature: float | None = None) -> Tensor:
+    """`nearest_classes` of queries whose cosines [n, N] with the gallery are known."""
+    nearest, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
     # k cosines lie between -k and k: divided by 3 k they decide between equal votes, and never against one vote more.
-    weight = 1 + similarity / (3 * k) if temperature is None else ((similarity - 1) / temperature).exp()
-    votes = queries.new_zeros(len(queries), int(labels.max()) + 1)
+    weight = 1 + nearest / (3 * k) if temperature is None else ((nearest - 1) / temperature).exp()
+    votes = similarity.new_zeros(len(similarity), int(labels.max()) + 1)
     return votes.scatter_add_(1, labels[index], weight.to(votes.dtype)).argmax(1)
 
 
@@ -132,15 +145,16 @@ class Space:
 
 def report_card(
     model: Encode, initial: Encode, train: Images, held_out: Images, view: View, size: int, seed: int,
-    faults: Faults | None = None,
+    faults: Faults | None = None, stages: Stages | None = None,
 ) -> list[FeatureFigure]:  # fmt: skip
     """Classification of held-out images by training images, where there are labels; else instance retrieval.
 
     What is random, the distortion of queries and gallery and the choice of the labelled, is drawn from `seed`. At most
     5,000 training and 1,000 held-out images are used, and raw pixels are compared at 32 pixels a side or less. Of these
-    images, those that cannot be read are left out, and `faults` is told of them.
+    images, those that cannot be read are left out, and `faults` is told of them. `stages` is told how far it has come.
     """
     rng, faults = np.random.default_rng((seed, 1)), Faults() if faults is None else faults
+    stages = stages or Stages()
     train, held_out = (
         part.select(np.sort(rng.permutation(len(part))[:most]).tolist()).readable(faults)
         for part, most in ((train.labelled(), _MOST_TRAIN), (held_out.labelled(), _MOST_HELD_OUT))
@@ -151,10 +165,24 @@ def report_card(
     pixels = _pixels(min(size, _RAW_SIZE), grey=_is_grey(held_out.load(range(min(64, len(held_out))), size)))
 
     every = (model, initial, pixels)
-    galleries = _encode(len(gallery), lambda part: gallery.load(part, size), *every)
-    clean = _encode(len(held_out), lambda part: held_out.load(part, size), *every)
-    distorted = _encode(len(held_out), lambda part: view(held_out, part, size, rng), *every)
-    copies = [_encode(len(gallery), lambda part: view(gallery, part, size, rng), pixels)[0] for _ in range(COPIES)]
+    batches = -(-len(gallery) // _BATCH), -(-len(held_out) // _BATCH)
+    copied = -(-len(gallery) // _FILES) if isinstance(view, PhotoView) else COPIES * batches[0]
+    compared = len(_SPACES) * (1 if held_out.labels is None else _STAGES)
+    stages.plan(batches[0] + 2 * batches[1] + copied + compared)
+
+    def encode(what: str, images: Images, load: Callable[[range], Tensor], *encoders: Encode) -> list[Tensor]:
+        return _encode(len(images), load, *encoders, stages=stages, what=what)
+
+    galleries = encode("features", gallery, lambda part: gallery.load(part, size), *every)
+    clean = encode("features of held-out images", held_out, lambda part: held_out.load(part, size), *every)
+    distorted = encode("features of distorted images", held_out, lambda part: view(held_out, part, size, rng), *every)
+    if isinstance(view, PhotoView):
+        copies = _copies_of_files(view, gallery, size, rng, pixels, stages)
+    else:
+        copies = [
+            encode("distorted copies", gallery, lambda part: view(gallery, part, size, rng), pixels)[0]
+            for _ in range(COPIES)
+        ]
 
     spaces = [Space(*features) for features in zip(galleries, clean, distorted, strict=True)]
     raw = spaces[-1]
@@ -163,13 +191,35 @@ def report_card(
         mean = space.gallery.mean(0)
         space.gallery, space.clean, space.distorted = (x - mean for x in (space.gallery, space.clean, space.distorted))
     if gallery.labels is None or held_out.labels is None:
-        scores = (instance_recall(space.distorted, space.gallery, space.copies) for space in spaces)
+        scores = [_retrieve(space, name, stages) for space, name in zip(spaces, _SPACES, strict=True)]
         note = f"a distorted view of each of {len(held_out)} held-out images finds it among them"
         return [_figure("instance retrieval R@1", scores, 1 / len(held_out), note)]
-    return classification(spaces, gallery.labels, held_out.labels, np.random.default_rng((seed, 2)))
+    return classification(spaces, gallery.labels, held_out.labels, np.random.default_rng((seed, 2)), stages)
 
 
-def classification(spaces: list[Space], labels: Tensor, truth: Tensor, rng: np.random.Generator) -> list[FeatureFigure]:
+def _copies_of_files(
+    view: PhotoView, images: Images, size: int, rng: np.random.Generator, pixels: Encode, stages: Stages
+) -> list[Tensor]:
+    """Distorted copies of photographs as raw pixels, each copy [n, D]; a file is opened once for all of its copies."""
+    assert isinstance(images.images, list)
+    seeds = [image_seeds(rng, len(images)) for _ in range(COPIES)]
+    rows = []
+    for number, path in enumerate(images.images):
+        if number % _FILES == 0:
+            stages.begin("distorted copies")
+        picture = open_image(path, images.background)
+        rows.append(pixels(torch.stack([view.show(picture, size, own[number]) for own in seeds])))
+    return list(torch.stack(rows, 1))
+
+
+def _retrieve(space: Space, name: str, stages: Stages) -> float:
+    stages.begin(f"retrieval by {name}")
+    return instance_recall(space.distorted, space.gallery, space.copies)
+
+
+def classification(
+    spaces: list[Space], labels: Tensor, truth: Tensor, rng: np.random.Generator, stages: Stages
+) -> list[FeatureFigure]:
     """How well the labels of the galleries tell the classes `truth` of the queries, in each of the spaces."""
     draws = []
     for _ in range(DRAWS):  # one choice of the labelled images is worth several points more than another
@@ -179,31 +229,35 @@ def classification(spaces: list[Space], labels: Tensor, truth: Tensor, rng: np.r
     def accuracy(guess: Tensor) -> float:
         return float((guess == truth).float().mean())
 
-    def few(space: Space) -> float:
-        return float(np.mean([neighbours(space, space.clean, 1, None, chosen) for chosen in draws]))
-
-    def neighbours(
-        space: Space, queries: Tensor, k: int, temperature: float | None = None, chosen: Tensor | None = None
-    ) -> float:
-        chosen = torch.arange(len(labels)) if chosen is None else chosen
+    def of_few(space: Space, chosen: Tensor) -> float:
         rows = torch.cat([chosen + copy * len(labels) for copy in range(space.copies)])
         voters = labels[chosen].repeat(space.copies)
-        return accuracy(nearest_classes(queries, space.gallery[rows], voters, k, temperature))
+        return accuracy(nearest_classes(space.clean, space.gallery[rows], voters, 1))
 
-    def probe(space: Space) -> float:
-        return accuracy(linear_probe(space.clean, space.gallery, labels.repeat(space.copies)))
+    def scores(space: Space, name: str) -> list[float]:
+        voters = labels.repeat(space.copies)
+        stages.begin(f"{LABELLED} labels a class, {name}")
+        found = [float(np.mean([of_few(space, chosen) for chosen in draws]))]
+        stages.begin(f"nearest neighbours, {name}")
+        if len(space.distorted):
+            found.append(accuracy(nearest_classes(space.distorted, space.gallery, voters, 5)))
+        similarity = cosines(space.clean, space.gallery)
+        found += [accuracy(vote(similarity, voters, 5)), accuracy(vote(similarity, voters, 20, 0.07))]
+        stages.begin(f"linear probe, {name}")
+        return [*found, accuracy(linear_probe(space.clean, space.gallery, voters))]
 
     majority = float((truth == labels.mode().values).float().mean())
-    rows: list[tuple[str, Callable[[Space], float], str]] = [
-        (f"{LABELLED} labels a class, 1-NN", few, f"mean of {DRAWS} draws of the labelled images"),
-        ("distorted query, 5-NN", lambda s: neighbours(s, s.distorted, 5), "much of the gain is the augmentation's"),
-        ("clean query, 5-NN", lambda s: neighbours(s, s.clean, 5), f"{len(labels)} labelled, {len(truth)} held out"),
-        ("clean query, weighted 20-NN", lambda s: neighbours(s, s.clean, 20, 0.07), "temperature 0.07"),
-        ("clean query, linear probe", probe, "logistic regression"),
+    rows = [
+        (f"{LABELLED} labels a class, 1-NN", f"mean of {DRAWS} draws of the labelled images"),
+        ("distorted query, 5-NN", "much of the gain is the augmentation's"),
+        ("clean query, 5-NN", f"{len(labels)} labelled, {len(truth)} held out"),
+        ("clean query, weighted 20-NN", "temperature 0.07"),
+        ("clean query, linear probe", "logistic regression"),
     ]
     if not len(spaces[0].distorted):
         del rows[1]
-    return [_figure(name, map(score, spaces), majority, note) for name, score, note in rows]
+    columns = zip(*(scores(space, name) for space, name in zip(spaces, _SPACES, strict=False)), strict=True)
+    return [_figure(name, column, majority, note) for (name, note), column in zip(rows, columns, strict=True)]
 
 
 def _figure(name: str, scores: Iterable[float], chance: float, note: str) -> FeatureFigure:
@@ -211,11 +265,14 @@ def _figure(name: str, scores: Iterable[float], chance: float, note: str) -> Fea
     return FeatureFigure(name, model, initial, raw, others[0] if others else None, chance, note)
 
 
-def _encode(n: int, load: Callable[[range], Tensor], *encoders: Encode, batch_size: int = 256) -> list[Tensor]:
+def _encode(
+    n: int, load: Callable[[range], Tensor], *encoders: Encode, stages: Stages, what: str
+) -> list[Tensor]:  # fmt: skip
     """Features [n, D] of the same images by each of the encoders."""
     parts = []
-    for start in range(0, n, batch_size):
-        images = load(range(start, min(start + batch_size, n)))
+    for start in range(0, n, _BATCH):
+        stages.begin(what)
+        images = load(range(start, min(start + _BATCH, n)))
         parts.append([encode(images) for encode in encoders])
     return [torch.cat(features) for features in zip(*parts, strict=True)]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ssl_kernels.trainers.data import digits, files, openmoji, tars
+from ssl_kernels.trainers.data import digits, files, openmoji, tables, tars
 from ssl_kernels.trainers.data.faults import Fault
 from ssl_kernels.trainers.data.views import read_folder
 from ssl_kernels.trainers.errors import UserError
@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
 @dataclass
 class Items:
-    """Items in their order, which can be gone through again; `labels` [N] are indices of `classes`.
+    """Items in their order, which can be gone through again; `labels` [N] are indices of `classes`, or -1.
 
     Each time they are read, `missing` has what should be among them and is not by then.
     """
@@ -74,8 +74,8 @@ def images_of(data: str, size: int) -> Items:
         raise UserError(
             f"DATA: expected a folder of images, a list, a table, shards or {' or '.join(DRAWN)}, got {data!r}"
         )
-    if path.suffix in files.SUFFIXES:
-        found = files.read_table(path, "image", "caption", "DATA").images
+    if _is_table(path):
+        found = files.read_table(path, flag="DATA").images
         return Items.listed([str(file) for file in found], list(found))
     if path.suffix == ".txt":
         found = [_placed(line, path.parent) for line in _lines(path)]
@@ -87,8 +87,12 @@ def folder_of(folder: Path) -> Items:
     """All images below a folder, with the labels that its subfolders give."""
     found = read_folder(folder)
     assert isinstance(found.images, list)
-    classes = sorted({file.relative_to(folder).parts[0] for file in found.images}) if found.labels is not None else []
-    return Items.listed([str(file) for file in found.images], found.images, found.labels, classes)
+    return Items.listed([str(file) for file in found.images], found.images, found.labels, found.classes)
+
+
+def _is_table(path: Path) -> bool:
+    """A .txt file is a list here."""
+    return path.suffix.lower() in (*tables.SUFFIXES, ".gz") and path.suffix.lower() != ".txt"
 
 
 def captions_of(data: str) -> Items:
@@ -98,8 +102,8 @@ def captions_of(data: str) -> Items:
         return _shards(data, caption=True)
     if data == "openmoji":
         captions = openmoji.load(32, 32).captions
-    elif path.suffix in files.SUFFIXES:
-        captions = files.read_table(path, "image", "caption", "DATA").captions
+    elif _is_table(path) and path.is_file():
+        captions = files.read_table(path, flag="DATA").captions
     elif path.suffix == ".txt" and path.is_file():
         captions = _lines(path)
     else:

@@ -45,10 +45,14 @@ def read_parts(
 
 
 def labelled(data: str, size: int, flag: str = "DATA") -> Items:
-    """Images with labels, or an error that says where labels come from."""
+    """The images that have labels, or an error that says where labels come from."""
     items = images_of(data, size)
     if items.labels is None:
         raise UserError(f"{flag}: {data} has no labels; expected a folder with a subfolder to each class, or mnist")
+    if bool((items.labels < 0).any()):
+        chosen = [item for item, label in zip(items.read(), items.labels, strict=True) if label >= 0]
+        names, sources = zip(*chosen, strict=True)
+        return Items.listed(names, sources, items.labels[items.labels >= 0], items.classes)
     return items
 
 
