@@ -9,10 +9,11 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import tyro
 import yaml
+from tyro.conf import Positional
 
 from ssl_kernels.trainers.errors import UserError
 
@@ -29,8 +30,11 @@ def arguments(kind: type[Any], path: Path) -> list[str]:
         near = difflib.get_close_matches(unknown[0], defaults, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--config: {path} has options that this command has not: {', '.join(unknown)}{hint}")
+    bare = _positional(kind)
     options = {
-        name: _option(name, value) for name, value in values.items() if value is not None or defaults[name] is not None
+        name: [str(value)] if name in bare else _option(name, value)
+        for name, value in values.items()
+        if value is not None or defaults[name] is not None
     }
     if None in map(values.get, options) or not _parses(kind, [word for words in options.values() for word in words]):
         for name, words in options.items():
@@ -39,6 +43,13 @@ def arguments(kind: type[Any], path: Path) -> list[str]:
                     f"--config: {path}: {name}: expected a value as --{_flag(name)} takes, got {values[name]!r}"
                 )
     return [word for words in options.values() for word in words]
+
+
+def _positional(kind: type[Any]) -> set[str]:
+    """The arguments of a command that have no flag."""
+    mark = Positional[str].__metadata__[0]  # type: ignore[attr-defined]
+    hints = get_type_hints(kind, include_extras=True)
+    return {name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())}
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -139,7 +139,7 @@ class LoopConfig:
 RESUMABLE = {
     "output_dir", "config", "resume", "overwrite", "epochs", "max_steps", "workers", "log_every", "tensorboard",
     "wandb", "checkpoint_every", "keep", "eval_every", "devices", "num_nodes", "strategy", "data", "held_out_data",
-    "on_error", "max_bad",
+    "on_error", "max_bad", "run",
 }  # fmt: skip
 
 
@@ -150,9 +150,9 @@ def plain(config: LoopConfig) -> dict[str, Any]:
     """
     values = {**dataclasses.asdict(config), "config": None, "resume": None, "overwrite": False}
     values["output_dir"] = os.path.abspath(config.output_dir)
-    for name in ("data", "held_out_data", "init_from"):
+    for name in ("data", "held_out_data", "init_from", "run"):
         if name in values:
-            values[name] = absolute(values[name])
+            values[name] = absolute(str(values[name]))
     plain_values: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain_values
 

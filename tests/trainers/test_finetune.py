@@ -56,6 +56,12 @@ def test_a_whole_network_is_fine_tuned_and_loaded(
     assert "has classes of its own; leave it out" in capsys.readouterr().err
     assert run("finetune", "--resume", folder) == 0  # which is finished
     assert json.loads((folder / "summary.json").read_text())["figures"] == summary["figures"]
+    arguments = ("finetune", "--config", folder / "config.json", "--output-dir", tmp_path / "again")
+    assert run(*arguments, "--epochs", 2, "--eval-every", 1) == 0
+    again = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert again[0]["loss"] == summary["loss_first"]
+    assert 0 < again[3]["held_out_accuracy"] <= again[7]["held_out_accuracy"]
+    assert (tmp_path / "again" / "best.pt").exists()
 
 
 def test_a_frozen_trunk_stays_as_it_is(trained: TrainedRun, shapes: Path, tmp_path: Path) -> None:
@@ -137,6 +143,7 @@ def test_mistakes_are_one_line(
     cases = [
         (("--batch-size", 4000), "--batch-size: 4000 is more than the 78 images to train on"),
         (("--held-out", 0), "--held-out: 0.0 of each class of"),
+        (("--init-from", "resnet18"), "--init-from: RUN is what fine-tuning starts from; leave it out"),
     ]
     for options, message in cases:
         arguments = ("finetune", trained.folder, shapes, "--output-dir", tmp_path / "run", "--accelerator", "cpu")

@@ -209,7 +209,7 @@ def test_what_is_no_run_is_refused(trained: TrainedRun, tmp_path: Path) -> None:
     cases: list[tuple[Any, str]] = [
         ({**state, "inputs": {}}, "does not say what its networks are fed, for an older version wrote it"),
         ({name: value for name, value in state.items() if name != "inputs"}, "an older version wrote it"),
-        ({"weights": 1}, "is not a checkpoint of ssl-kernels train or finetune"),
+        ({"weights": 1}, "RUN: .* is not a checkpoint of this trainer"),
         ({**state, "model": {**state["model"], "text.mlp.0.bias": torch.ones(3)}}, "do not fit the networks"),
     ]
     for content, message in cases:

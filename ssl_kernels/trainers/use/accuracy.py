@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from ssl_kernels.trainers.evaluation import report
 from ssl_kernels.trainers.evaluation.probes import linear_probe
@@ -36,14 +37,23 @@ class ClassFigure:
     note: str = ""
 
 
+def guess_of(tuned: Trained, test: Part, console: Console) -> Tensor:
+    """The class [n] that a fine-tuned model says of each image."""
+    items = Items(lambda: iter(test.items), len(test.items), "")
+    return all_images(tuned, items, tuned.classify, UseConfig(run=Path()), console, "evaluating").vectors.argmax(1)
+
+
+def accuracy_of(tuned: Trained, test: Part, console: Console) -> float:
+    """How often that is right."""
+    return float((guess_of(tuned, test, console) == test.labels).float().mean())
+
+
 def evaluate(tuned: Trained, base: Trained, train: Part, test: Part, console: Console) -> list[ClassFigure]:
     """Accuracy on the part to test on, over all images and as the mean over the classes."""
-    items = Items(lambda: iter(test.items), len(test.items), "")
-    chances = all_images(tuned, items, tuned.classify, UseConfig(run=Path()), console, "evaluating").vectors
     width = base.image.width
     parts = {"features": slice(0, width), "pixels": slice(width, None)}
     guesses = [
-        chances.argmax(1),
+        guess_of(tuned, test, console),
         *(linear_probe(test.vectors[:, part], train.vectors[:, part], train.labels) for part in parts.values()),
         train.labels.mode().values.expand(len(test.labels)),
     ]

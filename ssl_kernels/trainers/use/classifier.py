@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_kernels.trainers import inputs as described
+from ssl_kernels.trainers.data import fingerprint
 from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
 from ssl_kernels.trainers.data.faults import Fault, Faults
 from ssl_kernels.trainers.data.images import image_seeds, open_image, random_crop
 from ssl_kernels.trainers.data.pixels import WHITE, Colour
 from ssl_kernels.trainers.optim import parameter_groups
 from ssl_kernels.trainers.processes import ALONE, Share
+from ssl_kernels.trainers.use.items import Item
 from ssl_kernels.trainers.use.labelled import Part
 from ssl_kernels.trainers.use.pixels import to_pixels
 from ssl_kernels.trainers.use.trained import Trained
@@ -73,8 +75,7 @@ class LabelledBatches(ShuffledBatches):
     @property
     def fingerprint(self) -> str:
         """What a resumed run must find again: the images' names, in order, and their labels."""
-        names = "\0".join(item.name for item in self.items).encode(errors="surrogateescape")
-        return hashlib.sha256(names + self.labels.numpy().tobytes()).hexdigest()
+        return fingerprint_of(self.items, self.labels)
 
     @property
     def in_memory(self) -> bool:
@@ -96,3 +97,8 @@ class LabelledBatches(ShuffledBatches):
         else:
             image = to_pixels(source, self.size, self.background, name)
         return image.flip(-1) if self.mirror and seed % 2 else image
+
+
+def fingerprint_of(items: Sequence[Item], labels: Tensor) -> str:
+    """What tells whether labelled images are what they were, wherever they lie now."""
+    return fingerprint.digest([*fingerprint.names_within([item.name for item in items]), *map(str, labels.tolist())])

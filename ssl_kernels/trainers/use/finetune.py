@@ -20,16 +20,17 @@ from rich.console import Console
 from torch import Tensor
 from tyro.conf import Positional
 
-from ssl_kernels.trainers import batch_norm, command, inputs, loop, sharding
+from ssl_kernels.trainers import batch_norm, command, inputs, loop, sharding, speed
 from ssl_kernels.trainers.data.faults import FaultLog, Faults
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import report
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop_config import LoopConfig
+from ssl_kernels.trainers.optim import make_optimizer
 from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, Range, at_least, require
-from ssl_kernels.trainers.use.accuracy import evaluate, print_table
-from ssl_kernels.trainers.use.classifier import Classifier, LabelledBatches, layer_groups
+from ssl_kernels.trainers.use.accuracy import accuracy_of, evaluate, print_table
+from ssl_kernels.trainers.use.classifier import Classifier, LabelledBatches, fingerprint_of, layer_groups
 from ssl_kernels.trainers.use.command import UseConfig
 from ssl_kernels.trainers.use.labelled import Part, read_parts
 from ssl_kernels.trainers.use.loading import load_run
@@ -42,9 +43,9 @@ from ssl_kernels.trainers.use.trained import Trained
 class FinetuneConfig(LoopConfig):
     """Train a classifier on top of a run's image tower, by a folder with a subfolder of images to each class."""
 
-    run: Positional[Path]
+    run: Positional[str] = ""
     """Folder of the run to start from, or one of its checkpoints."""
-    data: Positional[str]
+    data: Positional[str] = ""
     """A folder with a subfolder of images to each class, or `mnist`."""
     output_dir: Path = Path("runs/finetuned")
     """Folder for logs, checkpoints and pictures."""
@@ -73,15 +74,16 @@ class FinetuneConfig(LoopConfig):
     lr: float = 1e-3
     """Peak learning rate of the classifier and of the topmost layers."""
 
-    def __post_init__(self) -> None:
-        self.run = Path(self.run)  # a checkpoint has it as text
-
     @property
     def leaves_parameters_unused(self) -> bool:
         return True  # a trunk of timm may
 
     def check(self) -> None:
         super().check()
+        if not (self.run and self.data):
+            raise UserError("RUN, DATA: expected the folder of a run and a labelled folder")
+        if self.init_from:
+            raise UserError("--init-from: RUN is what fine-tuning starts from; leave it out")
         require(self, SHARE_BELOW_ONE, "held_out", "label_smoothing")
         require(self, at_least(0), "split_seed")
         require(self, Range("a number in (0, 1]", lambda value: 0 < value <= 1), "layer_decay")
@@ -93,7 +95,7 @@ def read(base: Trained, config: FinetuneConfig, console: Console) -> tuple[list[
     def encode(images: Tensor) -> Tensor:
         return torch.cat([base.features(images), raw_pixels(images, base.size)], 1)
 
-    options = UseConfig(run=config.run, on_error=config.on_error)
+    options = UseConfig(run=Path(config.run).expanduser(), on_error=config.on_error)
     return read_parts(
         base, config.data, config.held_out_data, config.held_out, config.split_seed, encode, options, console
     )
@@ -104,15 +106,16 @@ def train(config: FinetuneConfig, console: Console) -> None:
     begun = time.perf_counter()
     fabric = make_fabric(config)
     console.quiet = not fabric.is_global_zero
-    base = load_run(config.run, fabric.device)
+    base = load_run(Path(config.run).expanduser(), fabric.device)
     classes, data, test = read(base, config, console)
     if len(data.labels) < config.batch_size:
         raise UserError(f"--batch-size: {config.batch_size} is more than the {len(data.labels)} images to train on")
     net = Classifier(base, len(classes), freeze=config.freeze, label_smoothing=config.label_smoothing)
+    speed.apply(config, net, *([] if config.freeze else [net.tower.trunk]))
     batch_norm.synchronise(net, fabric.device)
     wrapped = fabric.setup_module(net)
     groups = layer_groups(net, config.lr, config.weight_decay, config.layer_decay)
-    optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(groups, betas=config.betas))
+    optimizer: Any = fabric.setup_optimizers(make_optimizer(groups, config))
     batches = LabelledBatches(
         data, size=base.size, batch_size=config.batch_size, seed=config.seed, augment=config.augment,
         mirror=config.mirror, workers=config.workers, share=own_share(), background=base.background,
@@ -122,19 +125,31 @@ def train(config: FinetuneConfig, console: Console) -> None:
         "method": f"{base.method} fine-tuned", "image": inputs.of_image(net.tower, background=base.background),
         "text": None, "classes": classes, "weights": {"image": "tower.", "classifier": "tower.head."},
     }  # fmt: skip
+
+    def tuned() -> Trained | None:
+        """What is evaluated, for the first process. All take part."""
+        weights = sharding.whole(net.state_dict(), keep=fabric.is_global_zero)
+        return Trained(said, weights, device=fabric.device) if fabric.is_global_zero else None
+
+    def score() -> dict[str, float]:
+        model = tuned()
+        return {} if model is None else {"held_out_accuracy": accuracy_of(model, test, console)}
+
     with FaultLog(
         batches.faults, config.output_dir, console, resume=config.resume, writes=fabric.is_global_zero
     ) as left_out:
         result = loop.fit(
-            fabric, wrapped, optimizer, batches, config, before_step=left_out.tell, console=console, inputs=said
-        )
-    weights = sharding.whole(net.state_dict(), keep=fabric.is_global_zero)
-    if not fabric.is_global_zero:
+            fabric, wrapped, optimizer, batches, config, before_step=left_out.tell, evaluate=score, inputs=said,
+            held_out=fingerprint_of(test.items, test.labels), console=console,
+        )  # fmt: skip
+    model = tuned()
+    if model is None:
         return
-    figures = evaluate(Trained(said, weights, device=fabric.device), base, data, test, console)
+    figures = evaluate(model, base, data, test, console)
     total_s = time.perf_counter() - begun
     folder = config.output_dir
-    report.plot_curves(folder / "curves.png", result.records)
+    if result.records:
+        report.plot_curves(folder / "curves.png", result.records)
     report.write_summary(folder / "summary.json", result, figures, total_s)
     print_table(console, f"{base.name} fine-tuned on {config.data}", result, figures, total_s)
     left_out.sum_up()
