@@ -27,7 +27,7 @@ from ssl_kernels.trainers.loop import Result
 Encode = Callable[[Tensor], Tensor]  # uint8 images [n, 3, S, S] to features [n, D]
 
 LABELLED, DRAWS, COPIES = 10, 10, 10  # labels a class; random choices of them; distorted copies in a gallery
-_SPACES, _STAGES = ("trained net", "untrained net", "raw pixels", "raw pixels and copies"), 3  # in each of them
+_SPACES, STAGES = ("trained net", "untrained net", "raw pixels", "raw pixels and copies"), 3  # in each of them
 _BATCH, _FILES = 256, 25  # images in memory, and in files, of a stage
 _RAW_SIZE, _MOST_TRAIN, _MOST_HELD_OUT = 32, 5000, 1000  # pixels a side, and images, of the largest comparison
 _CAPTION = (
@@ -167,7 +167,7 @@ def report_card(
     every = (model, initial, pixels)
     batches = -(-len(gallery) // _BATCH), -(-len(held_out) // _BATCH)
     copied = -(-len(gallery) // _FILES) if isinstance(view, PhotoView) else COPIES * batches[0]
-    compared = len(_SPACES) * (1 if held_out.labels is None else _STAGES)
+    compared = len(_SPACES) * (1 if held_out.labels is None else STAGES)
     stages.plan(batches[0] + 2 * batches[1] + copied + compared)
 
     def encode(what: str, images: Images, load: Callable[[range], Tensor], *encoders: Encode) -> list[Tensor]:

@@ -23,7 +23,7 @@ from tyro.conf import Positional
 from ssl_kernels.trainers import batch_norm, command, inputs, loop, sharding, speed
 from ssl_kernels.trainers.data.faults import FaultLog, Faults
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.evaluation import report
+from ssl_kernels.trainers.evaluation import curves, report
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.optim import make_optimizer
@@ -149,7 +149,7 @@ def train(config: FinetuneConfig, console: Console) -> None:
     total_s = time.perf_counter() - begun
     folder = config.output_dir
     if result.records:
-        report.plot_curves(folder / "curves.png", result.records)
+        curves.plot_curves(folder / "curves.png", result.records, report.run_name(folder))
     report.write_summary(folder / "summary.json", result, figures, total_s)
     print_table(console, f"{base.name} fine-tuned on {config.data}", result, figures, total_s)
     left_out.sum_up()

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from ssl_kernels.trainers import inputs
 from ssl_kernels.trainers.checkpoints import write_atomically
 from ssl_kernels.trainers.data.images import resize
-from ssl_kernels.trainers.evaluation.probes import FeatureFigure, Space, classification
+from ssl_kernels.trainers.evaluation.probes import STAGES, FeatureFigure, Space, classification
 from ssl_kernels.trainers.evaluation.progress import Stages
 from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
 from ssl_kernels.trainers.use import command
@@ -110,7 +110,9 @@ def print_figures(console: Console, title: str, figures: Sequence[FeatureFigure]
 def work(options: ProbeConfig, console: Console) -> None:
     model = load_run(options.run, device_of(options.device))
     spaces, labels, truth = spaces_of(options, model, console)
-    figures = classification(spaces, labels, truth, np.random.default_rng((options.split_seed, 2)), Stages(console))
+    with Stages(console) as stages:
+        stages.plan(STAGES * len(spaces))
+        figures = classification(spaces, labels, truth, np.random.default_rng((options.split_seed, 2)), stages)
     print_figures(console, f"accuracy of {model.name} on {options.data}", figures)
     if options.out is not None:
         content = json.dumps({"figures": [asdict(figure) for figure in figures]}, indent=2)
