@@ -173,6 +173,13 @@ def test_an_epoch_shows_every_image_once() -> None:
     assert not torch.equal(shown, images.images)
 
 
+def test_the_views_of_an_image_differ_and_return_in_another_run() -> None:
+    first, second = ViewBatches(random_images(), LIVELY, size=16, batch_size=4, seed=0)[1, 2]["views"]
+    again, _ = ViewBatches(random_images(), LIVELY, size=16, batch_size=4, seed=0)[1, 2]["views"]
+    assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(first, again)
+
+
 def test_the_fingerprint_tells_data_apart(folder: Path) -> None:
     def fingerprint(images: Images) -> str:
         return ViewBatches(images, STILL, size=16, batch_size=4, seed=0).fingerprint
