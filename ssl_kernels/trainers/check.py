@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
@@ -50,7 +50,7 @@ class Report:
     images: int
     bad: Faults
     odd: Faults
-    found: Found
+    found: Found = field(default_factory=lambda: Found(""))
 
     def lines(self) -> list[str]:
         """The same for people."""
