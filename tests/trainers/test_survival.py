@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +142,29 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_it(
     assert (folder / "last.pt").read_bytes() == before
     assert not list(folder.glob(".*"))
     assert siglip.main(["--resume", str(folder), "--epochs", "2"]) == 0
+
+
+def test_a_disk_that_was_full_for_a_moment_leaves_no_torn_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    checkpoints.save_checkpoint(path, {"step": 1})
+
+    class Once(io.FileIO):
+        writes = 0
+
+        def write(self, content: Any) -> int:
+            self.writes += 1
+            if self.writes == 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(content)
+
+    monkeypatch.setattr(checkpoints, "open", Once, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device.*last\.pt"):
+        checkpoints.save_checkpoint(path, {"step": 2})
+    monkeypatch.undo()
+    assert torch.load(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("logger", ["JsonLines", "TensorBoard"])
