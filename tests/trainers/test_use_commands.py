@@ -248,6 +248,29 @@ def test_a_bad_image_shifts_nothing(
     assert not {item.name for item in parts[0].items} & {item.name for item in parts[1].items}
 
 
+def test_folders_may_be_split_and_hold_strays(
+    trained: TrainedRun, model: Trained, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A split of the folder's own is kept, copies are on one side, and an image beside the classes has no label."""
+    for shape in ("bar", "dot"):
+        files = sorted((shapes / shape).iterdir())
+        for part, own in (("train", files[:10]), ("val", [*files[10:], files[0]])):
+            (tmp_path / "data" / part / shape).mkdir(parents=True)
+            for path in own:
+                shutil.copy(path, tmp_path / "data" / part / shape)
+    shutil.copy(files[1], tmp_path / "data" / "train" / "stray.png")
+    options, console = UseConfig(run=trained.folder), Console()
+    arguments = (model, str(tmp_path / "data"), "", 0.5, 0, model.features, options, console)
+    classes, train, test = labelled.read_parts(*arguments)
+    out = capsys.readouterr().out
+    assert classes == ["bar", "dot"]
+    assert (len(train.items), len(test.items)) == (18, 14)
+    assert all("val" in item.name for item in test.items)
+    assert not any("stray" in item.name for item in train.items)
+    assert "copies of held-out images" in out
+    assert train.labels.tolist() == [0] * 9 + [1] * 9
+
+
 def test_classify_by_labels(
     trained: TrainedRun, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,7 +331,8 @@ def test_probe_of_pixels_is_that_of_pixels(trained: TrainedRun, model: Trained, 
         (["embed", "RUN", "PHOTOS", "--out", "v.npy", "--on-error", "stop"], "(--on-error skip leaves it out)"),
         (["embed", "RUN", "PHOTOS", "--out", "v.npy", "--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["embed", "RUN", "PHOTOS", "--out", "v.npy", "--device", "abacus"], "--device: cannot use 'abacus'"),
-        (["embed", "RUN", "PHOTOS", "--text", "--out", "v.npy"], "DATA: expected with --text a .txt file of captions"),
+        (["embed", "RUN", "PHOTOS", "--text", "--out", "v.npy"], "photos is a folder without metadata.csv"),
+        (["embed", "RUN", "nowhere", "--text", "--out", "v.npy"], "DATA: expected with --text a .txt file of captions"),
         (["embed", "RUN", "PHOTOS", "--text", "--features", "--out", "v.npy"], "--features: expected images"),
         (["search", "RUN", "PHOTOS"], "--query: expected either a text to search for, or an image in --image"),
         (["search", "RUN", "PHOTOS", "--query", "x", "--image", "x.png"], "--query: expected either a text"),

@@ -29,7 +29,7 @@ def cached_images(model: Trained, items: Items, data: str, options: UseConfig, c
         return all_images(model, items, model.encode_image, options, console, "embedding")
     place = hashlib.sha256(f"{model.checksum}:{Path(data).expanduser().resolve()}".encode()).hexdigest()[:16]
     path = model.path.parent / "embeddings" / f"{place}.npz"
-    known, stamped = _read(path), [_stamp(item.name) for item in listed]
+    known, stamped = _read(path), [_stamp(item.source) for item in listed]
     found: dict[int, Tensor] = {i: known[stamp] for i, stamp in enumerate(stamped) if stamp in known}
     fresh = [i for i in range(len(listed)) if i not in found]
     if fresh:
@@ -43,7 +43,8 @@ def cached_images(model: Trained, items: Items, data: str, options: UseConfig, c
     return result
 
 
-def _stamp(name: str) -> Stamped:
+def _stamp(source: object) -> Stamped:
+    name = os.path.abspath(str(source))
     with contextlib.suppress(OSError):  # what is not there is left out later
         about = os.stat(name)
         return name, f"{about.st_size} {about.st_mtime_ns}"

@@ -93,7 +93,8 @@ def accuracy(items: Items, kept: Tensor, guess: Tensor, labels: Sequence[str]) -
     if items.labels is None or not set(items.classes) <= set(labels):
         return None
     place = torch.tensor([list(labels).index(name) for name in items.classes])
-    truth = place[items.labels[kept]]
+    known = items.labels[kept] >= 0
+    truth, guess = place[items.labels[kept][known]], guess[known]
     majority = float((truth == truth.mode().values).float().mean())
     return float((truth == guess).float().mean()), majority, len(truth)
 
@@ -102,6 +103,7 @@ def work(options: ClassifyConfig, console: Console) -> None:
     model = load_run(options.run, device_of(options.device))
     labels = labels_of(options.labels, model)
     items = images_of(options.data, model.size)
+    items.tell(console)
     found, chances = probabilities(model, items, labels, options, console)
     best, guess = chances.max(1)
     for name, label, chance in list(zip(found.names, guess.tolist(), best.tolist(), strict=True))[:_SHOWN]:

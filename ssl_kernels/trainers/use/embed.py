@@ -55,6 +55,7 @@ def work(options: EmbedConfig, console: Console) -> None:
         raise UserError(f"--out: {options.out} is there already; --overwrite replaces it")
     model = load_run(options.run, device_of(options.device))
     items = captions_of(options.data) if options.text else images_of(options.data, model.size)
+    items.tell(console)
     if options.text:
         model.tokenize("")  # or say that there is no text tower
     begun = time.perf_counter()

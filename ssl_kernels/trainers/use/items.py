@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
 from torch import Tensor
 
-from ssl_kernels.trainers.data import digits, files, openmoji, tables, tars
-from ssl_kernels.trainers.data.faults import Fault
-from ssl_kernels.trainers.data.views import read_folder
+from ssl_kernels.trainers.data import digits, files, openmoji, tars, trees
+from ssl_kernels.trainers.data.faults import Fault, Faults, place
+from ssl_kernels.trainers.data.found import Found
+from ssl_kernels.trainers.data.image_sets import Images, read_folder
+from ssl_kernels.trainers.data.text_files import open_text, told
 from ssl_kernels.trainers.errors import UserError
 
 DRAWN = ("openmoji", "mnist")  # data that come as packages
-
-
 LeftOut = list[tuple[str, str]]  # names of what cannot be used, and why
 
 
@@ -32,85 +34,94 @@ class Item(NamedTuple):
 class Items:
     """Items in their order, which can be gone through again; `labels` [N] are indices of `classes`, or -1.
 
-    Each time they are read, `missing` has what should be among them and is not by then.
+    Each time they are read, `missing` has what should be among them and is not by then. `found` is what is known of
+    them before.
     """
 
     read: Callable[[], Iterator[Item]]
     count: int | None  # None where they are not counted before they are read
     fingerprint: str
     labels: Tensor | None = None
-    classes: list[str] = field(default_factory=list)
+    classes: Sequence[str] = ()
     missing: LeftOut = field(default_factory=list)
+    found: Found | None = None
 
     @classmethod
-    def listed(
-        cls, names: Sequence[str], sources: Sequence[Path | Tensor | str], labels: Tensor | None = None,
-        classes: Sequence[str] = (),
-    ) -> Items:  # fmt: skip
+    def listed(cls, names: Sequence[str], sources: Sequence[Path | Tensor | str]) -> Items:
         """Items that are known one by one."""
 
         def read() -> Iterator[Item]:
             return map(Item, names, sources)
 
-        digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
-        return cls(read, len(names), digest, labels, list(classes))
+        return cls(read, len(names), hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest())
+
+    def told(self, found: Found, faults: Faults) -> Items:
+        """The same with what was found on the way to them."""
+        self.found, self.missing = found, [(fault.where, fault.reason) for fault in faults]
+        return self
+
+    def tell(self, console: Console) -> None:
+        """Say what was found; what is missing is said at the end."""
+        if self.found is not None and self.found.holds:
+            self.found.print(console)
 
 
 def images_of(data: str, size: int) -> Items:
     """The images that an argument names: a folder, a .txt list, a table, shards, an image, or built-in data."""
-    path = Path(data).expanduser()
+    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1)
     if data == "openmoji":
         pairs = openmoji.load(size * 3 // 2, size)  # as training and evaluation have them
         return Items.listed(pairs.captions, list(pairs.images))
     if data == "mnist":
-        pixels, labels = digits.load()
-        names = [f"digit {i} of {len(labels)}" for i in range(len(labels))]
-        return Items.listed(names, list(pixels), labels, [str(digit) for digit in range(10)])
+        return of_images(digit_images(), data)
     if tars.is_shards(data):
         return _shards(data, caption=False)
     if path.is_dir():
-        return folder_of(path)
+        return of_images(read_folder(path, found, faults), data).told(found, faults)
     if not path.is_file():
-        raise UserError(
-            f"DATA: expected a folder of images, a list, a table, shards or {' or '.join(DRAWN)}, got {data!r}"
-        )
-    if _is_table(path):
-        found = files.read_table(path, flag="DATA").images
-        return Items.listed([str(file) for file in found], list(found))
-    if path.suffix == ".txt":
-        found = [_placed(line, path.parent) for line in _lines(path)]
-        return Items.listed([str(file) for file in found], found)
-    return Items.listed([data], [path])
+        kinds = f"a folder of images, a list, a table, shards or {' or '.join(DRAWN)}"
+        raise UserError(f"DATA: expected {kinds}, got {data!r}")
+    if path.suffix.lower() == ".txt":
+        listed = [_placed(line, path.parent) for line in _lines(path)]
+        return Items.listed([str(file) for file in listed], listed)
+    if path.suffix.lower() in trees.endings():
+        return Items.listed([data], [path])
+    pairs = files.read_table(path, flag="DATA", faults=faults, found=found)
+    return of_images(Images(pairs.images), str(path.parent)).told(found, faults)
 
 
-def folder_of(folder: Path) -> Items:
-    """All images below a folder, with the labels that its subfolders give."""
-    found = read_folder(folder)
-    assert isinstance(found.images, list)
-    return Items.listed([str(file) for file in found.images], found.images, found.labels, found.classes)
+def of_images(images: Images, folder: str) -> Items:
+    """Images with their labels, which are named as they lie in a folder."""
+    if isinstance(images.images, Tensor):
+        items = Items.listed([f"{folder} {i}" for i in range(len(images))], list(images.images))
+    else:
+        root = os.path.abspath(os.path.expanduser(folder))
+        names = [os.path.join(folder, os.path.relpath(file, root)) for file in images.images]
+        items = Items.listed(names, images.images)
+    items.labels, items.classes = images.labels, images.classes
+    return items
 
 
-def _is_table(path: Path) -> bool:
-    """A .txt file is a list here."""
-    return path.suffix.lower() in (*tables.SUFFIXES, ".gz") and path.suffix.lower() != ".txt"
+def digit_images() -> Images:
+    """The built-in digits."""
+    return Images(*digits.load(), classes=[str(digit) for digit in range(10)])
 
 
 def captions_of(data: str) -> Items:
     """The captions that an argument names: the lines of a .txt file, the captions of a table, of shards or of emoji."""
-    path = Path(data).expanduser()
+    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1)
     if tars.is_shards(data):
         return _shards(data, caption=True)
     if data == "openmoji":
         captions = openmoji.load(32, 32).captions
-    elif _is_table(path) and path.is_file():
-        captions = files.read_table(path, flag="DATA").captions
-    elif path.suffix == ".txt" and path.is_file():
+    elif path.suffix.lower() == ".txt" and path.is_file():
         captions = _lines(path)
+    elif path.exists():
+        captions = files.read_table(files.table_path(data, "DATA"), flag="DATA", faults=faults, found=found).captions
     else:
-        raise UserError(
-            f"DATA: expected with --text a .txt file of captions, a table, shards or openmoji, got {data!r}"
-        )
-    return Items.listed(captions, captions)
+        kinds = "a .txt file of captions, a table, shards or openmoji"
+        raise UserError(f"DATA: expected with --text {kinds}, got {data!r}")
+    return Items.listed(captions, captions).told(found, faults)
 
 
 def _shards(data: str, *, caption: bool) -> Items:
@@ -129,10 +140,8 @@ def _shards(data: str, *, caption: bool) -> Items:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"DATA: cannot read {path}: {error}") from None
+    with told(path, "DATA"), open_text(path, "utf-8") as file:
+        lines = [line.strip() for line in file if line.strip()]
     if not lines:
         raise UserError(f"DATA: {path} is empty; expected a line to each item")
     return lines

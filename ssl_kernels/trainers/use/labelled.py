@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from ssl_kernels.trainers.data import digits
+from ssl_kernels.trainers.data import image_sets
+from ssl_kernels.trainers.data.faults import Faults, place
+from ssl_kernels.trainers.data.found import Found
+from ssl_kernels.trainers.data.image_sets import Images
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.use.command import UseConfig
 from ssl_kernels.trainers.use.embedding import Encode, all_images
-from ssl_kernels.trainers.use.items import Item, Items, images_of
+from ssl_kernels.trainers.use.items import Item, digit_images, of_images
 from ssl_kernels.trainers.use.trained import Trained
 
 
@@ -29,45 +34,65 @@ def read_parts(
     model: Trained, data: str, held_out_data: str, held_out: float, seed: int, encode: Encode, options: UseConfig,
     console: Console,
 ) -> tuple[list[str], Part, Part]:  # fmt: skip
-    """The classes, the images to train on, and those to test on: data of their own, or else a share of each class."""
-    items = labelled(data, model.size)
-    train = _part(model, items, items.classes, encode, options, console)
+    """The classes, the images to train on and those to test on.
+
+    These are data of their own, or those that the folders of `data` hold out, or else a share of each class. Equal
+    images are on one side.
+    """
+    found, faults = Found(place(data)), Faults(max_bad=1)
     if held_out_data:
-        other = labelled(held_out_data, model.size, "--held-out-data")
-        return items.classes, train, _part(model, other, items.classes, encode, options, console)
-    kept, tested = digits.split(train.labels, held_out, seed)
-    if len(tested) == 0 or len(kept) == 0:
+        both = ((data, "DATA"), (held_out_data, "--held-out-data"))
+        train, test = (_images(name, flag, console) for name, flag in both)
+    elif data == "mnist":
+        train, test = image_sets.split(digit_images(), held_out, seed)
+    else:
+        train, test = image_sets.read_parts(_folder(data, "DATA"), held_out, seed, found, faults)
+        found.print(console, faults)
+    train, test = (_labelled(images, name) for images, name in ((train, data), (test, held_out_data or data)))
+    if len(test) == 0 or len(train) == 0:
         raise UserError(
             f"--held-out: {held_out} of each class of {data} leaves nothing to train or nothing to test on; it has"
-            f" {len(train.labels)} images of {len(items.classes)} classes"
+            f" {len(train) + len(test)} images of {len(train.classes)} classes"
         )
-    return items.classes, _select(train, kept), _select(train, tested)
+    parts = (
+        _part(model, images, name, train.classes, encode, options, console)
+        for images, name in ((train, data), (test, held_out_data or data))
+    )
+    return (list(train.classes), *parts)  # type: ignore[return-value]
 
 
-def labelled(data: str, size: int, flag: str = "DATA") -> Items:
-    """The images that have labels, or an error that says where labels come from."""
-    items = images_of(data, size)
-    if items.labels is None:
-        raise UserError(f"{flag}: {data} has no labels; expected a folder with a subfolder to each class, or mnist")
-    if bool((items.labels < 0).any()):
-        chosen = [item for item, label in zip(items.read(), items.labels, strict=True) if label >= 0]
-        names, sources = zip(*chosen, strict=True)
-        return Items.listed(names, sources, items.labels[items.labels >= 0], items.classes)
-    return items
+def _images(data: str, flag: str, console: Console) -> Images:
+    if data == "mnist":
+        return digit_images()
+    found, faults = Found(place(data)), Faults(max_bad=1)
+    images = image_sets.read_folder(_folder(data, flag), found, faults)
+    found.print(console, faults)
+    return images
+
+
+def _folder(name: str, flag: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{flag}: expected a folder with a subfolder to each class, or mnist, got {name!r}")
+    return path
+
+
+def _labelled(images: Images, data: str) -> Images:
+    if images.labels is None and len(images):
+        raise UserError(f"DATA: {data} has no labels; expected a folder with a subfolder to each class, or mnist")
+    return images.labelled()
 
 
 def _part(
-    model: Trained, items: Items, classes: list[str], encode: Encode, options: UseConfig, console: Console
-) -> Part:
-    unknown = sorted(set(items.classes) - set(classes))
+    model: Trained, images: Images, data: str, classes: Sequence[str], encode: Encode, options: UseConfig,
+    console: Console,
+) -> Part:  # fmt: skip
+    unknown = sorted(set(images.classes) - set(classes))
     if unknown:
         raise UserError(f"--held-out-data: the class {unknown[0]!r} is not in DATA, which has {', '.join(classes[:5])}")
+    items = of_images(images, data)
     found = all_images(model, items, encode, options, console, "features")
-    place = torch.tensor([classes.index(name) for name in items.classes])
-    assert items.labels is not None
+    place_of = torch.tensor([list(classes).index(name) for name in images.classes])
+    assert images.labels is not None
     listed = list(items.read())
-    return Part([listed[i] for i in found.kept.tolist()], found.vectors, place[items.labels[found.kept]])
-
-
-def _select(part: Part, chosen: Tensor) -> Part:
-    return Part([part.items[i] for i in chosen.tolist()], part.vectors[chosen], part.labels[chosen])
+    return Part([listed[i] for i in found.kept.tolist()], found.vectors, place_of[images.labels[found.kept]])
