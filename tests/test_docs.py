@@ -65,15 +65,14 @@ def runs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
     from ssl_kernels.trainers import inputs
     from ssl_kernels.trainers.models import TowerConfig, image_tower, text_tower
+    from ssl_kernels.trainers.siglip import SigLip
 
     config = TowerConfig()
-    model = torch.nn.Module()
-    model.image, model.text = image_tower(config, 40, inverted=True), text_tower(config)
-    scalars = {"log_scale": torch.tensor([2.3]), "bias": torch.tensor([-10.0])}
+    model = SigLip(image_tower(config, 40, inverted=True), text_tower(config), ssl_kernels.SigLipLoss())
     (tmp_path / "runs/demo").mkdir(parents=True)
-    about = inputs.of_pairs("SigLIP", model, config)  # type: ignore[arg-type]
-    state = {"inputs": about, "model": {**model.state_dict(), **scalars}, "config": {"data": "openmoji"}}
-    torch.save(state, tmp_path / "runs/demo/last.pt")
+    about = {"inputs": inputs.of_pairs("SigLIP", model, config), "config": {"data": "openmoji"}}
+    others = dict.fromkeys(("optimizer", "step", "total", "data", "rng", "elapsed_s"))
+    torch.save({**about, **others, "model": model.state_dict()}, tmp_path / "runs/demo/last.pt")
     figure = {"name": "text->image R@1", "model": 0.5, "chance": 0.003}
     (tmp_path / "runs/demo/summary.json").write_text(json.dumps({"figures": [figure]}))
     (tmp_path / "photos").mkdir()

@@ -248,18 +248,19 @@ def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun
     """A run of siglip that tells the drawings apart."""
     from ssl_kernels.trainers import siglip
     from ssl_kernels.trainers.data import ImageTextPairs
-    from ssl_kernels.trainers.evaluation import report
+    from ssl_kernels.trainers.evaluation import curves, retrieval
 
     folder, seen = tmp_path_factory.mktemp("trained") / "run", []
 
-    def keep(path: Path, pairs: ImageTextPairs, similarity: torch.Tensor, *_: object, **__: object) -> None:
+    def keep(path: Path, pairs: ImageTextPairs, similarity: torch.Tensor, *_: object, **__: object) -> str:
         seen.append((pairs, similarity))
+        return ""
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot_retrieval", keep)
-        patch.setattr(report, "plot_curves", lambda *_, **__: None)
+        patch.setattr(retrieval, "plot_retrieval", keep)
+        patch.setattr(curves, "plot_curves", lambda *_, **__: "")
         arguments = ["--batch-size", "16", "--epochs", "14", "--image-size", "16", "--dim", "16", "--lr", "5e-3"]
         options = ["--accelerator", "cpu", "--no-check-loss", "--label-captions", "0"]
         assert siglip.main(["--data", str(table), *arguments, *options, "--output-dir", str(folder)]) == 0

@@ -77,7 +77,7 @@ def test_a_frozen_trunk_stays_as_it_is(trained: TrainedRun, shapes: Path, tmp_pa
 
 def classifier(image_model: str, *, freeze: bool = False) -> Classifier:
     method, config = towers(image_model=image_model)
-    model = Trained(inputs.of_pairs("CLIP", method, config), {**method.state_dict(), "log_scale": torch.zeros(1)})  # type: ignore[arg-type]
+    model = Trained(inputs.of_pairs("CLIP", method, config), method.state_dict())
     return Classifier(model, 4, freeze=freeze)
 
 

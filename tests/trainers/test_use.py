@@ -9,17 +9,21 @@ import pytest
 import torch
 from conftest import TrainedRun
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import ssl_kernels
+from ssl_kernels import ClipLoss, SigLipLoss
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import inputs
+from ssl_kernels.trainers.clip import Clip
 from ssl_kernels.trainers.dino import DINO, DINOConfig, DINOv2, MaskedStudent, Student
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.moco import MoCoConfig, MoCoV3
 from ssl_kernels.trainers.models import TowerConfig, image_tower, text_tower, tokenizer
 from ssl_kernels.trainers.self_supervised import Encoder, Method, mlp
+from ssl_kernels.trainers.siglip import SigLip
 from ssl_kernels.trainers.simclr import SimCLR, SimClrConfig
+from ssl_kernels.trainers.two_towers import TwoTowerModel
 from ssl_kernels.trainers.use.trained import Trained
 
 
@@ -110,12 +114,14 @@ def test_the_checksum_follows_weights_and_inputs(trained: TrainedRun, model: Tra
     assert Trained(state["inputs"], state["model"]).checksum != model.checksum
 
 
-def towers(**settings: Any) -> tuple[nn.Module, TowerConfig]:
+def towers(method: str = "CLIP", **settings: Any) -> tuple[TwoTowerModel, TowerConfig]:
+    """An untrained model of two towers for images of 32 pixels."""
     torch.manual_seed(0)
     config = TowerConfig(**{"text_width": 64, "text_layers": 1, "context_length": 12, "dim": 8, **settings})
-    model = nn.Module()
-    model.image, model.text = image_tower(config, 32, inverted=settings.get("image_model") is None), text_tower(config)
-    return model.eval(), config
+    image = image_tower(config, 32, inverted=settings.get("image_model") is None)
+    if method == "CLIP":
+        return Clip(image, text_tower(config), ClipLoss()).eval(), config
+    return SigLip(image, text_tower(config), SigLipLoss()).eval(), config
 
 
 @pytest.mark.parametrize(
@@ -128,8 +134,7 @@ def towers(**settings: Any) -> tuple[nn.Module, TowerConfig]:
 )
 def test_every_kind_of_tower_is_built_again(settings: dict[str, Any]) -> None:
     method, config = towers(**settings)
-    weights = {**method.state_dict(), "log_scale": torch.tensor([2.0])}
-    model = Trained(inputs.of_pairs("CLIP", method, config), weights)  # type: ignore[arg-type]
+    model = Trained(inputs.of_pairs("CLIP", method, config), method.state_dict())
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     texts = ["a longer caption of a drawing", "x"]
     with torch.no_grad():
@@ -138,6 +143,20 @@ def test_every_kind_of_tower_is_built_again(settings: dict[str, Any]) -> None:
     assert model.logit_bias is None
     torch.testing.assert_close(model.probabilities(torch.eye(2)).sum(1), torch.ones(2))
     assert model.features(images).shape == (2, model.image.width)
+
+
+def test_of_averaged_weights_the_average_is_loaded() -> None:
+    method, config = towers()
+    method.keep_average(0.9)
+    assert method.average is not None
+    with torch.no_grad():
+        for parameter in method.average.module.parameters():
+            parameter.mul_(1.1)
+    model = Trained(inputs.of_pairs("CLIP", method, config), method.state_dict())
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = unit_rows(method.average.module.image(images))  # type: ignore[operator]
+    torch.testing.assert_close(model.encode_image(images), expected)
 
 
 def methods() -> dict[str, Method]:

@@ -40,11 +40,8 @@ def photograph() -> Image.Image:
 
 def pairs(method: str = "SigLIP", **settings: Any) -> Trained:
     """A model of untrained towers."""
-    towers_, config = towers(**settings)
-    weights = {**towers_.state_dict(), "log_scale": torch.tensor([2.0])}
-    if method == "SigLIP":
-        weights["bias"] = torch.tensor([-9.0])
-    return Trained(inputs.of_pairs(method, towers_, config), weights)  # type: ignore[arg-type]
+    model, config = towers(method, **settings)
+    return Trained(inputs.of_pairs(method, model, config), model.state_dict())
 
 
 def tuned(image_model: str) -> Trained:
