@@ -197,7 +197,7 @@ def test_what_follows_garbage_is_lost_and_said(tmp_path: Path) -> None:
         (b"", "lost from a shard that is empty"),
         (b"<html>403</html>", "lost from a shard that is no tar file"),
         (b"<html>403 forbidden</html>" * 1000, "lost from a shard that is no tar file"),
-        (gzip.compress(b"<html>403</html>" * 1000), "lost from a shard that is no tar file"),
+        (gzip.compress(b"<html>403</html>" * 1000, mtime=0), "lost from a shard that is no tar file"),
     ],
 )
 def test_a_file_that_is_no_shard_is_lost_as_a_whole(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -232,7 +232,7 @@ def folder(tmp_path: Path) -> Path:
         (folder / f"{i:05}_stats.json").write_text("{}")
     for i, ending in ((1, ".tar.gz"), (2, ".TGZ")):
         whole = folder / f"{i:05}.tar"
-        (folder / f"{i:05}{ending}").write_bytes(gzip.compress(whole.read_bytes()))
+        (folder / f"{i:05}{ending}").write_bytes(gzip.compress(whole.read_bytes(), mtime=0))
         whole.unlink()
     (folder / ".00009.tar").write_bytes(b"")
     return folder
