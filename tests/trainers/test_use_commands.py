@@ -228,7 +228,7 @@ def test_a_bad_image_shifts_nothing(
 ) -> None:
     """Neither what is drawn nor labels, in batches after the one that it was in."""
     drawn: list[sheet.Cell] = []
-    monkeypatch.setattr(search, "draw_sheet", lambda path, title, cells, credit: drawn.extend(cells))
+    monkeypatch.setattr(search, "draw_sheet", lambda path, title, cells, credit: drawn.extend(cells) or "")
     query = sorted(photos.iterdir())[17]
     arguments = ("search", trained.folder, photos, "--image", query, "--top", 1, "--batch-size", 4)
     assert run(*arguments, "--out", tmp_path / "s.png") == 0

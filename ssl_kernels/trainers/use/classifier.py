@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from ssl_kernels.trainers.data.batches import Batch, ShuffledBatches
 from ssl_kernels.trainers.data.faults import Fault, Faults
 from ssl_kernels.trainers.data.images import image_seeds, open_image, random_crop
 from ssl_kernels.trainers.data.pixels import WHITE, Colour
-from ssl_kernels.trainers.optim import parameter_groups
 from ssl_kernels.trainers.processes import ALONE, Share
 from ssl_kernels.trainers.use.items import Item
 from ssl_kernels.trainers.use.labelled import Part
@@ -43,21 +41,6 @@ class Classifier(nn.Module):
         logits = self.tower(batch["images"])
         loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
         return loss, {"accuracy": (logits.argmax(1) == batch["labels"]).float().mean()}
-
-
-def layer_groups(net: Classifier, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """What is trained, the classifier at the whole learning rate and each layer of the trunk slower than that above."""
-    from timm.optim import param_groups_layer_decay
-
-    found = parameter_groups(net.tower.head, lr, weight_decay)
-    trunk: Any = net.tower.trunk
-    if net.tower.locked:
-        return found
-    plain = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()
-    for group in param_groups_layer_decay(trunk, weight_decay, plain, layer_decay=layer_decay):
-        rate = lr * layer_decay * group.pop("lr_scale")  # which is 1 at the top of the trunk
-        found.append({**group, "lr": rate, "peak_lr": rate})
-    return found
 
 
 class LabelledBatches(ShuffledBatches):

@@ -26,11 +26,11 @@ from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import curves, report
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop_config import LoopConfig
-from ssl_kernels.trainers.optim import make_optimizer
+from ssl_kernels.trainers.optim import make_optimizer, parameter_groups
 from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, Range, at_least, require
 from ssl_kernels.trainers.use.accuracy import accuracy_of, evaluate, print_table
-from ssl_kernels.trainers.use.classifier import Classifier, LabelledBatches, fingerprint_of, layer_groups
+from ssl_kernels.trainers.use.classifier import Classifier, LabelledBatches, fingerprint_of
 from ssl_kernels.trainers.use.command import UseConfig
 from ssl_kernels.trainers.use.labelled import Part, read_parts
 from ssl_kernels.trainers.use.loading import load_run
@@ -114,7 +114,8 @@ def train(config: FinetuneConfig, console: Console) -> None:
     speed.apply(config, net, *([] if config.freeze else [net.tower.trunk]))
     batch_norm.synchronise(net, fabric.device)
     wrapped = fabric.setup_module(net)
-    groups = layer_groups(net, config.lr, config.weight_decay, config.layer_decay)
+    trunk = None if config.freeze else net.tower.trunk
+    groups = parameter_groups(net, config.lr, config.weight_decay, trunk=trunk, layer_decay=config.layer_decay)
     optimizer: Any = fabric.setup_optimizers(make_optimizer(groups, config))
     batches = LabelledBatches(
         data, size=base.size, batch_size=config.batch_size, seed=config.seed, augment=config.augment,

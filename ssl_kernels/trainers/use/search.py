@@ -85,7 +85,9 @@ def work(options: SearchConfig, console: Console) -> None:
             cells.insert(0, Cell(Item(str(options.image), options.image), "query"))
         title = f'"{options.query}"' if options.image is None else f"nearest to {options.image.name}"
         credit = openmoji.CREDIT if options.data == "openmoji" else ""
-        draw_sheet(options.out, f"{title}   {options.run}", cells, credit=credit)
+        remark = draw_sheet(options.out, f"{title}   {options.run}", cells, credit=credit)
+        if remark:
+            console.print(f"{options.out.name}: {remark}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"written: {options.out}", highlight=False, markup=False, soft_wrap=True)
 
 
