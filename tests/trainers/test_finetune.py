@@ -18,8 +18,9 @@ from ssl_kernels.trainers import inputs
 from ssl_kernels.trainers.optim import make_optimizer
 from ssl_kernels.trainers.use import finetune
 from ssl_kernels.trainers.use.classifier import Classifier, LabelledBatches
-from ssl_kernels.trainers.use.items import images_of
+from ssl_kernels.trainers.use.items import Item, images_of
 from ssl_kernels.trainers.use.labelled import Part
+from ssl_kernels.trainers.use.pixels import to_pixels
 from ssl_kernels.trainers.use.trained import Trained
 
 SHORT = ("--batch-size", "16", "--accelerator", "cpu")
@@ -116,8 +117,6 @@ def test_batches_are_those_of_the_seed_and_carry_the_right_labels(shapes: Path) 
     options = {"size": 16, "batch_size": 12, "seed": 1}
     plain = LabelledBatches(part, augment=False, **options)
     batch = plain[(0, 2)]
-    from ssl_kernels.trainers.use.pixels import to_pixels
-
     for image, label, index in zip(batch["images"], batch["labels"], plain.indices(0, 2), strict=True):
         assert torch.equal(image, to_pixels(part.items[index].source, 16))  # type: ignore[arg-type]
         assert Path(part.items[index].name).parent.name == sorted(p.name for p in shapes.iterdir())[label]
@@ -134,6 +133,20 @@ def test_batches_are_those_of_the_seed_and_carry_the_right_labels(shapes: Path) 
     assert 0 < sum(flipped) < 12
     other = Part(part.items, part.vectors, part.labels.flip(0))
     assert LabelledBatches(other, **options).fingerprint != plain.fingerprint
+
+
+def test_an_image_that_goes_bad_is_replaced_with_its_label(shapes: Path, tmp_path: Path) -> None:
+    part = labelled(shapes)
+    batches = LabelledBatches(part, size=16, batch_size=12, seed=1, augment=False)
+    asked = batches.indices(0, 2)
+    (tmp_path / "bad.png").write_bytes(b"")
+    part.items[asked[3]] = Item("bad", tmp_path / "bad.png")
+    found = next(iter(batches.batches(0, start=2)))
+    taken = [i for i, item in enumerate(part.items) if item.name != "bad"
+             and torch.equal(to_pixels(item.source, 16), found["images"][3])]  # fmt: skip
+    assert found["labels"][3] in part.labels[taken]
+    assert [fault.reason for fault in batches.faults] == ["empty file"]
+    assert torch.equal(found["labels"][4:], part.labels[asked[4:]])
 
 
 def test_mistakes_are_one_line(
