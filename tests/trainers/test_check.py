@@ -30,7 +30,9 @@ def photos(tmp_path: Path) -> Path:
     (folder / "named.jpg").write_bytes(encoded(noise.transpose(Image.Transpose.ROTATE_90), "PNG"))
     noise.resize((8, 40)).save(folder / "small.png")
     noise.resize((300, 20)).save(folder / "strip.png")
-    noise.convert("CMYK").save(folder / "cmyk.jpg")
+    upright = Image.Exif()
+    upright[0x0112] = 1
+    noise.convert("CMYK").save(folder / "cmyk.jpg", exif=upright)
     noise.convert("LA").save(folder / "grey.png")
     Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32)).save(folder / "deep.png")
     Image.new("RGB", (32, 32), "red").save(folder / "red.bmp")
