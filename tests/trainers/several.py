@@ -61,7 +61,7 @@ def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
 
 
 def check_evaluated(
-    _: object, trained: nn.Module, _initial: object, _data: object, config: loop.LoopConfig
+    _: object, trained: nn.Module, _initial: object, _data: object, config: loop.LoopConfig, _stages: object
 ) -> list[Any]:
     """What would be evaluated is what was saved at the end."""
     saved = load_checkpoint(config.output_dir / "last.pt")["model"]
