@@ -239,7 +239,7 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         clip.main(["--help"], prog="ssl-kernels train clip")
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split()).partition(" options ")[2]
     for field in dataclasses.fields(ClipConfig):
         flag = f"--{field.name.replace('_', '-')}"
         description = text.split(flag, 1)[1].removeprefix(f", --no-{flag[2:]}").split("(default", 1)[0]

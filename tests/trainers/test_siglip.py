@@ -236,7 +236,7 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         siglip.main(["--help"], prog="ssl-kernels train siglip")
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split()).partition(" options ")[2]
     for field in dataclasses.fields(SigLipConfig):
         flag = f"--{field.name.replace('_', '-')}"
         assert flag in text
