@@ -39,6 +39,7 @@ SSLK_INLINE Part part_at(const RowTile& t, int64_t row, int64_t col, int count) 
     if (t.same_id == SameId::kPositive) p.positive |= same;
   }
   if (t.guided) p.ignored |= load_first<Vec>(t.raw + row * t.row_stride + col, count) < kLeastSimilarity;
+  if (kLogits && t.bias) p.ignored |= load_first<Vec>(t.bias + col, count) == kNothing;
   p.positive &= ~p.ignored;
   p.s = p.ignored ? broadcast(0) : similarity<kLogits>(t, row, col, count);
   const Vec scale = p.positive ? broadcast(t.scale) : same ? broadcast(t.same_scale) : broadcast(t.other_scale);

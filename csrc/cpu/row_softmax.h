@@ -32,7 +32,7 @@ struct RowTile {
   float scale;
   float same_scale;
   float other_scale;
-  const float* bias;        // [cols], or null
+  const float* bias;        // [cols], or null; -infinity leaves pairs out
   const float* row_factor;  // [rows] and [cols], or both null
   const float* col_factor;
 

@@ -95,6 +95,9 @@ class KeptTiles:
         self._left = self._budget = budget_bytes
         self._tiles: dict[tuple[int, ...], Sequence[Tensor]] = {}
 
+    def __len__(self) -> int:
+        return len(self._tiles)
+
     def make_room(self) -> None:
         """Before a tile is made."""
         if self._left:

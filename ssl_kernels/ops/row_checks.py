@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.row_strips import NO_TARGET
-from ssl_kernels.ops.unit_rows import fused_unit_rows
 
 _TIE = 2e-6  # of a guide score: the rounding by which that of a target and that of its duplicate may differ
 
@@ -35,7 +34,7 @@ class Rules(NamedTuple):
     hardened: str
     dims: Sequence[int]  # of prefixes, ascending; the last is D
     dim_weights: Sequence[float]
-    normalize: bool  # of prefixes that are several; one is normalised here
+    normalize: bool  # each prefix is divided by its norm
 
 
 def checked(
@@ -64,9 +63,6 @@ def checked(
     lengths, shares = _prefixes(dims, dim_weights, query.shape[1])
     if lengths[-1] < query.shape[1]:
         query, candidates = query[:, : lengths[-1]], candidates[:, : lengths[-1]]
-    if normalize and len(lengths) == 1:
-        unit = (fused_unit_rows(t, name=name) for name, t in (("query", query), ("candidates", candidates)))
-        query, candidates = _checks.autocast_features(*unit)
     _check_ids(query, candidates, query_ids, candidate_ids, hardened)
     _checks.check_choice("same_id", same_id, ("ignore", "positive", "negative"))
     _checks.check_numbers(hardness=hardness)
@@ -85,7 +81,7 @@ def checked(
         _vector("weights", weights, query, constant=True),
         *guides,
     )
-    return call, Rules(same_id, float(hardness), hardened, lengths, shares, normalize and len(lengths) > 1)
+    return call, Rules(same_id, float(hardness), hardened, lengths, shares, normalize)
 
 
 def _check_ids(

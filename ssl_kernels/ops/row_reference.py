@@ -54,6 +54,9 @@ def _masks(call: Call, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
         dtype = call.guide_threshold.dtype
         scores = call.guide_query.to(dtype) @ call.guide_candidates.to(dtype).t()
         ignored = ignored | ((scores > call.guide_threshold[:, None]) & ~positive)
+    if call.candidate_bias is not None:
+        ignored = ignored | (call.candidate_bias == -torch.inf)
+        positive = positive & ~ignored
     hardened = ~positive & {"all": torch.ones_like(same), "same_id": same, "other_ids": ~same}[rules.hardened]
     return positive, ignored, hardened
 

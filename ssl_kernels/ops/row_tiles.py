@@ -120,8 +120,10 @@ def values(raw: Tensor, q: Queries, c: Candidates, rule: Rule, k: int) -> tuple[
     positive, ignored, same = masks(raw, q, c, rule)
     if q.guide is not None:
         ignored = ignored | (raw < LEAST_SIMILARITY)
-        positive = positive & ~ignored
         raw = raw.masked_fill(ignored, 0)
+    if c.bias is not None:
+        ignored = ignored | (c.bias == -torch.inf)
+    positive = positive & ~ignored
     s = raw
     if q.factors is not None and c.factors is not None:
         s = raw * q.factors[k][:, None] * c.factors[k]
