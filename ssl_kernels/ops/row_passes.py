@@ -143,7 +143,7 @@ class Passes:
             rows = slice(strip.first + i, strip.first + i + len(x_i))
             return self.grad_panel(raws, queries, candidates, stats, by_column, everyones[:, :, rows], self.rule, write)
 
-        dx, dy = self._accumulators(want_dx, want_dy)
+        dx = dy = None
         moment = self.zeros(())
         for strip in self.matrix.strips(rows=want_dx or not (want_dy or want_bias), cols=want_dy or want_bias):
             here_dx, here_dy = want_dx and not strip.side, want_dy and (strip.is_own or strip.side == 1)
@@ -157,7 +157,7 @@ class Passes:
                 want_dy=here_dy,
                 dx=dx if here_dx else None,
                 dy=dy if here_dy else None,
-                add=not strip.is_own or dx is not None,
+                add=not strip.is_own,
             )
             if strip.is_own:
                 dx, dy = made
@@ -174,14 +174,6 @@ class Passes:
             self._through_norms(dx, self.a.x, moments.t(), self.factors[0])
             self._through_norms(dy, self.a.y, sums.moments, self.factors[1])
         return Gradients(dx, dy, moment, dx.new_empty(0) if sums.grads is None else sums.grads.to(dx.dtype))
-
-    def _accumulators(self, want_dx: bool, want_dy: bool) -> tuple[Tensor | None, Tensor | None]:
-        """None where the first strip is to make them."""
-        if not (self.triton and self.prefixes > 1):
-            return None, None
-        (rows, width), cols = self.a.x.shape, self.a.y.shape[0]
-        new = functools.partial(torch.zeros, dtype=torch.float32, device=self.a.x.device)
-        return new(rows if want_dx else 0, width), new(width, cols if want_dy else 0).t()
 
     def _visit(self, strip: Strip, panel: Callable[..., Any], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self.run(functools.partial(panel, strip), strip.queries.features, strip.candidates.features, **options)

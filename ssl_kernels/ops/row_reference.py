@@ -22,7 +22,8 @@ def reference(
 ) -> Tensor:
     rows = len(call.query)
     if over.group:
-        call, first = _everyones(call, rules, over, what, label_smoothing=label_smoothing, reduction=reduction)
+        facts = {"label_smoothing": label_smoothing, "reduction": reduction}
+        call, first = _everyones(call, rules, over, what, lse, **facts)
     with _checks.without_autocast(call.query):
         dtype = _checks.accumulation_dtype(call.query.dtype)
         query, candidates = call.query.to(dtype), call.candidates.to(dtype)
@@ -84,12 +85,15 @@ def _of_rows(
     return dense_losses(z, positive, ignored, label_smoothing)[0]
 
 
-def _everyones(call: Call, rules: Rules, over: Across, what: str, **facts: Any) -> tuple[Call, int]:
+def _everyones(call: Call, rules: Rules, over: Across, what: str, lse: bool, **facts: Any) -> tuple[Call, int]:
     """The call of one process that holds all rows, and the place of this rank's first query."""
     features = [call.query, call.candidates, *([] if call.candidate_bias is None else [call.candidate_bias])]
-    found, (scale,), _ = gathered(over, features, (call.scale,), what=what, **facts, **rules._asdict())
-    ranks = Ranks(over.group, f"{what}, reference")
-    rows, cols = agree(ranks, features[:2], over, NO_PAIRS)
+    ranks, scale = Ranks(over.group, what), call.scale
+    rows, cols = agree(ranks, features[:2], over, NO_PAIRS, **facts, **rules._asdict())
+    if lse:  # each rank has a loss of its own
+        found = [_OfAll.apply(t, ranks, counts) for t, counts in zip(features, (rows, cols, cols), strict=False)]
+    else:
+        found, (scale,), _ = gathered(over, features, (call.scale,), what=what)
     first_row, first_col = (sum(counts[: ranks.rank]) for counts in (rows, cols))
 
     def gather(t: Tensor | None, counts: list[int]) -> Tensor | None:
@@ -110,3 +114,17 @@ def _everyones(call: Call, rules: Rules, over: Across, what: str, **facts: Any) 
         gather(call.guide_candidates, cols),
         gather(call.guide_threshold, rows),
     ), first_row
+
+
+class _OfAll(torch.autograd.Function):
+    """The rows of all ranks, whose gradients add up on the rank that has them."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: Ranks, counts: list[int]) -> Tensor:
+        ctx.ranks, ctx.rows = ranks, slice(sum(counts[: ranks.rank]), sum(counts[: ranks.rank + 1]))
+        return ranks.gather_rows(own.detach(), counts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks.sum(gradient)[ctx.rows], None, None

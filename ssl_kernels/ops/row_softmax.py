@@ -22,6 +22,7 @@ from ssl_kernels.ops.row_checks import Call, Rules, checked
 from ssl_kernels.ops.row_loss import row_softmax
 from ssl_kernels.ops.row_passes import Arguments
 from ssl_kernels.ops.row_reference import reference
+from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.settings import choose_backend, tile_budget_bytes, workspace_bytes
 
 KERNELS = ("cpu", "triton")
@@ -197,6 +198,8 @@ def _softmax(
     backend = choose_backend(call.query.device, call.query.dtype, KERNELS)
     if backend == "reference":
         return reference(call, rules, label_smoothing, reduction, lse, what, over)
+    if backend == "triton" and (rules.normalize or len(rules.dims) > 1):
+        return _by_prefix(call, rules, label_smoothing, reduction, what, over)
     differentiable = call[:4]
     _checks.check_transforms(*(t for t in differentiable if t is not None))
     grad = torch.is_grad_enabled()
@@ -209,3 +212,19 @@ def _softmax(
         )
     )[0]  # fmt: skip
     return loss
+
+
+def _by_prefix(call: Call, rules: Rules, label_smoothing: float, reduction: str, what: str, over: Across) -> Tensor:
+    """The sum of the losses of prefixes, one after the other."""
+    total: Tensor | None = None
+    for length, share in zip(rules.dims, rules.dim_weights, strict=True):
+        query, candidates = (t[:, :length] for t in (call.query, call.candidates))
+        if rules.normalize:
+            query, candidates = unit_rows(query), unit_rows(candidates)
+        one = rules._replace(dims=[length], dim_weights=[1.0], normalize=False)
+        loss = share * _softmax(
+            call._replace(query=query, candidates=candidates), one, label_smoothing, reduction, False, what, over
+        )
+        total = loss if total is None else total + loss
+    assert total is not None
+    return total

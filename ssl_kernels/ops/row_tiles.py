@@ -206,7 +206,41 @@ def grad_cpu(
     return _tiles(raws, rule) if write else None
 
 
-PANELS: dict[str, tuple[Any, Any]] = {"eager": (stats_eager, grad_eager), "cpu": (stats_cpu, grad_cpu)}
+def _pairs_of(q: Queries, c: Candidates, rule: Rule) -> Any:
+    """What Triton's kernels take of them."""
+    from ssl_kernels.kernels.row_softmax import Guide, Pairs
+
+    guide = None
+    if q.guide is not None and c.guide is not None and q.threshold is not None:
+        guide = Guide(q.guide, c.guide, q.threshold)
+    scales = torch.stack(rule.scales(rule.scale))
+    return Pairs(q.target, q.ids, c.ids, SAME_ID.index(rule.same_id), scales, c.bias, rule.has_logits(c.bias), guide)
+
+
+def stats_triton(q: Queries, c: Candidates, stats: Tensor, rule: Rule) -> None:
+    from ssl_kernels.kernels.row_softmax_stats import row_softmax_stats
+
+    row_softmax_stats(q.features, c.features, stats[0], _pairs_of(q, c, rule))
+
+
+def grad_triton(
+    raws: None, q: Queries, c: Candidates, moments: Tensor, sums: ColumnSums, sides: Tensor, rule: Rule, write: bool
+) -> Tensor | None:
+    from ssl_kernels.kernels.row_softmax_grad import row_softmax_grad
+
+    m, n = q.features.shape[0], c.features.shape[0]
+    grad = q.features.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
+    top, log_sum, weight, target, *every = sides[0]
+    vectors = top, weight * torch.exp(-log_sum), target, every[0] if every else None
+    row_softmax_grad(q.features, c.features, grad, moments[:, 0], sums.grads, _pairs_of(q, c, rule), *vectors)
+    return grad
+
+
+PANELS: dict[str, tuple[Any, Any]] = {
+    "eager": (stats_eager, grad_eager),
+    "cpu": (stats_cpu, grad_cpu),
+    "triton": (stats_triton, grad_triton),  # of one prefix, which has no factors
+}
 TILES = {"eager": 8, "cpu": 1, "triton": 1}  # that each holds at a time, for each prefix
 
 
