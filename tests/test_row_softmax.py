@@ -242,6 +242,14 @@ def test_prefixes_are_losses_of_their_own(backend: str, normalize: bool) -> None
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_prefix_is_the_loss_of_these_features(backend: str) -> None:
+    query, candidates = features(5, 8, 9)
+    with ssl_kernels.use_backend(backend):
+        one = K.row_softmax_loss(query, candidates, 7.0, dims=(4,), dim_weights=(0.5,))
+        torch.testing.assert_close(one, K.row_softmax_loss(query[:, :4], candidates[:, :4], 7.0) / 2)
+
+
 def test_prefixes_take_no_more_products_than_one() -> None:
     """In units of M N D, whatever the lengths."""
     query, candidates = (t.requires_grad_() for t in features(40, 50, 64))

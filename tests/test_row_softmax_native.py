@@ -76,7 +76,10 @@ def problem(
         v, unit = s * np.where(positive, scales[0], np.where(same, scales[1], scales[2])), 1.0
     if bias:
         options["bias"] = (5 * rng.normal(size=cols)).astype(np.float32)
-        v = v + options["bias"].astype(np.float64)
+        options["bias"][rng.random(size=cols) < 0.1] = -np.inf
+        removed = np.isneginf(options["bias"])
+        ignored, positive = ignored | removed, positive & ~removed
+        v = v + np.where(removed, 0, options["bias"]).astype(np.float64)
     return Problem(buffer, tile, options, s, v, unit, positive, ignored, factor, rng)
 
 

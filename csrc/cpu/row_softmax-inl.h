@@ -38,7 +38,10 @@ SSLK_INLINE Part part_at(const RowTile& t, int64_t row, int64_t col, int count) 
     if (t.same_id == SameId::kIgnored) p.ignored |= same & ~p.positive;
     if (t.same_id == SameId::kPositive) p.positive |= same;
   }
-  if (t.guided) p.ignored |= load_first<Vec>(t.raw + row * t.row_stride + col, count) < kLeastSimilarity;
+  if (t.guided) {
+    const Vec raw = load_first<Vec>(t.raw + row * t.row_stride + col, count);
+    p.ignored |= (raw < kLeastSimilarity) & (raw != kNothing);
+  }
   if (kLogits && t.bias) p.ignored |= load_first<Vec>(t.bias + col, count) == kNothing;
   p.positive &= ~p.ignored;
   p.s = p.ignored ? broadcast(0) : similarity<kLogits>(t, row, col, count);
@@ -201,7 +204,7 @@ static void row_softmax_grad(const RowGrad& g, int64_t begin, int64_t end) {
   const size_t bytes = (end - begin) * cols * sizeof(float);
   if (g.col_sums) std::memset(g.col_sums + begin * cols, 0, bytes);
   if (g.col_moments) std::memset(g.col_moments + begin * cols, 0, bytes);
-  if (looks_at_pairs(g.tile)) {
+  if (looks_at_pairs(g.tile) || (g.all && g.tile.bias)) {  // what a bias removes gets no share of a target
     return g.tile.logits ? grad_rows<true, true>(g, first, last) : grad_rows<true, false>(g, first, last);
   }
   return g.tile.logits ? grad_rows<false, true>(g, first, last) : grad_rows<false, false>(g, first, last);

@@ -10,7 +10,7 @@ namespace sslk {
 // What pairs of equal ids are, the target of a row aside.
 enum class SameId : int64_t { kIgnored, kPositive, kNegative };
 
-// Written in the place of a similarity, it says that the pair is left out; so does all that is below the second.
+// Written in the place of a similarity, it says that the pair is left out; so does every number below the second.
 constexpr float kLeftOut = -2e38f, kLeastSimilarity = -1e38f;
 
 // Raw similarities x_i . y_j, and what becomes of each:

@@ -144,7 +144,7 @@ def values(
         if SAME_ID == 1:
             is_positive = is_target | same
     if GUIDED:
-        kept = kept & ((raw < _LEAST) == 0)  # a NaN stays
+        kept = kept & ((raw >= _LEAST) | (raw == float("-inf")) | (raw != raw))  # so do infinity and NaN
     is_positive = is_positive & kept
     v = raw
     if LOGITS:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops.row_strips import NO_TARGET
 
-_TIE = 2e-6  # of a guide score: the rounding by which that of a target and that of its duplicate may differ
+_TIE = 2e-6  # of the norms in a guide score: by so much a target's and its duplicate's may differ by rounding
 
 
 class Call(NamedTuple):
@@ -159,9 +159,10 @@ def _scores_of_targets(query: Tensor, candidates: Tensor, target: Tensor) -> Ten
     wide = _checks.accumulation_dtype(query.dtype)
     if len(candidates) == 0:
         return torch.full(target.shape, torch.inf, dtype=wide, device=query.device)
-    theirs = candidates[target.clamp(0, len(candidates) - 1)]
-    scores = torch.linalg.vecdot(query.to(wide), theirs.to(wide))
-    return (scores + _TIE * scores.abs()).masked_fill(target < 0, torch.inf)
+    query, theirs = query.to(wide), candidates[target.clamp(0, len(candidates) - 1)].to(wide)
+    with _checks.without_autocast(query):
+        norms = torch.linalg.vector_norm(query, dim=1) * torch.linalg.vector_norm(theirs, dim=1)
+        return (torch.linalg.vecdot(query, theirs) + _TIE * norms).masked_fill(target < 0, torch.inf)
 
 
 def _prefixes(dims: Sequence[int] | None, weights: Sequence[float] | None, width: int) -> tuple[list[int], list[float]]:

@@ -121,7 +121,9 @@ def _check_targets(a: Arguments) -> None:
 def _is_one_tile(a: Arguments) -> bool:
     if a.backend != "cpu" or a.group or a.reduction == "none" or a.x_guide is not None or a.stats is not None:
         return False
-    return len(a.dims) == 1 and not a.normalize and not a.lse and fit_one_tile(a.x, a.y, a.workspace)
+    if a.normalize or a.lse or list(a.dim_weights) != [1.0]:
+        return False
+    return fit_one_tile(a.x, a.y, a.workspace)
 
 
 def _of_one_tile(a: Arguments, wanted: Any) -> tuple[Tensor, ...]:

@@ -119,7 +119,7 @@ def values(raw: Tensor, q: Queries, c: Candidates, rule: Rule, k: int) -> tuple[
     """s and v of a prefix, and which pairs are positive and left out."""
     positive, ignored, same = masks(raw, q, c, rule)
     if q.guide is not None:
-        ignored = ignored | (raw < LEAST_SIMILARITY)
+        ignored = ignored | ((raw < LEAST_SIMILARITY) & (raw != -torch.inf))
         raw = raw.masked_fill(ignored, 0)
     if c.bias is not None:
         ignored = ignored | (c.bias == -torch.inf)
