@@ -8,7 +8,6 @@ with a guide that takes a product of its own.
 from __future__ import annotations
 
 import functools
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -47,18 +46,6 @@ def guided(guide_query: Tensor, guide_candidates: Tensor) -> Loss:
     return loss
 
 
-def sentence_transformers() -> Loss:
-    kind = pkgutil.resolve_name("sentence_transformers.losses:MultipleNegativesRankingLoss")
-    loss = kind(None, scale=SCALE, similarity_fct=lambda a, b: a @ b.t())
-
-    def call(query: Tensor, candidates: Tensor, _: Tensor) -> Tensor:
-        documents = candidates.split(len(query))
-        value: Tensor = loss.compute_loss_from_embeddings([query, *documents], None)
-        return value
-
-    return call
-
-
 def problem(
     rows: int, cols: int, width: int, dtype: torch.dtype, device: torch.device, *, kind: str = "plain"
 ) -> Problem:
@@ -89,18 +76,15 @@ def problem(
     providers: dict[str, Callable[[], Loss]] = {
         "ours": lambda: ours,
         "ours, recomputing": lambda: recomputing(ours),
-        "sentence-transformers": sentence_transformers,
     }
-    # That package takes the scale as a number.
-    given = [t.clone().requires_grad_() for t in leaves]
-    return Problem(given, formula, providers, floor, not_by={"sentence-transformers": (2,)})
+    return Problem([t.clone().requires_grad_() for t in leaves], formula, providers, floor)
 
 
 ROW_SOFTMAX = Op(
     "row_softmax",
     "Softmax over rows",
     problem,
-    ("ours", "ours, recomputing", "sentence-transformers", "eager", "compile"),
+    ("ours", "ours, recomputing", "eager", "compile"),
     [(4096, 8192, 768), (1024, 2048, 384)],
     tiny=[(32, 64, 24)],
     gpu_shapes=[(4096, 8192, 768), (16_384, 32_768, 768), (32_768, 65_536, 1024)],

@@ -197,7 +197,7 @@ def fitted(config: Config, x: Tensor, pairs: Pairs, smoothed: bool) -> Config:
 def fitted_for(config: Config, family: str, has_ids: bool, guided: bool, smoothed: bool, has_bias: bool) -> Config:
     """A bias is one more vector of columns, as label smoothing has them for CLIP."""
     fitted = config_for(config, family, has_ids or guided, smoothed or (has_bias and family == "sm_100"))
-    return narrowed(fitted, 16) if has_ids and guided and family == "sm_100" and config.descriptors else fitted
+    return narrowed(fitted, 16) if has_ids and guided and family == "sm_100" else fitted
 
 
 def pair_constants(config: Config, x: Tensor, pairs: Pairs) -> dict[str, Any]:
