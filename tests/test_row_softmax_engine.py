@@ -387,14 +387,14 @@ def test_the_kernels_check_their_own_arguments() -> None:
         with pytest.raises(RuntimeError, match=message):
             ops.row_softmax_stats_(tile, stats, *pairs[:place], bad, *pairs[place + 1 :])
     moments, sums, side = torch.zeros(2).double(), torch.zeros(0, 1, 3), torch.zeros(4, 2)
-    ops.row_softmax_grad_(tile, moments, sums, side, True, *pairs)
+    ops.row_softmax_grad_(tile, moments, sums, side, True, None, *pairs)
     for change, message in (
         ([moments.float(), sums, side], "moments: expected dtype Double, got Float"),
         ([moments, side, side], "col_sums: expected 3 dimensions, got 2"),
         ([moments, sums, side[:3]], "side: expected 4 or 5 vectors, got 3"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops.row_softmax_grad_(tile, *change, True, *pairs)
+            ops.row_softmax_grad_(tile, *change, True, None, *pairs)
     loss, largest = torch.zeros(()), torch.zeros(1)
     ops.row_softmax_summary_(stats, 1.0, 0.0, True, False, None, loss, largest, side)
     for change, message in (

@@ -163,6 +163,7 @@ static void grad_rows(const RowGrad& g, int64_t begin, int64_t end) {
   const Vec unit = broadcast(t.unit()), scale = broadcast(t.other_scale), zero = {};
   for (int64_t row = begin; row < end; ++row) {
     float* raw = t.raw + row * t.row_stride;
+    const float* add = g.add ? g.add + row * g.add_stride : nullptr;
     float* col_sums = g.col_sums ? g.col_sums + row / g.kChunk * t.cols : nullptr;
     float* col_moments = g.col_moments ? g.col_moments + row / g.kChunk * t.cols : nullptr;
     const Vec top = broadcast(g.top[row]), log_sum = broadcast(g.log_sum[row]), weight = broadcast(g.weight[row]);
@@ -176,6 +177,7 @@ static void grad_rows(const RowGrad& g, int64_t begin, int64_t end) {
       if (col_moments) store_first(col_moments + col, load_first<Vec>(col_moments + col, count) + product, count);
       if (!g.write) return;
       if (kLogits && t.row_factor) G = G * t.row_factor[row] * load_first<Vec>(t.col_factor + col, count);
+      if (add) G += load_first<Vec>(add + col, count);
       store_first(raw + col, G, count);
     };
     for_each_part<kMasks>(

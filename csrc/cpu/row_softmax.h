@@ -74,6 +74,8 @@ struct RowGrad {
   float* col_sums;     // [chunks, cols]: sum_i G_ij of the rows of each chunk, or null
   float* col_moments;  // the same of G_ij s_ij
   bool write;  // whether G, times the factors if there are some, replaces the similarities
+  const float* add;  // [rows, cols], added to what is written, or null
+  int64_t add_stride;
 
   int64_t chunks() const { return (tile.rows + kChunk - 1) / kChunk; }
 };

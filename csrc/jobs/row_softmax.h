@@ -81,7 +81,7 @@ RowGuide row_guide_job(const Tensor& tile, const Tensor& scores, const Tensor& t
 // that of moments, or [1, chunks, cols] or [0, chunks, cols].
 template <typename Tensor>
 RowGrad row_grad_job(const Tensor& tile, const Tensor& moments, const Tensor& col_sums, const RowPairs<Tensor>& pairs,
-                     const Tensor& side, bool write) {
+                     const Tensor& side, bool write, const std::optional<Tensor>& add) {
   using torch::headeronly::ScalarType;
   RowGrad job{};
   job.tile = row_tile(tile, pairs);
@@ -111,6 +111,13 @@ RowGrad row_grad_job(const Tensor& tile, const Tensor& moments, const Tensor& co
     job.col_moments = col_sums.size(0) == 2 ? job.col_sums + job.chunks() * cols : nullptr;
   }
   job.write = write;
+  if (add) {
+    check_tile(*add, "add");
+    check_size(*add, "add", 0, rows);
+    check_size(*add, "add", 1, cols);
+    job.add = static_cast<const float*>(add->const_data_ptr());
+    job.add_stride = add->stride(0);
+  }
   return job;
 }
 

@@ -117,11 +117,11 @@ void row_softmax_guide(const Tensor& tile, const Tensor& scores, const Tensor& t
 void row_softmax_grad(const Tensor& tile, const Tensor& moments, const Tensor& col_sums, const Tensor& side,
                       const Tensor& target, const Scales& scales, const Maybe& row_ids, const Maybe& col_ids,
                       int64_t same_id, bool guided, const Maybe& bias, const Maybe& row_factor,
-                      const Maybe& col_factor, bool write, int64_t parts, const Name& isa) {
+                      const Maybe& col_factor, bool write, const Maybe& add, int64_t parts, const Name& isa) {
   check_parts(parts);
   const auto job = sslk::row_grad_job<Tensor>(
       tile, moments, col_sums,
-      row_pairs(target, row_ids, col_ids, same_id, guided, scales, bias, row_factor, col_factor), side, write);
+      row_pairs(target, row_ids, col_ids, same_id, guided, scales, bias, row_factor, col_factor), side, write, add);
   const sslk::Isa chosen = choose_isa(isa);
   py::gil_scoped_release release;
   const int64_t chunks = job.chunks();
@@ -304,8 +304,10 @@ tile, scores [m, n] float32; threshold [m] float32; target, ids and same_id as i
         py::arg("side"), py::arg("target"), py::arg("scales"), py::arg("row_ids") = py::none(),
         py::arg("col_ids") = py::none(), py::arg("same_id") = 0, py::arg("guided") = false,
         py::arg("bias") = py::none(), py::arg("row_factor") = py::none(), py::arg("col_factor") = py::none(),
-        py::arg("write") = true, py::arg("parts") = 1, py::arg("isa") = py::none(),
+        py::arg("write") = true, py::arg("add") = py::none(), py::arg("parts") = 1, py::arg("isa") = py::none(),
         R"(Gradient of a softmax over rows by z, times the factors if there are some, in place of the tile (if write).
+
+add [m, n] float32 or None is added to what is written.
 
 G = weight exp(z - lse) - all, less target on positives, and 0 for pairs that are left out; lse = unit top + log_sum,
 where the unit is 1, or the scale where statistics are those of s. Pairs as in row_softmax_stats.

@@ -45,13 +45,13 @@ void row_softmax_guide_cpu(Tensor tile, Tensor scores, Tensor threshold, Tensor 
   });
 }
 
-void row_softmax_grad_cpu(Tensor tile, Tensor moments, Tensor col_sums, Tensor side, bool write, Tensor target,
+void row_softmax_grad_cpu(Tensor tile, Tensor moments, Tensor col_sums, Tensor side, bool write, Maybe add, Tensor target,
                           Maybe row_ids, Maybe col_ids, int64_t same_id, bool guided, bool logits, double scale,
                           double same_scale, double other_scale, Maybe bias, Maybe row_factor, Maybe col_factor) {
   make_gradient(sslk::row_grad_job<Tensor>(tile, moments, col_sums,
                                            {target, row_ids, col_ids, same_id, guided, logits, scale, same_scale,
                                             other_scale, bias, row_factor, col_factor},
-                                           side, write));
+                                           side, write, add));
 }
 
 // A loss of one dimension is one of each row.
@@ -166,7 +166,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
       "row_softmax_guide_(Tensor(a!) tile, Tensor scores, Tensor threshold, Tensor target, Tensor? row_ids, "
       "Tensor? col_ids, int same_id) -> ()");
   m.def(
-      "row_softmax_grad_(Tensor(a!) tile, Tensor(b!) moments, Tensor(c!) col_sums, Tensor side, bool write, " SSLK_PAIRS
+      "row_softmax_grad_(Tensor(a!) tile, Tensor(b!) moments, Tensor(c!) col_sums, Tensor side, bool write, Tensor? add, " SSLK_PAIRS
       ") -> ()");
   m.def(
       "row_softmax_summary_(Tensor stats, float unit, float label_smoothing, bool mean, bool lse, Tensor? weights, "

@@ -41,6 +41,7 @@ class Arguments(NamedTuple):
     y_guide: Tensor | None
     threshold: Tensor | None  # [M]
     stats: Tensor | None  # of an earlier call, which need not be made again
+    needs_grad: Sequence[bool]  # of the first four
     lse: bool  # the log-sum-exp of each row instead of its loss
     same_id: str
     hardness: float
@@ -50,7 +51,6 @@ class Arguments(NamedTuple):
     normalize: bool  # each prefix is divided by its norm
     label_smoothing: float
     reduction: str
-    needs_grad: Sequence[bool]  # of the first four
     workspace: int
     keep_bytes: int
     backend: str

@@ -195,15 +195,31 @@ def grad_cpu(
     rule: Rule, write: bool,
 ) -> Tiles | None:  # fmt: skip
     raws = similarities(q, c, rule) if raws is None else raws
+    made = _grads_cpu(raws, q, c, moments, sums, sides, rule, write)
+    if write and len(raws) > 1:
+        return made
+    ((_, tile),) = list(made)[-1:]
+    return tile if write else None
+
+
+def _grads_cpu(
+    raws: Sequence[Tensor], q: Queries, c: Candidates, moments: Tensor, sums: ColumnSums, sides: Tensor, rule: Rule,
+    write: bool,
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    """As :func:`_suffix_sums`, each in the place of the similarities of its prefix."""
     planes = 2 if sums.moments is not None else 0 if sums.grads is None else 1
-    for k, raw in enumerate(raws):
+    longer: Tensor | None = None
+    for k, cut in reversed(list(enumerate(rule.cuts()))):
+        raw = raws[k]
         by_column = raw.new_empty(planes, -(-raw.shape[0] // _CHUNK), raw.shape[1])
-        torch.ops.ssl_kernels.row_softmax_grad_(raw, moments[:, k], by_column, sides[k], write, *_native(q, c, rule, k))
+        known = _native(q, c, rule, k)
+        torch.ops.ssl_kernels.row_softmax_grad_(raw, moments[:, k], by_column, sides[k], write, longer, *known)
         if sums.grads is not None:
             sums.grads.add_(by_column[0].sum(0))
         if sums.moments is not None:
             sums.moments[k] += by_column[1].sum(0)
-    return _tiles(raws, rule) if write else None
+        longer = raw if write else None
+        yield cut, raw
 
 
 def _pairs_of(q: Queries, c: Candidates, rule: Rule) -> Any:
