@@ -32,6 +32,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
+from ssl_kernels.ops import row_loss
 
 # ---- values and gradients
 
@@ -564,6 +565,21 @@ def test_ids_use_all_64_bits_and_spare_the_target(backend: str) -> None:
     with ssl_kernels.use_backend(backend):
         loss = K.row_softmax_loss(query, candidates, 9.0, query_ids=ids, candidate_ids=others)
     torch.testing.assert_close(loss.double(), F.cross_entropy(z, torch.arange(3)), rtol=1e-6, atol=1e-6)
+
+
+def test_a_target_beyond_the_candidates_is_nan_where_it_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, for which looking would be waiting."""
+    monkeypatch.setattr(row_loss, "_may_look", lambda a: False)
+    query, candidates = features(3, 5, 4)
+    for kind, is_bad in (("mean", True), ("none", [False, True, False])):
+        with ssl_kernels.use_backend("eager"):
+            loss = K.row_softmax_loss(
+                query.double(), candidates.double(), 9.0, target=torch.tensor([0, 5, -1]), reduction=kind
+            )
+        assert loss.isnan().tolist() == is_bad
+    with ssl_kernels.use_backend("eager"):
+        lse = K.row_lse(query, candidates, 9.0, target=torch.tensor([0, 5, -1]))
+    assert lse.isnan().tolist() == [False, True, False]
 
 
 # ---- errors

@@ -62,7 +62,7 @@ def _shares(a: Arguments) -> list[tuple[float, float]]:
 def _summarise_eager(a: Arguments, matrix: RowMatrix, stats: Tensor, logit_unit: Tensor) -> _Summary:
     dtype = _checks.accumulation_dtype(a.x.dtype)
     top, total, positive, positives, *every = stats.unbind(-1)  # [K, M] each
-    counted = total != 0 if a.lse else positives > 0
+    counted = total != 0 if a.lse else positives != 0
     if a.lse:
         losses = (logit_unit * top + total.log()).masked_fill(~counted, -torch.inf)
     else:
@@ -99,9 +99,11 @@ def _forward(a: Arguments) -> tuple[Tensor, ...]:
         if _is_one_tile(a):
             return _of_one_tile(a, wanted)
         passes = Passes(a)
-        stats = passes.statistics() if a.stats is None else a.stats
-        if a.x.device.type != "cpu":  # to look would be to wait
-            stats[:, :, 1].masked_fill_(a.target >= len(a.y), torch.nan)
+        stats = a.stats
+        if stats is None:
+            stats = passes.statistics()
+            if not _may_look(a):
+                stats[:, :, 1::2].masked_fill_((a.target >= len(a.y))[:, None], torch.nan)
         loss, unit, sides = _summarise(a, passes.matrix, stats, passes.unit(), any(wanted))
         _, dx, dy, _, dbias, _ = _fake(a._replace(needs_grad=[False] * 4))  # empty
         moment = unit.new_zeros(())
@@ -113,8 +115,13 @@ def _forward(a: Arguments) -> tuple[Tensor, ...]:
     return loss, dx, dy, scalars, dbias, stats if a.reduction == "none" else stats.new_empty(0)
 
 
+def _may_look(a: Arguments) -> bool:
+    """Whether to look at numbers is not to wait for the device. Else what is wrong becomes NaN."""
+    return a.x.device.type == "cpu"
+
+
 def _check_targets(a: Arguments) -> None:
-    if a.x.device.type == "cpu" and a.target.numel() and int(a.target.max()) >= len(a.y):
+    if _may_look(a) and a.target.numel() and int(a.target.max()) >= len(a.y):
         raise ValueError(f"target: expected numbers below {len(a.y)}, one to a candidate, got {int(a.target.max())}")
 
 
@@ -200,6 +207,8 @@ class Finishing(NamedTuple):
 
 def _finished(a: Finishing) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dy, by_scale, _ = finish_gradients(Finish(a.upstream, a.scale, a.scalars, a.dx, a.dy, a.dtype))
+    if a.dbias.numel() == 0:
+        return dx, dy, by_scale, torch.empty_like(a.dbias)
     unit = a.scalars[2] if a.upstream is None else a.scalars[2] * a.upstream
     return dx, dy, by_scale, a.dbias * unit
 

@@ -87,7 +87,8 @@ def row_softmax_loss(
             guide score, the product of these features, exceeds the threshold of the query are left out.
         guide_threshold: [M]. By default the guide score of the target.
         dims: lengths of prefixes of the features, at most D, such as (768, 512, 256). The loss is the weighted sum of
-            the losses of the prefixes, and takes no more products than that of the longest.
+            the losses of the prefixes. On a CPU it takes no more products than that of the longest; the Triton kernels
+            take one prefix after the other.
         dim_weights: the weights, by default 1 each.
         normalize: divide each query and candidate, or each prefix of them, by its norm first.
         reduction: "mean" is the equation above; "sum" does not divide by M; "none" returns the terms of i, [M].
