@@ -64,6 +64,11 @@ first pass; "ours, no tile kept" may keep none.
 N is the number of images, each of which is seen twice. Similarities are symmetric, so that ours computes half of the
 2N x 2N matrix.
 """,
+    "row_softmax": """\
+M queries, and N candidates of which M are positives and the others hard negatives. Loss and gradients need three
+products of 2 M N D FLOP. Ours takes a fourth for each tile that it did not keep from its first pass. Five prefixes of
+the features take ours no more products; a guide has D / 2 features, and its product is taken once for each kept tile.
+""",
     "info_nce": """\
 B queries meet the K keys of a queue. Loss and gradient need two products of 2 B K D FLOP. "MoCo's code" copies the
 queue first, as MoCo does; "eager" does not.

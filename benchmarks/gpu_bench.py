@@ -25,6 +25,7 @@ from ssl_kernels.bench.info_nce import INFO_NCE
 from ssl_kernels.bench.nt_xent import NT_XENT
 from ssl_kernels.bench.problem import Loss, NotComparableError, Op, Problem, step
 from ssl_kernels.bench.queue import QUEUE
+from ssl_kernels.bench.row_softmax import ROW_SOFTMAX
 from ssl_kernels.bench.sigmoid import SIGMOID
 
 Row = dict[str, Any]
@@ -73,6 +74,7 @@ GROUPS = [
     Group(QUEUE, ("ours", "moco", "lightly"), QUEUE.gpu_shapes),
     Group(INFO_NCE, ("ours", "eager"), INFO_NCE.gpu_shapes),
     Group(NT_XENT, ("ours", "eager", "lightly"), NT_XENT.gpu_shapes),
+    Group(ROW_SOFTMAX, ("ours", "eager"), ROW_SOFTMAX.gpu_shapes),
 ]
 
 

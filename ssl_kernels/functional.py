@@ -11,6 +11,7 @@ from ssl_kernels.ops.key_softmax import key_softmax
 from ssl_kernels.ops.koleo import koleo_loss
 from ssl_kernels.ops.nt_xent import nt_xent_loss
 from ssl_kernels.ops.queue import enqueue_
+from ssl_kernels.ops.row_softmax import row_lse, row_softmax_loss
 from ssl_kernels.ops.sigmoid import sigmoid_contrastive_loss
 from ssl_kernels.ops.sinkhorn import centered_softmax, sinkhorn_center, sinkhorn_knopp
 from ssl_kernels.ops.sup_con import sup_con_loss
@@ -29,6 +30,8 @@ __all__ = [
     "key_softmax",
     "koleo_loss",
     "nt_xent_loss",
+    "row_lse",
+    "row_softmax_loss",
     "sigmoid_contrastive_loss",
     "sinkhorn_center",
     "sinkhorn_knopp",

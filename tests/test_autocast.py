@@ -17,6 +17,8 @@ KEYS = normalize(torch.linspace(-1, 1, 40).sin().view(5, 8), dim=1)
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sigmoid": lambda x, y: K.sigmoid_contrastive_loss(x, y, 10.0, -5.0),
     "clip": lambda x, y: K.clip_loss(x, y, 10.0),
+    "rows": lambda x, y: K.row_softmax_loss(x, y, 10.0),
+    "row_lse": lambda x, y: K.row_lse(x, y, 10.0).mean(),
     "nt_xent": lambda x, y: K.nt_xent_loss(x, y, 0.5),
     "info_nce": lambda x, y: K.info_nce_loss(x, y, KEYS, 5.0),
     "albef": lambda x, y: K.albef_contrastive_loss(x, y, y.detach(), x.detach(), KEYS, KEYS.half(), 5.0),

@@ -27,6 +27,13 @@ LOSSES: dict[str, tuple[Loss, str]] = {
             {
                 "sigmoid": (K.sigmoid_contrastive_loss, "x y t b"),
                 "clip": (K.clip_loss, "x y t"),
+                "rows": (K.row_softmax_loss, "x y t"),
+                "rows with a bias": (
+                    lambda x, y, t, b, reduction: K.row_softmax_loss(
+                        x, y, t, candidate_bias=b * torch.arange(3.0), reduction=reduction
+                    ),
+                    "x y t b",
+                ),
                 "nt_xent": (K.nt_xent_loss, "x y t"),
                 "sup_con": (lambda z, t, reduction: K.sup_con_loss(z, IDS, t, reduction=reduction), "x t"),
                 "info_nce": (lambda q, p, t, reduction: K.info_nce_loss(q, p, KEYS, t, reduction=reduction), "x y t"),
@@ -41,6 +48,7 @@ LOSSES: dict[str, tuple[Loss, str]] = {
             REDUCTIONS,
         )
     },
+    "row_lse": (lambda x, y, t: K.row_lse(x, y, t), "x y t"),
     "key_softmax": (lambda q, t: K.key_softmax(q, torch.eye(3, 2), t)[0], "x t"),
     "dino mean": (lambda s: K.dino_loss(s[None], torch.eye(3, 2).flip(0)[None], pairs="all"), "x"),
     "dino none": (lambda s: K.dino_loss(s[None], torch.eye(3, 2)[None], pairs="all", reduction="none"), "x"),

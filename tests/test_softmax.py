@@ -27,7 +27,7 @@ from torch import Tensor
 import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels.distributed import ALONE
-from ssl_kernels.ops import contrastive, panels, softmax
+from ssl_kernels.ops import contrastive, panels, reuse, softmax
 from ssl_kernels.ops.contrastive import NO_DIAGONAL, Pairs
 from ssl_kernels.ops.softmax import softmax_contrastive
 
@@ -547,7 +547,7 @@ def test_peak_and_saved_memory_are_linear_in_the_batch(name: str, reduction: str
     size = sum(t.nbytes for t in arguments)
 
     def step() -> None:
-        softmax._warm.free_down_to(0)
+        reuse.warm.free_down_to(0)
         with saved_bytes() as sizes:
             value = loss(*leaves).sum()
         assert sum(sizes) <= 4 * size + 2**18  # NT-Xent: rows, their norms, and the sum of the gradients
@@ -562,23 +562,23 @@ def test_peak_and_saved_memory_are_linear_in_the_batch(name: str, reduction: str
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_grad_keeps_nothing(name: str) -> None:
     loss, arguments = case(name, 512)
-    softmax._warm.free_down_to(0)
+    reuse.warm.free_down_to(0)
     with torch.no_grad(), saved_bytes() as sizes:
         loss(*(t.requires_grad_() for t in arguments))
     assert sizes == []
-    assert softmax._warm.nbytes == 0
+    assert reuse.warm.nbytes == 0
 
 
 def test_warm_tiles_stay_within_the_budget() -> None:
     """What the last call kept is held for the next one, never more."""
     loss, arguments = case("clip", 200)
     small, few = case("clip", 20)
-    softmax._warm.free_down_to(0)
+    reuse.warm.free_down_to(0)
     with ssl_kernels.use_workspace(0.01), ssl_kernels.use_tile_budget(0.05):
         for function, inputs in 3 * [(loss, arguments), (small, few)]:
             evaluate("cpu", function, inputs)
-            assert softmax._warm.nbytes <= 0.05 * 2**20
-    assert softmax._warm.nbytes
+            assert reuse.warm.nbytes <= 0.05 * 2**20
+    assert reuse.warm.nbytes
 
 
 def test_warm_tiles_of_many_threads_stay_within_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,19 +597,19 @@ def test_warm_tiles_of_many_threads_stay_within_one_budget(monkeypatch: pytest.M
         return torch.autograd.grad(K.clip_loss(leaf, y, 10.0), leaf)[0]
 
     expected = gradient()
-    softmax._warm.free_down_to(0)
+    reuse.warm.free_down_to(0)
     monkeypatch.setattr(softmax._Passes, "gradients", gradients)
     with ssl_kernels.use_workspace(0.01), ssl_kernels.use_tile_budget(0.05):
         contexts = [contextvars.copy_context() for _ in range(threads)]
         with ThreadPoolExecutor(threads) as pool:
             found = list(pool.map(lambda context: context.run(gradient), contexts))
-    assert 0.02 * 2**20 < softmax._warm.nbytes <= 0.05 * 2**20
+    assert 0.02 * 2**20 < reuse.warm.nbytes <= 0.05 * 2**20
     for result in found:
         torch.testing.assert_close(result, expected)
     monkeypatch.undo()
     with ssl_kernels.use_tile_budget(0):
         gradient()
-    assert softmax._warm.nbytes == 0
+    assert reuse.warm.nbytes == 0
 
 
 @linux_only
@@ -617,7 +617,7 @@ def test_a_batch_of_16384_needs_a_few_copies_of_its_features() -> None:
     """The similarities would take 1 GB; x, y, their gradients and the sums of these are 6 x 4 MB, two tiles 8 MB."""
     loss, arguments = case("clip", 16_384, width=64)
     evaluate("cpu", *case("clip", 64))
-    softmax._warm.free_down_to(0)
+    reuse.warm.free_down_to(0)
     with ssl_kernels.use_tile_budget(32):
         assert peak_mb(lambda: evaluate("cpu", loss, arguments)) < 32 + 40
 

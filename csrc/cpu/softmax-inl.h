@@ -10,6 +10,8 @@
 //
 // Gradient. P = exp(t (r - m) - log s), once for the row and once for the column.
 
+#include "lanes-inl.h"
+
 // Below it a column is far from c: the rounding of t (a_i - c) would be in its sum, and in the end its terms underflow.
 // A column that one row has to itself comes to 1 at most, and has to come to its own term to the last bit: in the
 // gradient the two must cancel.
@@ -18,23 +20,6 @@ constexpr float kLeastColumnSum = 1;
 struct Pairs {
   Mask positive, ignored;
 };
-
-SSLK_INLINE Mask only_lane(int64_t lane) {
-  return lane_index() == (Mask{} + (lane >= 0 && lane < LANES ? int32_t(lane) : -1));
-}
-
-template <typename V, typename T>
-SSLK_INLINE V load_first(const T* p, int count) {
-  if (count == LANES) return load<V>(p);
-  T values[LANES] = {};
-  std::memcpy(values, p, count * sizeof(T));
-  return load<V>(values);
-}
-
-SSLK_INLINE void store_first(float* p, Vec v, int count) {
-  if (count == LANES) return store(p, v);
-  std::memcpy(p, &v, count * sizeof(float));
-}
 
 // The pairs of a row from column `col` on; lanes from `count` on are ignored.
 template <bool kIds>
@@ -71,28 +56,6 @@ SSLK_INLINE void for_each_vector(const SoftmaxTile& t, int64_t row, Plain plain,
   }
   if (col < t.cols) masked(col, int(t.cols - col));
   flush();
-}
-
-#define SSLK_LAMBDA __attribute__((always_inline))
-
-constexpr float kNothing = -__builtin_inff();
-
-SSLK_INLINE float largest(Vec v) {
-  float top = v[0];
-  for (int k = 1; k < LANES; ++k) top = v[k] > top ? v[k] : top;
-  return top;
-}
-
-SSLK_INLINE float exp_scalar(float x) { return exp_nonpositive(broadcast(x))[0]; }
-
-// Adds `sum` of exponentials that refer to `top` to the running pair (maximum, sum).
-SSLK_INLINE void merge(double* stats, double top, double sum, double scale) {
-  if (top > stats[0]) {
-    stats[1] = (stats[1] == 0 ? 0 : stats[1] * std::exp(scale * (stats[0] - top))) + sum;
-    stats[0] = top;
-  } else {
-    stats[1] += sum == 0 ? 0 : sum * std::exp(scale * (top - stats[0]));
-  }
 }
 
 // The largest similarity of a row that counts; NaNs are left to the sum.
@@ -251,9 +214,6 @@ static void softmax_stats_columns(SoftmaxStats& s, int64_t col_begin, int64_t co
     }
   }
 }
-
-// exp(x), and 0 where it is below 2e-35: no subnormal number, which is slow, comes of a product with a weight.
-SSLK_INLINE Vec probability(Vec x) { return x < -80 ? broadcast(0) : exp_nonpositive(x); }
 
 template <bool kIds, bool kUniform>
 static void grad_rows(const SoftmaxGrad& g, int64_t begin, int64_t end) {

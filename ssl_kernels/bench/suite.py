@@ -13,13 +13,14 @@ from ssl_kernels.bench.koleo import KOLEO
 from ssl_kernels.bench.nt_xent import NT_XENT
 from ssl_kernels.bench.problem import Case
 from ssl_kernels.bench.queue import QUEUE
+from ssl_kernels.bench.row_softmax import ROW_GUIDE, ROW_PREFIXES, ROW_SOFTMAX
 from ssl_kernels.bench.sigmoid import SIGMOID
 from ssl_kernels.bench.sinkhorn import SINKHORN
 from ssl_kernels.bench.small import SMALL
 from ssl_kernels.bench.vicreg import BARLOW_TWINS, VICREG
 
 OPS = (
-    *(SIGMOID, CLIP, NT_XENT, INFO_NCE, QUEUE),
+    *(SIGMOID, CLIP, NT_XENT, ROW_SOFTMAX, ROW_PREFIXES, ROW_GUIDE, INFO_NCE, QUEUE),
     *(DINO, DINO_16_BITS, WITH_SINKHORN, WITH_CENTER, SINKHORN),
     *(KOLEO, VICREG, BARLOW_TWINS, EMA, EMA_16_BITS, SMALL),
 )

@@ -45,14 +45,14 @@ from ssl_kernels.kernels.tiles import (
     store_gradient,
 )
 
-__all__ = ["gradient_scale", "kernel_constants", "softmax_grad"]
+__all__ = ["FP16_GRADIENT_SCALE", "gradient_scale", "kernel_constants", "softmax_grad"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LARGEST_EXPONENT = tl.constexpr(60.0)
 _FARTHEST = tl.constexpr(2.0**10)
 # A softmax over many negatives is mostly below the normal range of fp16; times 2^14, G still fits.
-_FP16_GRADIENT_SCALE = tl.constexpr(2.0**14)
-gradient_scale = functools.partial(tiles.gradient_scale, in_fp16=_FP16_GRADIENT_SCALE)
+FP16_GRADIENT_SCALE = tl.constexpr(2.0**14)
+gradient_scale = functools.partial(tiles.gradient_scale, in_fp16=FP16_GRADIENT_SCALE)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def _grad_epilogue(
     if WITH_GRAD:
         store_gradient(
             GRAD, g, first_row, first_col, row_ok, cols_left, is_edge, stride_gm,
-            _FP16_GRADIENT_SCALE, BLOCK_M, BLOCK_N,
+            FP16_GRADIENT_SCALE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     return row_g_raw
 

@@ -44,7 +44,7 @@ from ssl_kernels.kernels.tiles import (
     split_columns,
 )
 
-__all__ = ["kernel_constants", "softmax_stats"]
+__all__ = ["kernel_constants", "merge_statistics", "softmax_stats"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LEAST_SUM = tl.constexpr(2.0**-90)
@@ -394,15 +394,19 @@ def softmax_stats(
 
     config = config or choose_config("softmax_stats", x, y, None, launch, has_ids=has_ids)
     row_partials, col_partials = launch(config)
-    with on_device(x.device):
-        for partials, running in ((row_partials, row_stats), (col_partials, col_stats)):
-            if partials is None or running is None:
-                continue
-            blocks, _, size = partials.shape
-            _merge_stats_kernel[(cdiv(size, _MERGE_ROWS),)](
-                partials, running, scale, size, blocks, *running.stride(),
-                STATS=stats, BLOCK=_MERGE_ROWS, BLOCKS=_MERGE_BLOCKS, num_warps=4,
-            )  # fmt: skip
+    merge_statistics(row_partials, row_stats, scale)
+    if col_partials is not None and col_stats is not None:
+        merge_statistics(col_partials, col_stats, scale)
+
+
+def merge_statistics(partials: Tensor, running: Tensor, scale: Tensor) -> None:
+    """Of blocks, [blocks, 4 or 6, size], into running statistics [size, 4 or 6], in a fixed order."""
+    blocks, stats, size = partials.shape
+    with on_device(partials.device):
+        _merge_stats_kernel[(cdiv(size, _MERGE_ROWS),)](
+            partials, running, scale, size, blocks, *running.stride(),
+            STATS=stats, BLOCK=_MERGE_ROWS, BLOCKS=_MERGE_BLOCKS, num_warps=4,
+        )  # fmt: skip
 
 
 def kernel_constants(

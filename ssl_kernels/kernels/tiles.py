@@ -51,6 +51,7 @@ def similarities(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    START=None,  # [BLOCK_M, BLOCK_N] fp32, which the products are added to
 ):
     """x_i . y_j of a tile, [BLOCK_M, BLOCK_N] fp32; zero beyond the panel, unless infinity meets the padding there.
 
@@ -58,7 +59,7 @@ def similarities(
     tile of 128 x 128 at D = 768 on sm_90, more than all of the sigmoid loss. By descriptors it costs 5, of a tile of
     256 x 128, and zeros beyond the panel are filled in.
     """
-    raw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    raw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) if START is None else START
     if isinstance(X, tl.tensor_descriptor):
         tl.assume(D > 0)  # or zeros would be made twice
         for d in range(0, D, BLOCK_D):

@@ -29,6 +29,8 @@ _SCHEMA: dict[Any, str] = {
     str: "str",
     list[Tensor]: "Tensor[]",
     Sequence[bool]: "bool[]",
+    Sequence[int]: "SymInt[]",
+    Sequence[float]: "float[]",
     torch.dtype: "ScalarType",
 }
 

@@ -50,6 +50,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def matmul_plus(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """c + a b, in memory of its own."""
+    if _through_onednn(a, b):
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a, c, b.t().contiguous(), None, "add")
+        return total
+    return torch.addmm(c, a, b)
+
+
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """out = a b if ``first``, else out += a b, accumulated in the dtype of ``out``: 16-bit factors into fp32."""
     if _through_onednn(a, b):

@@ -13,15 +13,17 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ssl_kernels.ops.matmul import add_matmul
 
-# (X_i [m, D], Y_j [n, D], stats of the rows [m, k], first row, first column) -> G [m, n], if a gradient is wanted
-PanelFunction = Callable[[Tensor, Tensor, Tensor, int, int], Tensor | None]
+# (X_i [m, D], Y_j [n, D], stats of the rows [m, k], first row, first column) -> G [m, n], if a gradient is wanted; or
+# one G after the other, each with the features whose gradients it makes
+Tiles = Iterator[tuple[slice, Tensor]]
+PanelFunction = Callable[[Tensor, Tensor, Tensor, int, int], Tensor | Tiles | None]
 
 _SIDE_CPU = 1024  # 1024 x 1024 fp32 is 4 MB: in the last-level cache, with long enough inner products
 _L2_BYTES = 50 * 2**20  # of a GPU that does not say, as of an H100
@@ -102,6 +104,7 @@ def run_panels(
     want_dy: bool,
     row_weight: Tensor | None = None,
     dx: Tensor | None = None,
+    dy: Tensor | None = None,
     add: bool = False,
     symmetric: bool = False,
     seam: int = 0,
@@ -113,7 +116,7 @@ def run_panels(
     its kernel keeps them in registers.
     ``row_weight`` [M] weighs the rows in the gradient of y; what is by rows is left for the caller to weigh. A ``dx``
     that is given receives the gradient of x; ``panel`` may rescale its rows before a tile after the first is added.
-    With ``add`` the gradient is added to what it holds.
+    So does a ``dy``, [N, D] and transposed in memory. With ``add`` gradients are added to what these hold.
 
     With ``symmetric``, ``y`` is ``x``, and only tiles on and above the diagonal are visited. One above it stands for
     its mirror image too: G must hold the gradient through both. On the diagonal ``panel`` is given the same tensor
@@ -128,7 +131,7 @@ def run_panels(
     make = torch.zeros if rows == 0 or cols == 0 else torch.empty
     if dx is None:
         dx = make(rows if want_dx else 0, width, dtype=accumulate_dtype, device=device)
-    dy_t = make(width, cols if want_dy else 0, dtype=accumulate_dtype, device=device)
+    dy_t = make(width, cols if want_dy else 0, dtype=accumulate_dtype, device=device) if dy is None else dy.t()
     if rows == 0 or cols == 0:
         return stats, dx, dy_t.t()
 
@@ -146,21 +149,36 @@ def run_panels(
         for b in range(first_col, len(col_panels)):
             col_panel = col_panels[b]
             y_j = x_i if symmetric and a == b else _part(y, col_panel).to(compute_dtype)
-            tile = panel(x_i, y_j, _part(stats, row_panel), i, col_panel.start)
-            if tile is None:
+            made = panel(x_i, y_j, _part(stats, row_panel), i, col_panel.start)
+            if made is None:
                 continue
-            if want_dx:
-                add_matmul(_part(dx, row_panel), tile, y_j, first=b == first_col and not add)
-            if want_dy and not (symmetric and a == b):
-                if x_i_t is None:
-                    x_i_t = _transposed(x_i, None if row_weight is None else row_weight[row_panel], accumulate_dtype)
-                add_matmul(_part(dy_t.t(), col_panel).t(), x_i_t, tile, first=a == 0)
-            del tile  # before the next one is made
+            for features, tile in _tiles(made):
+                if want_dx:
+                    out, factor = _features(_part(dx, row_panel), features), _features(y_j, features)
+                    add_matmul(out, tile, factor, first=b == first_col and not add)
+                if want_dy and not (symmetric and a == b):
+                    if x_i_t is None:
+                        weight = None if row_weight is None else row_weight[row_panel]
+                        x_i_t = _transposed(x_i, weight, accumulate_dtype)
+                    out = _features(_part(dy_t.t(), col_panel), features).t()
+                    add_matmul(out, x_i_t if features is _ALL else x_i_t[features], tile, first=a == 0 and not add)
+            del made, tile  # before the next one is made
     if mirrored:
         dx += dy_t.t()
     if symmetric:
         dy_t = dy_t.new_empty(width, 0)
     return stats, dx, dy_t.t()
+
+
+_ALL = slice(None)
+
+
+def _tiles(made: Tensor | Tiles) -> Tiles | list[tuple[slice, Tensor]]:
+    return [(_ALL, made)] if isinstance(made, Tensor) else made
+
+
+def _features(t: Tensor, features: slice) -> Tensor:
+    return t if features is _ALL else t[:, features]
 
 
 def _part(t: Tensor, panel: slice) -> Tensor:

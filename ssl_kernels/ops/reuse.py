@@ -84,6 +84,39 @@ def let_go() -> None:
         tiles.free_down_to(0)
 
 
+class KeptTiles:
+    """Tiles that one pass leaves to the next, within a budget, and whose memory then waits for the next call.
+
+    Malloc serves that call from memory that is mapped. Fresh memory is paid for in page faults, for 64 MB as much time
+    as the product that a kept tile saves at D = 128.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._left = self._budget = budget_bytes
+        self._tiles: dict[tuple[int, ...], Sequence[Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._tiles)
+
+    def make_room(self) -> None:
+        """Before a tile is made."""
+        if self._left:
+            warm.free_one()
+
+    def keep(self, key: tuple[int, ...], tiles: Sequence[Tensor]) -> None:
+        nbytes = sum(tile.nbytes for tile in tiles)
+        if nbytes <= self._left:
+            self._left -= nbytes
+            self._tiles[key] = tiles
+
+    def take(self, key: tuple[int, ...]) -> Sequence[Tensor] | None:
+        tiles = self._tiles.pop(key, None)
+        for tile in tiles or ():
+            if tile.device.type == "cpu":
+                warm.hold(tile, self._budget)
+        return tiles
+
+
 class HeldTiles:
     """Tiles that are kept from malloc until the next ones are made, at most so many bytes in the whole process."""
 
@@ -110,3 +143,6 @@ class HeldTiles:
     def free_down_to(self, most_bytes: int) -> None:
         while self.nbytes > most_bytes:
             self.free_one()
+
+
+warm = HeldTiles()  # of KeptTiles

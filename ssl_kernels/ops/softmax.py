@@ -32,7 +32,7 @@ from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.contrastive import Pairs, wanted_gradients
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import run_panels
-from ssl_kernels.ops.reuse import HeldTiles
+from ssl_kernels.ops.reuse import KeptTiles, warm
 from ssl_kernels.ops.strips import Matrix, Strip
 from ssl_kernels.settings import tile_budget_bytes, workspace_bytes
 
@@ -130,24 +130,27 @@ def _similarities(x: Tensor, y: Tensor) -> Tensor:
 
 def _stats_eager(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale: Tensor, pairs: Pairs) -> Tensor:
     raw = _similarities(x, y)
-    positive, ignored = pairs.masks(raw.shape, raw.device)
-    counted = raw.masked_fill(ignored, -torch.inf)
+    masks = pairs.masks(raw.shape, raw.device)
     for stats, dim in ((rows, 1), (cols, 0)):
-        if stats is None:
-            continue
-        best = counted.amax(dim)
-        reference = best.masked_fill(best == -torch.inf, 0)
-        exps = (scale * (raw - reference.unsqueeze(dim))).exp().masked_fill(ignored, 0).sum(dim)
-        best, wide = best.to(stats.dtype), scale.to(stats.dtype)
-        top = torch.maximum(stats[:, 0], best)
-        stats[:, 1] = _rescaled(stats[:, 1], stats[:, 0], top, wide) + _rescaled(exps, best, top, wide)
-        stats[:, 0] = top
-        stats[:, 2] += raw.masked_fill(~positive, 0).sum(dim)
-        stats[:, 3] += positive.sum(dim)
-        if stats.shape[1] == 6:
-            stats[:, 4] += raw.masked_fill(ignored, 0).sum(dim)
-            stats[:, 5] += (~ignored).sum(dim)
+        if stats is not None:
+            add_statistics(stats, raw, *masks, scale, dim)
     return raw
+
+
+def add_statistics(stats: Tensor, raw: Tensor, positive: Tensor, ignored: Tensor, scale: Tensor, dim: int) -> None:
+    """Along a dimension of a tile."""
+    best = raw.masked_fill(ignored, -torch.inf).amax(dim)
+    reference = best.masked_fill(best == -torch.inf, 0)
+    exps = (scale * (raw - reference.unsqueeze(dim))).exp().masked_fill(ignored, 0).sum(dim)
+    best, wide = best.to(stats.dtype), scale.to(stats.dtype)
+    top = torch.maximum(stats[:, 0], best)
+    stats[:, 1] = _rescaled(stats[:, 1], stats[:, 0], top, wide) + _rescaled(exps, best, top, wide)
+    stats[:, 0] = top
+    stats[:, 2] += raw.masked_fill(~positive, 0).sum(dim)
+    stats[:, 3] += positive.sum(dim)
+    if stats.shape[1] == 6:
+        stats[:, 4] += raw.masked_fill(ignored, 0).sum(dim)
+        stats[:, 5] += (~ignored).sum(dim)
 
 
 def _rescaled(sums: Tensor, top: Tensor, new_top: Tensor, scale: Tensor) -> Tensor:
@@ -222,11 +225,6 @@ _PANELS: dict[str, tuple[Any, Any]] = {
 _TILES = {"eager": 8, "cpu": 1, "triton": 1}  # tiles that each holds at a time
 
 
-# Tiles that were kept, held until the next call makes as many: malloc then serves it from memory that is mapped. Fresh
-# memory is paid for in page faults, for 64 MB as much time as the product that they save at D = 128.
-_warm = HeldTiles()
-
-
 class _Passes:
     """The two passes over the tiles of x and y, or of x and itself."""
 
@@ -236,8 +234,7 @@ class _Passes:
         self.triton = a.backend == "triton"
         self.stats_panel, self.grad_panel = _PANELS[a.backend]
         self.tiles = _TILES[a.backend]
-        self.keep_bytes = self.hold_bytes = a.keep_bytes
-        self.kept: dict[tuple[int, ...], Tensor] = {}  # raw tiles, by side, strip and corner
+        self.kept = KeptTiles(a.keep_bytes)  # raw, by side, strip and corner
         self.run = functools.partial(
             run_panels,
             workspace=a.workspace,
@@ -256,13 +253,11 @@ class _Passes:
             m, n = x_i.shape[0], y_j.shape[0]
             no_cols = not strip.is_own or (self.symmetric and i == j)  # on the diagonal columns are rows
             col_stats = None if no_cols else sides[-1][j : j + n]
-            if self.keep_bytes:
-                _warm.free_one()
+            self.kept.make_room()
             pairs = strip.pairs.part(i, m, j, n)
             raw = self.stats_panel(x_i, y_j, sides[strip.side][i : i + m], col_stats, self.scale, pairs)
-            if raw is not None and raw.nbytes <= self.keep_bytes and (strip.is_own or self.wanted[strip.side]):
-                self.keep_bytes -= raw.nbytes
-                self.kept[strip.side, strip.first, i, j] = raw
+            if raw is not None and (strip.is_own or self.wanted[strip.side]):
+                self.kept.keep((strip.side, strip.first, i, j), [raw])
 
         tiles = 0 if self.triton else self.tiles
         for strip in self.matrix.strips(rows=True, cols=not self.symmetric):
@@ -274,9 +269,8 @@ class _Passes:
 
         def panel(strip: Strip, x_i: Tensor, y_j: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
             m, n = x_i.shape[0], y_j.shape[0]
-            raw, pairs = self.kept.pop((strip.side, strip.first, i, j), None), strip.pairs.part(i, m, j, n)
-            if raw is not None and raw.device.type == "cpu":
-                _warm.hold(raw, self.hold_bytes)
+            kept, pairs = self.kept.take((strip.side, strip.first, i, j)), strip.pairs.part(i, m, j, n)
+            raw = kept[0] if kept else None
             row, col = sides[strip.side][:, i : i + m], overall[-1 - strip.side][:, strip.first :][:, j : j + n]
             grad = self.grad_panel(raw, x_i, y_j, stats, self.scale, pairs, row, col, want_dx or want_dy)
             if self.symmetric and strip.is_own and i == j:
@@ -387,7 +381,7 @@ def _forward(a: Arguments) -> tuple[Tensor, ...]:
     """A :class:`ssl_kernels.ops.contrastive.Result`, and the number of rows and columns without a positive pair."""
     wanted = wanted_gradients(a)
     if any(wanted):
-        _warm.free_down_to(a.keep_bytes)
+        warm.free_down_to(a.keep_bytes)
     with _checks.without_autocast(a.x):
         if contrastive.is_one_tile(a):
             x, y = a.x.to(torch.float32), None if a.y is None else a.y.to(torch.float32)

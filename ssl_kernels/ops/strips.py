@@ -32,31 +32,74 @@ class Strip(NamedTuple):
     is_counted: bool  # whether its pairs count in sums over all ranks, which must meet each once
 
 
-class Matrix:
+class Shares:
+    """What the ranks of an op have of a batch, with ``counts`` of the rows of each side on each rank.
+
+    Args:
+        a: the arguments of the op, with needs_grad and Across among them.
+        sides: the features whose rows are counted.
+        pairs: ids, and what equal ids mean.
+        what: the function that was called.
+        facts: what all ranks must say alike, by name.
+    """
+
+    def __init__(self, a: Any, sides: Sequence[Tensor], pairs: Pairs, what: str, **facts: object) -> None:
+        self.counts = [[len(side)] for side in sides]
+        self.size, self.factor, self.own_share = 1, 1, False
+        self._ranks: Ranks | None = None
+        if not a.group:
+            return
+        self._ranks = Ranks(a.group, what)
+        self.size, self.own_share = self._ranks.size, a.own_share
+        self.factor = self.size if a.grad_reduce == "mean" else 1
+        wanted = [name for name, needed in zip(("x", "y", "scale", "bias"), a.needs_grad, strict=False) if needed]
+        facts |= {"gradients wanted": wanted, "own_share": a.own_share}
+        self.counts = agree(self._ranks, sides, a, pairs, **facts)
+
+    def count(self, side: int) -> int:
+        """Of rows, or of columns, over all ranks."""
+        return sum(self.counts[side])
+
+    def sum(self, totals: Tensor) -> Tensor:
+        """Over the ranks."""
+        return totals if self._ranks is None else self._ranks.sum(totals)
+
+    def largest(self, number: Tensor) -> Tensor:
+        """Over the ranks."""
+        return number if self._ranks is None else self._ranks.gather(number).amax(0)
+
+    def gather_vectors(self, vectors: Tensor, side: int) -> Tensor:
+        """[k, n] of the rows or columns of a rank, as [k, M] or [k, N] of all."""
+        if self._ranks is None:
+            return vectors
+        return self._ranks.gather_rows(vectors.t(), self.counts[side]).t().contiguous()
+
+    def shared(self, loss: Tensor, scalars: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of what this rank adds to the loss and its derivatives, and their unit: the loss to be shown, and the scalars
+        of a :class:`ssl_kernels.ops.contrastive.Result` whose derivatives reduce to those of the loss."""
+        *_, unit = scalars
+        overall = self.sum(torch.stack([loss, *scalars[:2]]))
+        shown = loss * self.size if self.own_share else overall[0]
+        return shown.to(dtype), torch.stack([*overall[1:] / self.size, unit * self.factor]).to(dtype)
+
+
+class Matrix(Shares):
     """The similarities of x and y, or of x and itself, [M, D] and [N, D] over all ranks.
 
     Args:
         a: the arguments of an op: x, y or None, ids and what equal ids mean, positive, excluded, needs_grad and Across.
-        facts: what all ranks must say alike, by name.
     """
 
     def __init__(self, a: Any, what: str, **facts: object) -> None:
         self.sides = [a.x] if a.y is None else [a.x, a.y]
         self.symmetric = a.y is None
         self.pairs = Pairs.of(a)
-        self.counts = [[len(side)] for side in self.sides]
-        self.size, self.factor, self.own_share = 1, 1, False
-        self._ranks: Ranks | None = None
-        if not a.group:
-            return
-        self._ranks = ranks = Ranks(a.group, what)
-        self.size, self.own_share = ranks.size, a.own_share
-        self.factor = ranks.size if a.grad_reduce == "mean" else 1
-        wanted = [name for name, needed in zip(("x", "y", "scale", "bias"), a.needs_grad, strict=False) if needed]
         if not self.symmetric:  # else a diagonal is the number of rows
             facts["offset"] = a.positive
-        facts |= {"gradients wanted": wanted, "own_share": a.own_share}
-        self.counts = agree(ranks, self.sides, a, self.pairs, **facts)
+        super().__init__(a, self.sides, self.pairs, what, **facts)
+        ranks = self._ranks
+        if ranks is None:
+            return
         ids: list[Any] = [*self.pairs[:2]]
         if self.pairs.row_ids is not None:
             ids = [ranks.gather_rows(i, counts) for i, counts in zip(ids, self.counts, strict=False)]
@@ -67,10 +110,6 @@ class Matrix:
             ranks.blocks(side, counts, a.strategy, number)
             for number, (side, counts) in enumerate(zip(self.sides, self.counts, strict=True))
         ]
-
-    def count(self, side: int) -> int:
-        """Of rows, or of columns, over all ranks."""
-        return sum(self.counts[side])
 
     def strips(self, rows: bool, cols: bool) -> Iterator[Strip]:
         """The own block first; then, as wanted, what the rank's rows and its columns meet of others'."""
@@ -97,24 +136,6 @@ class Matrix:
         own = self._blocks[side]
         whole = self._whole if side == 0 else self._whole.transposed()
         return whole.part(own.start, len(own.rows), first, count)
-
-    def sum(self, totals: Tensor) -> Tensor:
-        """Over the ranks."""
-        return totals if self._ranks is None else self._ranks.sum(totals)
-
-    def gather_vectors(self, vectors: Tensor, side: int) -> Tensor:
-        """[k, n] of the rows or columns of a rank, as [k, M] or [k, N] of all."""
-        if self._ranks is None:
-            return vectors
-        return self._ranks.gather_rows(vectors.t(), self.counts[side]).t().contiguous()
-
-    def shared(self, loss: Tensor, scalars: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Of what this rank adds to the loss and its derivatives, and their unit: the loss to be shown, and the scalars
-        of a :class:`ssl_kernels.ops.contrastive.Result` whose derivatives reduce to those of the loss."""
-        *_, unit = scalars
-        overall = self.sum(torch.stack([loss, *scalars[:2]]))
-        shown = loss * self.size if self.own_share else overall[0]
-        return shown.to(dtype), torch.stack([*overall[1:] / self.size, unit * self.factor]).to(dtype)
 
 
 def agree(ranks: Ranks, sides: Sequence[Tensor], over: Any, pairs: Pairs, **facts: object) -> list[list[int]]:

@@ -48,6 +48,23 @@ def _moco_v3(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, *, reduction: str, 
     return MoCoV3Loss(0.2, **how)(q1, q2, k1, k2)
 
 
+def _rows(q: Tensor, p: Tensor, n: Tensor, b: Tensor, t: Tensor, *ids: Tensor, **options: Any) -> Tensor:
+    """With two candidates to a query, a bias, ids and weights."""
+    return K.row_softmax_loss(
+        q, torch.cat([p, n]), t, candidate_bias=b[:, :2].t().flatten(), query_ids=ids[0],
+        candidate_ids=torch.cat([ids[1], ids[1] + 3]), weights=0.5 + ids[0] % 3, **options,
+    )  # fmt: skip
+
+
+def _prefixes(q: Tensor, c: Tensor, guide_q: Tensor, guide_c: Tensor, t: Tensor, **options: Any) -> Tensor:
+    """With a guide and targets that are not in order."""
+    guide = {"guide_query": guide_q, "guide_candidates": guide_c.flip(0), "hardness": 2.0}
+    target = torch.arange(len(q)).flip(0)
+    return K.row_softmax_loss(
+        q, c.flip(0), t, target=target, dims=(10, WIDTH), dim_weights=(0.5, 2.0), normalize=True, **guide, **options
+    )
+
+
 CASES = [
     Case("sigmoid", _sigmoid, 2, (10.0, -5.0)),
     Case("sigmoid, ids", _sigmoid, 2, (10.0, -5.0), 2),
@@ -65,6 +82,10 @@ CASES = [
     Case("nt_xent", K.nt_xent_loss, 2, (0.2,)),
     Case("sup_con", _sup_con, 1, (0.2,), 1),
     Case("moco v3", _moco_v3, 4, (), frozen=(2, 3)),
+    Case("rows", _rows, 4, (14.0,), 2, {"label_smoothing": 0.1}),
+    Case("rows, prefixes and a guide", _prefixes, 4, (14.0,), frozen=(2, 3)),
+    Case("rows, frozen queries", lambda q, c, t, **o: K.row_softmax_loss(q, c, t, **o), 2, (14.0,), frozen=(0,)),
+    Case("rows, frozen candidates", lambda q, c, t, **o: K.row_softmax_loss(q, c, t, **o), 2, (14.0,), frozen=(1,)),
 ]
 
 
@@ -156,6 +177,36 @@ def the_reference_and_other_kernels_agree(rank: int, world: int) -> None:
         loss = K.clip_loss(x, x, 1.0, group=dist.group.WORLD)
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             torch.autograd.grad(loss, x, create_graph=True)
+
+
+def log_sum_exps_meet_the_candidates_of_all(rank: int, world: int) -> None:
+    """What differs from rank to rank is the loss: the mean of its gradients is that of the mean of the losses."""
+    generator = torch.Generator().manual_seed(0)
+    rows, cols = [5 + 3 * r for r in range(world)], [9 - 4 * r for r in range(world)]
+    q, c, b = (torch.randn(sum(n), *w, generator=generator) for n, w in ((rows, (8,)), (cols, (8,)), (cols, ())))
+    ids, others = torch.randint(0, 6, (sum(rows),), generator=generator), torch.arange(sum(cols)) % 6
+    leaves = [t.double().requires_grad_() for t in (q, c, b, torch.tensor(3.0))]
+    lse = K.row_lse(*leaves[:2], leaves[3], candidate_bias=leaves[2], query_ids=ids, candidate_ids=others)
+    losses = [(1 + r) * part.square().sum() for r, part in enumerate(lse.split(rows))]
+    expected = torch.autograd.grad(torch.stack(losses).sum(), leaves)
+    own = slice(sum(rows[:rank]), sum(rows[: rank + 1])), slice(sum(cols[:rank]), sum(cols[: rank + 1]))
+    for backend, strategy in itertools.product(("cpu", "eager", "reference"), ("gather", "ring")):
+        mine = [t.detach().float().requires_grad_() for t in (q[own[0]], c[own[1]], b[own[1]], torch.tensor(3.0))]
+        with use_backend(backend):
+            found = K.row_lse(
+                *mine[:2], mine[3], candidate_bias=mine[2], query_ids=ids[own[0]], candidate_ids=others[own[1]],
+                group=dist.group.WORLD, strategy=strategy,
+            )  # fmt: skip
+        torch.testing.assert_close(found.double(), lse[own[0]], rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad((1 + rank) * found.square().sum(), mine)
+        dist.all_reduce(gradients[-1])
+        parts = expected[0][own[0]], expected[1][own[1]], expected[2][own[1]], expected[3]
+        for ours, exact in zip(gradients, parts, strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max())
+    with pytest.raises(
+        ValueError, match=r"row_lse: same_id: expected the same on all ranks, got ignore on rank 0; neg"
+    ):
+        K.row_lse(q, c, 1.0, same_id="negative" if rank else "ignore", group=dist.group.WORLD)
 
 
 def large_batches_take_many_tiles(rank: int, world: int) -> None:

@@ -33,13 +33,14 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": lambda x, y, **how: K.sigmoid_contrastive_loss(x, y, 10.0, -10.0, **how),
     "clip": lambda x, y, **how: K.clip_loss(x, y, 10.0, **how),
     "nt_xent": lambda x, y, **how: K.nt_xent_loss(x, y, 0.1, **how),
+    "rows": lambda x, y, **how: K.row_softmax_loss(x, y, 10.0, **how),
 }
 
 
 def memory_does_not_grow_with_the_ranks(rank: int, world: int) -> None:
     """Beside the features the ring holds 2 blocks of x and of y, and both gradients; "gather" all of x and of y."""
     with use_workspace(1), use_tile_budget(0):
-        for name in ("sigmoid", "clip"):
+        for name in ("sigmoid", "clip", "rows"):
             for strategy, blocks in (("ring", 6), ("gather", 2 * world)):
                 step = _step(LOSSES[name], strategy=strategy)
                 with saved_bytes() as sizes:
@@ -84,6 +85,7 @@ def bytes_are_those_of_the_formula(rank: int, world: int) -> None:
                 for name, blocks, vectors in (
                     ("sigmoid", 1 if frozen else 2, 0),
                     ("clip", 2 + (again - 1) * (1 if frozen else 2), 2),
+                    ("rows", 2 + (again - 1) * (not frozen), 1.5),  # and targets in 8 bytes
                     ("nt_xent", 2 * again, 2),  # both views, normalised in fp32
                 ):
                     if name == "nt_xent" and (frozen or dtype != torch.float32):

@@ -24,8 +24,8 @@ def test_three_processes_and_groups_of_them(tmp_path: Path) -> None:
 
 def test_other_kernels_large_batches_and_graphs(tmp_path: Path) -> None:
     run(
-        "the_reference_and_other_kernels_agree large_batches_take_many_tiles compiled what_is_sharded "
-        "autocast_travels_in_16_bits",
+        "the_reference_and_other_kernels_agree log_sum_exps_meet_the_candidates_of_all large_batches_take_many_tiles "
+        "compiled what_is_sharded autocast_travels_in_16_bits",
         tmp_path,
         2,
     )

@@ -253,6 +253,63 @@ def info_nce_loss(d: Draw) -> Drawn:
     return arguments, ("query", "positive", "scale"), {"query": 0, "positive": 0}
 
 
+def rows_of_candidates(d: Draw, positive: bool) -> tuple[dict[str, Any], dict[str, int]]:
+    """What the loss and the log-sum-exp have in common."""
+    rows, width = d.size(), d.width(1)
+    sizes = [d.magnitude(2 if d.dtype == torch.float16 else 6) for _ in range(2)]
+    scale = d.logit() / (sizes[0] * sizes[1])
+    query = d.matrix(rows, width, size=sizes[0])
+    has_target = d.chance(0.5)
+    cols = max(d.width(), 1 if has_target else rows)
+    target = torch.randint(-2, cols, (rows,), generator=d.generator) if has_target else None
+    ids = d.ids(rows, cols)
+    arguments: dict[str, Any] = {
+        "query": query,
+        "candidates": d.matrix(cols, width, size=sizes[1], near=query),
+        "scale": d.scalar(scale),
+        "target": target,
+        "candidate_bias": None,
+        "query_ids": ids[0],
+        "candidate_ids": ids[1],
+        "same_id": d.pick("ignore", "negative", *(["positive"] if positive else [])),
+        "hardness": d.pick(0.0, 0.0, scale * d.random.random()),
+        "hardened": "all" if ids[0] is None else d.pick("all", "same_id", "other_ids"),
+        "guide_query": None,
+        "guide_candidates": None,
+        "guide_threshold": None,
+    }
+    if d.calm or d.chance(0.5):
+        bias = 3 * d.normal(cols)
+        if not d.calm and d.chance(0.2):
+            bias[d.pick(0, -1)] = -torch.inf
+        arguments["candidate_bias"] = d.lay_out(bias.to(d.pick(torch.float32, d.arithmetic, d.dtype)))
+    if d.chance(0.3):
+        dtype = d.other_dtype()
+        arguments["guide_query"], arguments["guide_candidates"] = (d.matrix(n, 5, dtype=dtype) for n in (rows, cols))
+        if d.chance(0.5) or (not positive and target is None):
+            arguments["guide_threshold"] = d.normal(rows).to(d.arithmetic)
+    together = ("query", "target", "query_ids", "guide_query", "guide_threshold")
+    return arguments, dict.fromkeys(together if has_target or not positive else (), 0)
+
+
+def row_softmax_loss(d: Draw) -> Drawn:
+    arguments, rows = rows_of_candidates(d, positive=True)
+    count, width = arguments["query"].shape
+    arguments["weights"] = d.lay_out(d.normal(count).to(d.pick(torch.float32, d.dtype))) if d.chance(0.3) else None
+    arguments["label_smoothing"] = d.pick(0.0, 0.0, 0.1, 1.0, d.random.random())
+    dims = [int(n) + 1 for n in torch.randperm(width, generator=d.generator)[: d.pick(1, 2, 3)]]
+    arguments["dims"] = dims if d.chance(0.3) else None
+    arguments["dim_weights"] = [d.random.gauss(0, 1) for _ in dims] if arguments["dims"] and d.chance(0.5) else None
+    arguments["normalize"] = min(arguments["dims"] or [width]) > 1 and d.chance(0.3)  # of one, nothing is left
+    arguments["reduction"] = d.pick(*REDUCTIONS)
+    return arguments, ("query", "candidates", "scale", "candidate_bias"), rows | ({"weights": 0} if rows else {})
+
+
+def row_lse(d: Draw) -> Drawn:
+    arguments, rows = rows_of_candidates(d, positive=False)
+    return arguments, ("query", "candidates", "scale", "candidate_bias"), rows
+
+
 def albef_contrastive_loss(d: Draw) -> Drawn:
     rows, width, (size, key_size, scale) = d.size(), d.width(), d.contrast()
     batch = {name: d.matrix(rows, width, size=size) for name in ("image", "text")}
@@ -407,8 +464,8 @@ DRAWS: dict[str, Callable[[Draw], Drawn]] = {
     f.__name__: f
     for f in (
         albef_contrastive_loss, barlow_twins_loss, centered_softmax, clip_loss, dino_loss, ema_update_, enqueue_,
-        ibot_patch_loss, info_nce_loss, key_softmax, koleo_loss, nt_xent_loss, sigmoid_contrastive_loss,
-        sinkhorn_center, sup_con_loss, vicreg_loss,
+        ibot_patch_loss, info_nce_loss, key_softmax, koleo_loss, nt_xent_loss, row_lse, row_softmax_loss,
+        sigmoid_contrastive_loss, sinkhorn_center, sup_con_loss, vicreg_loss,
     )
 }  # fmt: skip
 DRAWS["sinkhorn_knopp"] = sinkhorn_center

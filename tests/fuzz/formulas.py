@@ -120,6 +120,73 @@ def info_nce_loss(query: Tensor, positive: Tensor, negatives: Tensor, scale: Any
     return reduce(loss.masked_fill(match == torch.inf, torch.nan), reduction)
 
 
+def row_logits(
+    query: Tensor, candidates: Tensor, scale: Any, target: Any, candidate_bias: Any, query_ids: Any, candidate_ids: Any,
+    same_id: str, hardness: float, hardened: str, guide_query: Any, guide_candidates: Any, guide_threshold: Any,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Logits, which pairs are positive, and which count."""
+    i, j = torch.arange(len(query)), torch.arange(len(candidates))
+    target = i if target is None else target
+    positive = j == target[:, None]
+    same = torch.zeros_like(positive) if query_ids is None else query_ids[:, None] == candidate_ids
+    counted = positive | ~same if same_id == "ignore" else torch.ones_like(positive)
+    positive = positive | same if same_id == "positive" else positive
+    if guide_query is not None:
+        scores = guide_query @ guide_candidates.t()
+        if guide_threshold is None:  # and as high as the target's, but for rounding, is no higher
+            norms = guide_query.norm(dim=1)[:, None] * guide_candidates.norm(dim=1)
+            own = scores + 2e-6 * norms
+            guide_threshold = torch.cat([own, torch.full((len(query), 1), torch.inf)], 1)[i, target.clamp(min=-1)]
+        counted = counted & (positive | ~(scores > guide_threshold[:, None]))
+    if normalize:
+        sides = ((t, rounded(t.norm(dim=1, keepdim=True))) for t in (query, candidates))
+        query, candidates = (rounded(t / norm.clamp(min=1e-12)) for t, norm in sides)
+    s = product(query, candidates.t())
+    z = rounded(number(scale) * s)
+    chosen = ~positive & {"all": torch.ones_like(same), "same_id": same, "other_ids": ~same}[hardened]
+    if hardness:
+        z = rounded(z + rounded(hardness * s.detach()).masked_fill(~chosen, 0))
+    if candidate_bias is not None:
+        removed = candidate_bias == -torch.inf
+        counted = counted & ~removed
+        z = rounded(z + rounded(candidate_bias).masked_fill(removed, 0))
+    return z, positive & counted, counted
+
+
+def row_softmax_loss(
+    query: Tensor, candidates: Tensor, scale: Any, target: Any, candidate_bias: Any, query_ids: Any, candidate_ids: Any,
+    same_id: str, weights: Any, label_smoothing: float, hardness: float, hardened: str, guide_query: Any,
+    guide_candidates: Any, guide_threshold: Any, dims: Any, dim_weights: Any, normalize: bool, reduction: str,
+) -> Tensor:  # fmt: skip
+    dims = (query.shape[1],) if dims is None else dims
+    total, paired = torch.zeros(len(query), dtype=torch.float64), torch.zeros(len(query), dtype=torch.bool)
+    for k, length in enumerate(dims):
+        z, positive, counted = row_logits(
+            query[:, :length], candidates[:, :length], scale, target, candidate_bias, query_ids, candidate_ids, same_id,
+            hardness, hardened, guide_query, guide_candidates, guide_threshold, normalize,
+        )  # fmt: skip
+        rows, paired = cross_entropy(z, positive, counted, label_smoothing)
+        total = total + (1 if dim_weights is None else dim_weights[k]) * rows
+    if weights is not None:
+        total = total.masked_fill(weights == 0, 0) * rounded(weights)
+    return reduce(total, reduction, paired.sum().clamp(min=1))
+
+
+def row_lse(
+    query: Tensor, candidates: Tensor, scale: Any, target: Any, candidate_bias: Any, query_ids: Any, candidate_ids: Any,
+    same_id: str, hardness: float, hardened: str, guide_query: Any, guide_candidates: Any, guide_threshold: Any,
+) -> Tensor:  # fmt: skip
+    target = torch.full((len(query),), -1) if target is None else target
+    z, _, counted = row_logits(
+        query, candidates, scale, target, candidate_bias, query_ids, candidate_ids, same_id, hardness, hardened,
+        guide_query, guide_candidates, guide_threshold,
+    )  # fmt: skip
+    some = counted.any(1)
+    nothing = torch.full((len(z),), -torch.inf, dtype=torch.float64)
+    return nothing.masked_scatter(some, log_sum_exp(z[some], counted[some]))
+
+
 def albef_contrastive_loss(
     image: Tensor, text: Tensor, image_momentum: Tensor, text_momentum: Tensor, image_queue: Tensor,
     text_queue: Tensor, scale: Any, alpha: float = 0.4, reduction: str = "mean",
@@ -277,7 +344,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         albef_contrastive_loss, barlow_twins_loss, centered_softmax, clip_loss, dino_loss, ema_update_, enqueue_,
-        ibot_patch_loss, info_nce_loss, key_softmax, koleo_loss, nt_xent_loss, sigmoid_contrastive_loss,
-        sinkhorn_center, sinkhorn_knopp, sup_con_loss, vicreg_loss,
+        ibot_patch_loss, info_nce_loss, key_softmax, koleo_loss, nt_xent_loss, row_lse, row_softmax_loss,
+        sigmoid_contrastive_loss, sinkhorn_center, sinkhorn_knopp, sup_con_loss, vicreg_loss,
     )
 }  # fmt: skip

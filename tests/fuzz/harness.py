@@ -35,6 +35,8 @@ AUTOCAST = {
     "sup_con_loss": ("z",),
     "key_softmax": ("query",),
     "info_nce_loss": ("query", "positive"),
+    "row_lse": ("query", "candidates"),
+    "row_softmax_loss": ("query", "candidates"),
     "albef_contrastive_loss": ("image", "text", "image_momentum", "text_momentum"),
 }
 Results = dict[str, Tensor]

@@ -45,6 +45,7 @@ def check_again(call: Call) -> None:
     """The same bits when called again; the same results in other panels; samples in another order change nothing."""
     by_rows = call.arguments.get("reduction") == "none" or call.op in (
         "key_softmax",
+        "row_lse",
         "centered_softmax",
         "sinkhorn_knopp",
     )

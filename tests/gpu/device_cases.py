@@ -103,6 +103,24 @@ def _keys(s: Sizes) -> Inputs:
     return {**pair, **momentum, "keys": unit(s.many, s.width), "other_keys": unit(s.many, s.width)}
 
 
+def _rows(s: Sizes) -> Inputs:
+    """Keys of which the first are close to the rows, and what else a softmax over rows takes."""
+    many = max(s.many, s.rows)  # each row has one of its own
+    x, keys = unit(s.rows, s.width), unit(many, s.width)
+    keys[: s.rows] = F.normalize(x + keys[: s.rows], dim=-1)
+    return {
+        "x": x,
+        "keys": keys,
+        "scale": torch.tensor(10.0),
+        "bias": torch.randn(many),
+        "target": torch.randint(-1, many, (s.rows,)),
+        "ids": torch.arange(s.rows) % 7 * 2**33,
+        "key_ids": torch.arange(many) % 7 * 2**33,
+        "guide": unit(s.rows, 16),
+        "key_guide": unit(many, 16),
+    }
+
+
 def _crops(s: Sizes) -> Inputs:
     samples = max(1, s.rows // 4)
     student, teacher = 0.3 * torch.randn(4, samples, s.many), 0.3 * torch.randn(2, samples, s.many)
@@ -171,6 +189,23 @@ def _cases() -> Iterator[Case]:
         floats = [10.0, -5.0][: len(arguments.split()) - 2]
         yield _case(op, "floats", _pair, ["x", "y", *floats], leaves="x y", reduction="sum")
     yield _case("clip_loss", "smoothed", _pair, ["x", "y", "scale"], leaves="x y scale", label_smoothing=0.1)
+    rows: dict[str, Any] = {"make": _rows, "arguments": ["x", "keys", "scale"]}
+    masked: dict[str, Any] = {"query_ids": At("ids"), "candidate_ids": At("key_ids"), "label_smoothing": 0.1}
+    yield _case("row_softmax_loss", "mean", **rows, leaves="x keys scale")
+    yield _case(
+        "row_softmax_loss", "bias", **rows, leaves="x keys scale bias", candidate_bias=At("bias"), target=At("target"),
+        **masked,
+    )  # fmt: skip
+    yield _case("row_softmax_loss", "hard", **rows, leaves="x keys scale", hardness=3.0, **masked, same_id="negative")
+    guide: dict[str, Any] = {"guide_query": At("guide"), "guide_candidates": At("key_guide")}
+    yield _case("row_softmax_loss", "guide", **rows, leaves="x keys", wide=("guide", "key_guide"), **guide)
+    yield Case(
+        "row_softmax_loss", "prefixes", _rows, lambda i: K.row_softmax_loss(
+            i["x"], i["keys"], i["scale"], dims=sorted({(i["x"].shape[1] + 1) // 2, i["x"].shape[1]}), normalize=True
+        ), ("x", "keys", "scale"),
+    )  # fmt: skip
+    yield _case("row_softmax_loss", "rows", **rows, leaves="x keys", reduction="none")
+    yield _case("row_lse", "bias", **rows, leaves="x keys scale bias", candidate_bias=At("bias"))
     yield _case("nt_xent_loss", "mean", _pair, ["x", "y", "temperature"], leaves="x y temperature")
     yield _case("nt_xent_loss", "rows", _pair, ["x", "y", 0.1], leaves="x y", reduction="none")
     yield _case("sup_con_loss", "mean", _pair, ["x", "ids", "temperature"], leaves="x temperature")

@@ -16,7 +16,7 @@ from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent
 REPORT = FOLDER.parents[1] / "docs" / "gpu_static.md"
-OPS = ("sigmoid", "softmax", "key_softmax", "koleo", "dino", "sinkhorn", "queue")
+OPS = ("sigmoid", "softmax", "row_softmax", "key_softmax", "koleo", "dino", "sinkhorn", "queue")
 WIDTH = 768  # of features, for which the budgets count
 
 
@@ -154,6 +154,8 @@ def works(chip: str, budgets: dict[str, dict[str, Any]]) -> dict[str, Work]:
         "sigmoid, gradient tile": ("sigmoid", f"{chip}-half-bf16-large-plain", True),
         "softmax, statistics": ("softmax", f"{chip}-half-bf16-stats-large-plain", False),
         "softmax, gradient tile": ("softmax", f"{chip}-half-bf16-grad-large-plain", True),
+        "softmax over rows, statistics": ("row_softmax", f"{chip}-half-bf16-stats-large-plain", False),
+        "softmax over rows, gradient tile": ("row_softmax", f"{chip}-half-bf16-grad-large-plain", True),
     }
     for name, (op, case, tile) in kernels.items():
         for width in (512, 768, 1152):

@@ -1,0 +1,111 @@
+// The tile kernels of a softmax over rows alone. Free of torch and of Python.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace sslk {
+
+// What pairs of equal ids are, the target of a row aside.
+enum class SameId : int64_t { kIgnored, kPositive, kNegative };
+
+// Written in the place of a similarity, it says that the pair is left out; so does every number below the second.
+constexpr float kLeftOut = -2e38f, kLeastSimilarity = -1e38f;
+
+// Raw similarities x_i . y_j, and what becomes of each:
+//   s_ij = raw_ij row_factor_i col_factor_j,   z_ij = t_ij s_ij + bias_j
+// with t_ij = scale for positives, same_scale for other pairs of equal ids, and other_scale for the rest. Statistics
+// are those of v: of z if `logits`, else of raw, which z is `scale` times then. So z = unit() v, and differences of
+// similarities come before their product with a scale wherever there is nothing else to add.
+struct RowTile {
+  float* raw;  // [rows, cols]
+  int64_t rows;
+  int64_t cols;
+  int64_t row_stride;  // of raw, in elements
+  const int64_t* target;   // [rows]: the column of a row's target, counted from the first of the tile, if it is in it
+  const int64_t* row_ids;  // [rows] and [cols], or both null
+  const int64_t* col_ids;
+  SameId same_id;
+  bool guided;  // whether there may be similarities that stand for pairs that are left out
+  bool logits;
+  float scale;
+  float same_scale;
+  float other_scale;
+  const float* bias;        // [cols], or null; -infinity leaves pairs out
+  const float* row_factor;  // [rows] and [cols], or both null
+  const float* col_factor;
+
+  float unit() const { return logits ? 1 : scale; }
+};
+
+// Statistics of a row, accumulated over tiles, in this order. The last two only if they are asked for.
+//   max of v over the pairs that count, sum of exp(unit (v - max)), sum of v over positives, their number,
+//   sum of v over the pairs that count, their number
+constexpr int64_t kRowStats = 4, kAllRowStats = 6;
+
+struct RowStats {
+  RowTile tile;
+  double* stats;  // [rows, width]
+  int64_t width;
+};
+
+// Scores of another model: where one exceeds the threshold of its row, the pair is left out, unless it is positive.
+struct RowGuide {
+  RowTile tile;
+  const float* scores;  // [rows, cols]
+  int64_t score_stride;
+  const float* threshold;  // [rows]
+};
+
+// The gradient of the loss by z. With P = exp(unit (v - top) - log_sum):
+//   G_ij = weight_i P_ij - [positive] target_i - all_i,   0 where left out
+struct RowGrad {
+  static constexpr int64_t kChunk = 64;  // rows whose sums by column are one
+
+  RowTile tile;
+  double* moments;  // [rows]: sum_j G_ij s_ij is added
+  int64_t moment_stride;
+  const float* top;  // this and what follows: [rows]
+  const float* log_sum;
+  const float* weight;
+  const float* target;
+  const float* all;  // or null
+  float* col_sums;     // [chunks, cols]: sum_i G_ij of the rows of each chunk, or null
+  float* col_moments;  // the same of G_ij s_ij
+  bool write;  // whether G, times the factors if there are some, replaces the similarities
+  const float* add;  // [rows, cols], added to what is written, or null
+  int64_t add_stride;
+
+  int64_t chunks() const { return (tile.rows + kChunk - 1) / kChunk; }
+};
+
+// What the statistics of rows come to, between the two passes over the tiles.
+//   loss of a row = unit (max - mean of v over positives) + log(sum of exp), 0 without a positive; with label smoothing
+//   e, 1 - e of the first term and e of that with the mean over all pairs that count. Or its log-sum-exp, if `lse`.
+// Its weight in the whole is that of the row, over the number of rows with a positive if `mean`.
+struct RowSummary {
+  const double* stats;
+  int64_t rows;
+  int64_t width;
+  double unit;
+  double label_smoothing;
+  bool mean;
+  bool lse;
+  const float* weight;  // [rows], or null for 1
+  float* losses;        // [rows], or null
+  float* loss;          // their sum or mean, or null
+  float* largest;       // the largest weight, by which all in `side` are divided; 1 if that is 0
+  float* side;          // the vectors of RowGrad from `top` on, [4, rows], or [5, rows] with label smoothing; or null
+};
+
+void row_softmax_summary(const RowSummary& summary);
+
+// Rows [begin, end). Distinct ranges may run concurrently, and the result does not depend on the split.
+void row_softmax_stats(const RowStats& stats, int64_t begin, int64_t end, Isa isa);
+void row_softmax_guide(const RowGuide& guide, int64_t begin, int64_t end, Isa isa);
+
+// Likewise of chunks.
+void row_softmax_grad(const RowGrad& grad, int64_t begin, int64_t end, Isa isa);
+
+}  // namespace sslk

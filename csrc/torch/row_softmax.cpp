@@ -1,0 +1,186 @@
+// CPU tensors in, the torch-free tile kernels underneath, torch's own thread pool across rows.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "../jobs/row_softmax.h"
+#include "parallel.h"
+#include "products.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+using Maybe = std::optional<Tensor>;
+
+void add_tile(const sslk::RowStats& stats) {
+  sslk::over_rows(stats.tile.rows, stats.tile.cols, [&](int64_t begin, int64_t end, sslk::Isa isa) {
+    sslk::row_softmax_stats(stats, begin, end, isa);
+  });
+}
+
+void make_gradient(const sslk::RowGrad& grad) {
+  sslk::over_rows(grad.chunks(), sslk::RowGrad::kChunk * grad.tile.cols,
+                  [&](int64_t begin, int64_t end, sslk::Isa isa) { sslk::row_softmax_grad(grad, begin, end, isa); });
+}
+
+void row_softmax_stats_cpu(Tensor tile, Tensor stats, Tensor target, Maybe row_ids, Maybe col_ids, int64_t same_id,
+                           bool guided, bool logits, double scale, double same_scale, double other_scale, Maybe bias,
+                           Maybe row_factor, Maybe col_factor) {
+  add_tile(sslk::row_stats_job<Tensor>(tile, stats,
+                                       {target, row_ids, col_ids, same_id, guided, logits, scale, same_scale,
+                                        other_scale, bias, row_factor, col_factor}));
+}
+
+void row_softmax_guide_cpu(Tensor tile, Tensor scores, Tensor threshold, Tensor target, Maybe row_ids, Maybe col_ids,
+                           int64_t same_id) {
+  const auto job = sslk::row_guide_job<Tensor>(
+      tile, scores, threshold, {target, row_ids, col_ids, same_id, false, false, 0, 0, 0, {}, {}, {}});
+  sslk::over_rows(job.tile.rows, job.tile.cols, [&](int64_t begin, int64_t end, sslk::Isa isa) {
+    sslk::row_softmax_guide(job, begin, end, isa);
+  });
+}
+
+void row_softmax_grad_cpu(Tensor tile, Tensor moments, Tensor col_sums, Tensor side, bool write, Maybe add, Tensor target,
+                          Maybe row_ids, Maybe col_ids, int64_t same_id, bool guided, bool logits, double scale,
+                          double same_scale, double other_scale, Maybe bias, Maybe row_factor, Maybe col_factor) {
+  make_gradient(sslk::row_grad_job<Tensor>(tile, moments, col_sums,
+                                           {target, row_ids, col_ids, same_id, guided, logits, scale, same_scale,
+                                            other_scale, bias, row_factor, col_factor},
+                                           side, write, add));
+}
+
+// A loss of one dimension is one of each row.
+void summarise(sslk::RowSummary& summary, const Tensor& loss) {
+  if (loss.dim() == 1) {
+    summary.losses = sslk::output_data(loss, "loss", summary.rows);
+  } else {
+    sslk::check_tensor(loss, "loss", ScalarType::Float, 0);
+    summary.loss = loss.mutable_data_ptr<float>();
+  }
+  sslk::row_softmax_summary(summary);
+}
+
+void row_softmax_summary_cpu(Tensor stats, double unit, double label_smoothing, bool mean, bool lse, Maybe weights,
+                             Tensor loss, Tensor largest, Tensor side) {
+  sslk::RowSummary summary{};
+  summary.rows = stats.size(0);
+  summary.width = label_smoothing != 0 ? sslk::kAllRowStats : sslk::kRowStats;
+  summary.stats = sslk::stats_data(stats, "stats", summary.rows, summary.width);
+  summary.unit = unit;
+  summary.label_smoothing = label_smoothing;
+  summary.mean = mean;
+  summary.lse = lse;
+  summary.weight = sslk::vector_data(weights, "weights", summary.rows);
+  summary.largest = sslk::output_data(largest, "largest", 1);
+  sslk::check_tensor(side, "side", ScalarType::Float, 2);
+  STD_TORCH_CHECK(side.is_contiguous() && side.size(1) == summary.rows &&
+                      (side.size(0) == 0 || side.size(0) == (label_smoothing != 0 ? 5 : 4)),
+                  "side: expected contiguous [4, ", summary.rows, "], [5, ", summary.rows,
+                  "] with label smoothing, or no vectors");
+  summary.side = side.size(0) ? side.mutable_data_ptr<float>() : nullptr;
+  summarise(summary, loss);
+}
+
+// All of a forward pass whose similarities are one tile: both passes over it, and the products. Returns the loss; the
+// gradients of x and, transposed in memory, of y (empty where not wanted); that of the scale and the largest weight, to
+// be multiplied by all of them; and the gradient of the bias.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_softmax_of_one_tile_cpu(
+    Tensor x, Tensor y, Maybe weights, double label_smoothing, bool mean, bool want_dx, bool want_dy, bool want_scale,
+    bool want_bias, Tensor target, Maybe row_ids, Maybe col_ids, int64_t same_id, bool logits, double scale, double same_scale, double other_scale,
+    Maybe bias) {
+  using torch::stable::new_empty;
+  const bool any = want_dx || want_dy || want_scale || want_bias;
+  const Tensor tile = sslk::product(x, sslk::transposed(y));
+  const sslk::RowPairs<Tensor> pairs{target, row_ids,    col_ids,     same_id, false, logits,
+                                     scale,  same_scale, other_scale, bias,    {},    {}};
+  const int64_t rows = tile.size(0), cols = tile.size(1);
+  const int64_t width = label_smoothing != 0 ? sslk::kAllRowStats : sslk::kRowStats;
+
+  std::vector<double> stats(rows * width);
+  for (int64_t i = 0; i < rows; ++i) stats[i * width] = -std::numeric_limits<double>::infinity();
+  const sslk::RowTile row_tile = sslk::row_tile(tile, pairs);
+  add_tile({row_tile, stats.data(), width});
+
+  Tensor loss = new_empty(x, {}), scalars = new_empty(x, {3});
+  float* factors = scalars.mutable_data_ptr<float>();
+  factors[0] = factors[1] = 0;
+  std::vector<float> side(any ? rows * (label_smoothing != 0 ? 5 : 4) : 0);
+  sslk::RowSummary summary{};
+  summary.stats = stats.data();
+  summary.rows = rows;
+  summary.width = width;
+  summary.unit = row_tile.unit();
+  summary.label_smoothing = label_smoothing;
+  summary.mean = mean;
+  summary.weight = sslk::vector_data(weights, "weights", rows);
+  summary.largest = factors + 2;
+  summary.side = any ? side.data() : nullptr;
+  summarise(summary, loss);
+
+  Tensor dx = new_empty(x, {0, x.size(1)}), dy = sslk::transposed(new_empty(x, {x.size(1), 0}));
+  Tensor dbias = new_empty(x, {want_bias ? cols : 0});
+  if (any) {
+    std::vector<double> moments(rows);
+    sslk::RowGrad grad{};
+    grad.tile = row_tile;
+    grad.moments = moments.data();
+    grad.moment_stride = 1;
+    grad.top = side.data();
+    grad.log_sum = grad.top + rows;
+    grad.weight = grad.log_sum + rows;
+    grad.target = grad.weight + rows;
+    grad.all = label_smoothing != 0 ? grad.target + rows : nullptr;
+    std::vector<float> col_sums(want_bias ? grad.chunks() * cols : 0);
+    grad.col_sums = want_bias ? col_sums.data() : nullptr;
+    grad.write = want_dx || want_dy;
+    make_gradient(grad);
+    double moment = 0;
+    for (double value : moments) moment += value;
+    factors[0] = static_cast<float>(moment);
+    float* by_bias = dbias.mutable_data_ptr<float>();
+    for (int64_t j = 0; want_bias && j < cols; ++j) {
+      double sum = 0;
+      for (int64_t chunk = 0; chunk < grad.chunks(); ++chunk) sum += col_sums[chunk * cols + j];
+      by_bias[j] = static_cast<float>(sum);
+    }
+    if (want_dx) dx = sslk::product(tile, y);
+    if (want_dy) dy = sslk::transposed(sslk::product(sslk::transposed(x), tile));
+  }
+  return {loss, dx, dy, scalars, dbias};
+}
+
+}  // namespace
+
+#define SSLK_PAIRS \
+  "Tensor target, Tensor? row_ids, Tensor? col_ids, int same_id, bool guided, bool logits, float scale, " \
+  "float same_scale, float other_scale, Tensor? bias, Tensor? row_factor, Tensor? col_factor"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
+  m.def("row_softmax_stats_(Tensor tile, Tensor(a!) stats, " SSLK_PAIRS ") -> ()");
+  m.def(
+      "row_softmax_guide_(Tensor(a!) tile, Tensor scores, Tensor threshold, Tensor target, Tensor? row_ids, "
+      "Tensor? col_ids, int same_id) -> ()");
+  m.def(
+      "row_softmax_grad_(Tensor(a!) tile, Tensor(b!) moments, Tensor(c!) col_sums, Tensor side, bool write, Tensor? add, " SSLK_PAIRS
+      ") -> ()");
+  m.def(
+      "row_softmax_summary_(Tensor stats, float unit, float label_smoothing, bool mean, bool lse, Tensor? weights, "
+      "Tensor(a!) loss, Tensor(b!) largest, Tensor(c!) side) -> ()");
+  m.def(
+      "row_softmax_of_one_tile(Tensor x, Tensor y, Tensor? weights, float label_smoothing, bool mean, bool want_dx, "
+      "bool want_dy, bool want_scale, bool want_bias, Tensor target, Tensor? row_ids, Tensor? col_ids, int same_id, bool logits, float scale, float same_scale, "
+      "float other_scale, Tensor? bias) -> (Tensor loss, Tensor dx, Tensor dy, Tensor scalars, Tensor dbias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssl_kernels, CPU, m) {
+  m.impl("row_softmax_stats_", TORCH_BOX(&row_softmax_stats_cpu));
+  m.impl("row_softmax_guide_", TORCH_BOX(&row_softmax_guide_cpu));
+  m.impl("row_softmax_grad_", TORCH_BOX(&row_softmax_grad_cpu));
+  m.impl("row_softmax_summary_", TORCH_BOX(&row_softmax_summary_cpu));
+  m.impl("row_softmax_of_one_tile", TORCH_BOX(&row_softmax_of_one_tile_cpu));
+}

@@ -1,0 +1,103 @@
+"""Softmax over rows: M queries, and N candidates of which the first M are the positives and the others hard negatives.
+
+The loss alone takes one product of 2 M N D FLOP, loss and gradients three; ours, which stores no matrix, takes one more
+to form it again, which is spared for tiles that are kept within the budget. The same with prefixes of the features, and
+with a guide that takes a product of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ssl_kernels.functional as K
+from ssl_kernels.bench.problem import Floor, Loss, Op, Problem, gflop, recomputing, unit_rows
+from ssl_kernels.settings import tile_budget_bytes
+
+SCALE = 20.0
+SHARES = (1.0, 2 / 3, 1 / 3, 1 / 6, 1 / 12)  # prefixes, of all features
+
+
+def eager(query: Tensor, candidates: Tensor, scale: Tensor) -> Tensor:
+    return F.cross_entropy(scale * query @ candidates.t(), torch.arange(len(query), device=query.device))
+
+
+def by_prefix(dims: Sequence[int]) -> Loss:
+    def loss(query: Tensor, candidates: Tensor, scale: Tensor) -> Tensor:
+        sides = ([F.normalize(t[:, :length], dim=1) for t in (query, candidates)] for length in dims)
+        return torch.stack([eager(q, c, scale) for q, c in sides]).sum()
+
+    return loss
+
+
+def guided(guide_query: Tensor, guide_candidates: Tensor) -> Loss:
+    def loss(query: Tensor, candidates: Tensor, scale: Tensor) -> Tensor:
+        scores = guide_query @ guide_candidates.t()
+        false_negative = scores > scores.diagonal()[:, None] + 2e-6
+        logits = (scale * query @ candidates.t()).masked_fill(false_negative, -torch.inf)
+        return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+    return loss
+
+
+def problem(
+    rows: int, cols: int, width: int, dtype: torch.dtype, device: torch.device, *, kind: str = "plain"
+) -> Problem:
+    query, noise = unit_rows(rows, width, dtype, device), unit_rows(cols, width, dtype, device)
+    candidates = noise.clone()
+    candidates[:rows] = F.normalize(query.float() + noise[:rows].float(), dim=1).to(dtype)
+    leaves = [query, candidates, torch.tensor(SCALE, device=device)]
+    options: dict[str, Any] = {}
+    formula, products, once = eager, 3.0, 0.0
+    if kind == "prefixes":
+        dims = [max(1, round(share * width)) for share in SHARES]
+        options, formula = {"dims": dims, "normalize": True}, by_prefix(dims)
+        products = 3 * sum(dims) / width
+    elif kind == "guide":
+        guide = [unit_rows(n, width // 2, dtype, device) for n in (rows, cols)]
+        options = {"guide_query": guide[0], "guide_candidates": guide[1]}
+        formula, once = guided(*guide), 0.5
+
+    def floor(provider: str, backward: bool) -> Floor:
+        if not provider.startswith("ours"):
+            return Floor((products / (1 if backward else 3) + once) * gflop(rows, cols, width), width)
+        keeps = provider == "ours" and device.type == "cpu" and kind != "prefixes"
+        kept = min(1.0, tile_budget_bytes() / (4 * rows * cols)) if keeps else 0.0
+        again = (1 - kept) * (1 + once) if backward else 0.0
+        return Floor(((3 if backward else 1) + once + again) * gflop(rows, cols, width), width)
+
+    ours = functools.partial(K.row_softmax_loss, **options)
+    providers: dict[str, Callable[[], Loss]] = {
+        "ours": lambda: ours,
+        "ours, recomputing": lambda: recomputing(ours),
+    }
+    return Problem([t.clone().requires_grad_() for t in leaves], formula, providers, floor)
+
+
+ROW_SOFTMAX = Op(
+    "row_softmax",
+    "Softmax over rows",
+    problem,
+    ("ours", "ours, recomputing", "eager", "compile"),
+    [(4096, 8192, 768), (1024, 2048, 384)],
+    tiny=[(32, 64, 24)],
+    gpu_shapes=[(4096, 8192, 768), (16_384, 32_768, 768), (32_768, 65_536, 1024)],
+    describe="M={} N={} D={}".format,
+    quadratic=True,
+)
+ROW_PREFIXES = replace(
+    ROW_SOFTMAX,
+    problem=functools.partial(problem, kind="prefixes"),
+    providers=("ours", "eager"),
+    shapes=ROW_SOFTMAX.shapes[:1],
+    modes=ROW_SOFTMAX.modes[1:],
+    suffix=", five prefixes",
+    label="prefixes",
+)
+ROW_GUIDE = replace(ROW_PREFIXES, problem=functools.partial(problem, kind="guide"), suffix=", guide", label="guide")
