@@ -42,9 +42,9 @@ def run(kind: type[Config], train: Callable[[Config, Console], None], argv: Sequ
         config.check()
         # A pipe or a log file has no width of its own, and 80 columns would wrap every line of the table.
         console = Console(width=None if sys.stdout.isatty() else 150)
-        if config.seeds:
-            return series.run(config, argv, prog, console)
         with run_folder.held(config.output_dir):
+            if config.seeds:
+                return series.run(config, argv, prog, console)
             train(config, console)
     except InterruptedRunError as stop:
         if own_share().rank == 0:

@@ -94,17 +94,20 @@ def _take(descriptor: int) -> bool:
     return True
 
 
-def start(folder: Path, config: dict[str, Any], records: Iterable[dict[str, Any]], *, erase: bool) -> None:
-    """Write what is known of a run before its first step; with `erase`, remove an earlier run first."""
+def erase(folder: Path) -> None:
+    """Remove what a run has left in a folder."""
+    for name in _OF_A_RUN:
+        (folder / name).unlink(missing_ok=True)
+    for path in earlier(folder / CHECKPOINT):
+        if not path.exists():
+            break
+        path.unlink()
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+
+
+def start(folder: Path, config: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
+    """Write what is known of a run before its first step."""
     _make(folder)
-    if erase:
-        for name in _OF_A_RUN:
-            (folder / name).unlink(missing_ok=True)
-        for path in earlier(folder / CHECKPOINT):
-            if not path.exists():
-                break
-            path.unlink()
-        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
     (folder / TRACEBACK).unlink(missing_ok=True)
     lines = "".join(map(json_line, records))
     write_atomically(folder / METRICS, lambda path: path.write_text(lines))

@@ -65,8 +65,9 @@ class RunState:
                 f"--output-dir: {folder} already holds a run; --resume {folder} continues it, --overwrite starts over"
             )
         if self.fabric.is_global_zero:
-            erase = config.overwrite and config.resume is None
-            run_folder.start(folder, plain(config), self.records, erase=erase)
+            if config.overwrite and config.resume is None:
+                run_folder.erase(folder)
+            run_folder.start(folder, plain(config), self.records)
 
     def _restore(self, path: Path) -> None:
         state = checkpoints.load_checkpoint(path)

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ssl_kernels.trainers import run_folder
 from ssl_kernels.trainers.checkpoints import CHECKPOINT, write_atomically
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation import compare
@@ -89,14 +90,9 @@ def _begin(folder: Path, config: LoopConfig) -> None:
         )
     for place in folder.glob("seed-*"):
         if config.overwrite:
-            for name in (CHECKPOINT, SUMMARY):
-                (place / name).unlink(missing_ok=True)
+            run_folder.erase(place)
         elif (place / CHECKPOINT).exists():
             raise UserError(f"--output-dir: {place} already holds a run of no series; --overwrite starts over")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir: cannot create {folder}: {error.strerror}") from None
 
 
 def _run_arguments(about: dict[str, Any], argv: Sequence[str], seed: int, place: Path) -> list[str]:

@@ -14,6 +14,8 @@ from PIL import Image
 from ssl_kernels.trainers.data.pairs import ImageTextPairs
 from ssl_kernels.trainers.evaluation import curves, drawing, fonts, retrieval
 from ssl_kernels.trainers.evaluation.image_text import PairFigure
+from ssl_kernels.trainers.use.items import Item
+from ssl_kernels.trainers.use.sheet import Cell, draw_sheet
 
 pytestmark = pytest.mark.usefixtures("pictures")
 GREEN = (44, 160, 44)
@@ -198,3 +200,18 @@ def test_captions_are_wrapped_by_what_they_take_up() -> None:
     assert drawing.wrap("one two three", 8, 3) == "one two\nthree"
     assert drawing.wrap("one two three four", 8, 1) == "one two\u2026"
     assert drawing.wrap(CHINESE * 2, 8, 9).splitlines() == [(CHINESE * 2)[:4], (CHINESE * 2)[4:8], (CHINESE * 2)[8:]]
+
+
+def test_a_contact_sheet_has_titles_and_names_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.full((3, 16, 16), 200, dtype=torch.uint8)
+    cells = [Cell(Item(name, image), "0.9") for name in (CHINESE, "costs $1 or $2")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw_sheet(tmp_path / "sheet.png", f'"{ARABIC}"', cells) == ""
+        monkeypatch.setattr(fonts, "_others", lambda: iter(()))
+        assert "Han letters are left out" in draw_sheet(tmp_path / "sheet.pdf", "a run", cells)
+    assert (tmp_path / "sheet.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_byte_of_a_file_name_that_is_no_text_is_drawn_as_such() -> None:
+    assert fonts.fonts_for(["runs/\udcff"]).drawable("runs/\udcff\x00") == "runs/\ufffd "

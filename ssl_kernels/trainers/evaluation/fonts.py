@@ -29,8 +29,9 @@ class Fonts(NamedTuple):
         """The text with the name of the script in the place of letters that cannot be drawn."""
         shown: list[str] = []
         for character in text:
-            if unicodedata.category(character) == "Cc":
-                shown.append(" ")
+            kind = unicodedata.category(character)
+            if kind in ("Cc", "Cs"):  # half a character stands for a byte of a file name that is no text
+                shown.append(" " if kind == "Cc" else "\ufffd")
             elif character in self.missing | self.unshaped:
                 name = f"[{script_name(character)}]"
                 if not shown or shown[-1] != name:

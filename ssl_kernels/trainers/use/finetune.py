@@ -149,10 +149,14 @@ def train(config: FinetuneConfig, console: Console) -> None:
     figures = evaluate(model, base, data, test, console)
     total_s = time.perf_counter() - begun
     folder = config.output_dir
+    title = f"{base.name} fine-tuned on {config.data}"
     if result.records:
-        curves.plot_curves(folder / "curves.png", result.records, report.run_name(folder))
+        remark = curves.plot_curves(
+            folder / "curves.png", result.records, f"{report.run_name(folder)}: {title}", figures
+        )
+        report.print_remark(console, "curves.png", remark)
     report.write_summary(folder / "summary.json", result, figures, total_s)
-    print_table(console, f"{base.name} fine-tuned on {config.data}", result, figures, total_s)
+    print_table(console, title, result, figures, total_s)
     left_out.sum_up()
     report.print_written(console, folder)
 
