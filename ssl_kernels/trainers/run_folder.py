@@ -96,6 +96,7 @@ def _take(descriptor: int) -> bool:
 
 def erase(folder: Path) -> None:
     """Remove what a run has left in a folder."""
+    _make(folder)
     for name in _OF_A_RUN:
         (folder / name).unlink(missing_ok=True)
     for path in earlier(folder / CHECKPOINT):

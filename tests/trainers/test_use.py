@@ -196,7 +196,6 @@ def test_of_a_run_on_images_alone_what_was_evaluated_is_loaded(name: str) -> Non
 
 
 def test_a_run_on_images_alone_says_what_it_is_fed(tmp_path: Path) -> None:
-
     from ssl_kernels.trainers import simclr
 
     (tmp_path / "data").mkdir()
