@@ -44,7 +44,9 @@ SANITIZED = (
 )
 SANITIZER_FOUND = 86  # its exit status then
 SANITIZER_OPTIONS = ("--report-api-errors", "no")  # torch asks drivers for functions that older ones lack
-TESTS = [f"tests/gpu/test_gpu_{name}.py" for name in ("values", "device", "trainers")]  # first what matters most
+TESTS = [
+    f"tests/gpu/test_gpu_{name}.py" for name in ("values", "tiles", "device", "trainers")
+]  # first what matters most
 TINY_TESTS = "test_small or test_cuda_graph or test_every_op"
 
 Row = dict[str, Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +87,29 @@ def test_16_bit_panels_on_cuda_add_into_fp32() -> None:
             add_matmul(out, a, b, first=True)
             add_matmul(out, a, b, first=False)
         assert out.dtype == torch.float32
+
+
+def test_a_torch_whose_addmm_does_not_widen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a CPU does not: it is asked once, and then the product is made in fp32 and added."""
+    calls, addmm = [], torch.addmm
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        calls.append("addmm")
+        return addmm(*arguments, **options)
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        calls.append("mm")
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    module._addmm_widens.cache_clear()
+    monkeypatch.setattr(torch, "addmm", counted)
+    monkeypatch.setattr(torch, "mm", mm)
+    a, b = torch.randn(20, 30).bfloat16(), torch.randn(30, 7).bfloat16()
+    out = torch.full((20, 21), torch.nan)[:, 7:14]
+    module._add_widened(out, a, b, True)
+    module._add_widened(out, 2 * a, b, False)
+    torch.testing.assert_close(out.double(), 3 * a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+    assert calls == ["addmm", "mm", "mm"]
 
 
 def test_the_choice_is_fixed_by_the_processor() -> None:

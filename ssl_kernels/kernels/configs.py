@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 
 from ssl_kernels.kernels import autotune
@@ -69,6 +70,10 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("gfx9", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 64, 16, 4, 2, blocks=2)),
 }
 
+
+# Triton before 3.8 needs more registers for the same tile: some that fit with 3.8 would spill. The functions that fit a
+# configuration to what a kernel is asked for (config_for and its like) look at this where one shape cannot serve all.
+HAS_OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 
 # Of one multiprocessor of an A100, an H100 SXM, a B200 and an MI300X, per clock. FLOP by kind of product as their data
 # sheets have them; bytes from L2 as microbenchmarks reach them, which is less than the peak.

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_kernels.kernels.configs import CONFIGS, Config, choose_config, product_kind
-from ssl_kernels.kernels.tiles import cdiv, locate_tile, on_device, operands, similarities, tile_constants
+from ssl_kernels.kernels.tiles import cdiv, locate_tile, on_device, operands, similarities, suited, tile_constants
 
 __all__ = ["CONFIGS", "NUM_WARPS", "Config", "kernel_constants", "koleo_panel"]
 
@@ -52,6 +52,7 @@ def _koleo_panel_kernel(
     stride_yd,
     ON_DIAGONAL: tl.constexpr,  # y is x: a row is not its own neighbour, and columns are rows
     EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -63,7 +64,7 @@ def _koleo_panel_kernel(
     first_col = block_n.to(tl.int64) * BLOCK_N
     raw = similarities(
         X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
-        EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        EVEN_D, DESCRIPTORS, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     # Within the block everything is counted in 32 bits.
     row = tl.arange(0, BLOCK_M)
@@ -139,6 +140,7 @@ def koleo_panel(
 
     def launch(config: Config) -> tuple[Tensor, ...]:
         """The best of each row by column block and their places, and those of the columns by row block."""
+        config = suited(config, x, y)
         blocks_m, blocks_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
         rows, cols = _slots(blocks_n, m, x), () if on_diagonal else _slots(blocks_m, n, x)
         with on_device(x.device):

@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_kernels.kernels.configs import Config, choose_config, device_traits, narrowed, product_kind
+from ssl_kernels.kernels.configs import HAS_OLD_TRITON, Config, choose_config, device_traits, narrowed, product_kind
 from ssl_kernels.kernels.softmax import config_for
-from ssl_kernels.kernels.tiles import have_same_id, operands, similarities, tile_constants
+from ssl_kernels.kernels.tiles import have_same_id, operands, similarities, suited, tile_constants
 
 __all__ = ["Guide", "Pairs"]
 
@@ -88,6 +88,8 @@ def guided_similarities(
     GUIDED: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_E: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    GUIDE_DESCRIPTORS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     GUIDE_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,7 +101,7 @@ def guided_similarities(
     if GUIDED:
         scores = similarities(
             GUIDE_X, GUIDE_Y, m, n, E, first_row, first_col, stride_am, stride_ad, stride_bn, stride_bd,
-            EVEN_E, GUIDE_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+            EVEN_E, GUIDE_DESCRIPTORS, GUIDE_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         row = tl.arange(0, BLOCK_M)
         col = tl.arange(0, BLOCK_N)
@@ -111,7 +113,7 @@ def guided_similarities(
         start = tl.where((scores > threshold[:, None]) & (spared == 0), _LEFT_OUT, 0.0)
     return similarities(
         X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
-        EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, start,
+        EVEN_D, DESCRIPTORS, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, start,
     )  # fmt: skip
 
 
@@ -197,22 +199,26 @@ def fitted(config: Config, x: Tensor, pairs: Pairs, smoothed: bool) -> Config:
 def fitted_for(config: Config, family: str, has_ids: bool, guided: bool, smoothed: bool, has_bias: bool) -> Config:
     """A bias is one more vector of columns, as label smoothing has them for CLIP."""
     fitted = config_for(config, family, has_ids or guided, smoothed or (has_bias and family == "sm_100"))
+    if HAS_OLD_TRITON and has_bias:
+        return narrowed(fitted, 32)
     return narrowed(fitted, 16) if has_ids and guided and family == "sm_100" else fitted
 
 
 def pair_constants(config: Config, x: Tensor, pairs: Pairs) -> dict[str, Any]:
     """The compile-time arguments that both kernels have."""
-    width = 0 if pairs.guide is None else pairs.guide.x.shape[1]
-    kind = "half" if pairs.guide is None else product_kind(pairs.guide.x)
+    width, kind, descriptors = 0, "half", False
+    if pairs.guide is not None:
+        width, kind = pairs.guide.x.shape[1], product_kind(pairs.guide.x)
+        descriptors = suited(config, pairs.guide.x, pairs.guide.y).descriptors
     return constants(
         config, product_kind(x), x.shape[1], pairs.x_ids is not None, pairs.same_id, pairs.logits,
-        pairs.bias is not None, pairs.guide is not None, width, kind,
+        pairs.bias is not None, pairs.guide is not None, width, kind, descriptors,
     )  # fmt: skip
 
 
 def constants(
     config: Config, kind: str, width: int, has_ids: bool, same_id: int, logits: bool, has_bias: bool, guided: bool,
-    guide_width: int = 0, guide_kind: str = "half",
+    guide_width: int = 0, guide_kind: str = "half", guide_descriptors: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     return {
         **tile_constants(config, kind, width),
@@ -223,6 +229,7 @@ def constants(
         "HAS_BIAS": has_bias,
         "GUIDED": guided,
         "EVEN_E": guide_width % config.block_d == 0,
+        "GUIDE_DESCRIPTORS": guide_descriptors,
         "GUIDE_PRECISION": "tf32" if guide_kind == "tf32" else "ieee",
     }
 
@@ -232,7 +239,8 @@ def launch_arguments(config: Config, x: Tensor, y: Tensor, pairs: Pairs) -> dict
     guide_x, guide_y, threshold, width = None, None, None, 0
     strides: tuple[int, ...] = (0, 0, 0, 0)
     if pairs.guide is not None:
-        guide_x, guide_y, _ = operands(config, pairs.guide.x, pairs.guide.y, None)
+        of_guide = suited(config, pairs.guide.x, pairs.guide.y)
+        guide_x, guide_y, _ = operands(of_guide, pairs.guide.x, pairs.guide.y, None)
         threshold, width = pairs.guide.threshold, pairs.guide.x.shape[1]
         strides = (*pairs.guide.x.stride(), *pairs.guide.y.stride())
     names = ("stride_xm", "stride_xd", "stride_yn", "stride_yd", "stride_am", "stride_ad", "stride_bn", "stride_bd")

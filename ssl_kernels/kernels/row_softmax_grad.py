@@ -44,6 +44,7 @@ from ssl_kernels.kernels.tiles import (
     operands,
     split_columns,
     store_gradient,
+    suited,
 )
 
 __all__ = ["row_softmax_grad"]
@@ -78,6 +79,7 @@ def _grad_epilogue(
     HAS_ALL: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     WITH_COLS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -128,8 +130,9 @@ def _grad_epilogue(
         tl.store(COL_PARTIALS + block_m.to(tl.int64) * n + first_col + col, tl.sum(g, axis=0), mask=col < cols_left)
     if WITH_GRAD:
         store_gradient(
-            GRAD, g, first_row, first_col, row_ok, cols_left, is_edge, stride_gm, FP16_GRADIENT_SCALE, BLOCK_M, BLOCK_N
-        )
+            GRAD, g, first_row, first_col, row_ok, cols_left, is_edge, stride_gm,
+            DESCRIPTORS, FP16_GRADIENT_SCALE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     return row_g_s
 
 
@@ -175,6 +178,8 @@ def _row_softmax_grad_kernel(
     WITH_COLS: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_E: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    GUIDE_DESCRIPTORS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     GUIDE_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -189,7 +194,8 @@ def _row_softmax_grad_kernel(
     raw = guided_similarities(
         X, Y, GUIDE_X, GUIDE_Y, THRESHOLD, TARGET, X_IDS, Y_IDS, m, n, D, E, first_row, first_col, stride_xm,
         stride_xd, stride_yn, stride_yd, stride_am, stride_ad, stride_bn, stride_bd,
-        HAS_IDS, SAME_ID, GUIDED, EVEN_D, EVEN_E, INPUT_PRECISION, GUIDE_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        HAS_IDS, SAME_ID, GUIDED, EVEN_D, EVEN_E, DESCRIPTORS, GUIDE_DESCRIPTORS, INPUT_PRECISION, GUIDE_PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     unit = load_unit(SCALES, LOGITS)
     if HALVES:
@@ -198,18 +204,18 @@ def _row_softmax_grad_kernel(
         row_g_s = _grad_epilogue(
             left, GRAD, COL_PARTIALS, TARGET, X_IDS, Y_IDS, SCALES, BIAS, TOP, SHARE, TARGETS, ALL, unit, m, n, block_m,
             first_row, first_col, stride_gm, HAS_IDS, SAME_ID, GUIDED, LOGITS, HAS_BIAS, HAS_ALL, WITH_GRAD, WITH_COLS,
-            BLOCK_M, WIDTH,
+            DESCRIPTORS, BLOCK_M, WIDTH,
         )  # fmt: skip
         row_g_s += _grad_epilogue(
             right, GRAD, COL_PARTIALS, TARGET, X_IDS, Y_IDS, SCALES, BIAS, TOP, SHARE, TARGETS, ALL, unit, m, n,
             block_m, first_row, first_col + WIDTH, stride_gm, HAS_IDS, SAME_ID, GUIDED, LOGITS, HAS_BIAS, HAS_ALL,
-            WITH_GRAD, WITH_COLS, BLOCK_M, WIDTH,
+            WITH_GRAD, WITH_COLS, DESCRIPTORS, BLOCK_M, WIDTH,
         )  # fmt: skip
     else:
         row_g_s = _grad_epilogue(
             raw, GRAD, COL_PARTIALS, TARGET, X_IDS, Y_IDS, SCALES, BIAS, TOP, SHARE, TARGETS, ALL, unit, m, n, block_m,
             first_row, first_col, stride_gm, HAS_IDS, SAME_ID, GUIDED, LOGITS, HAS_BIAS, HAS_ALL, WITH_GRAD, WITH_COLS,
-            BLOCK_M, BLOCK_N,
+            DESCRIPTORS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     row = first_row + tl.arange(0, BLOCK_M)
     tl.store(PARTIALS + block_n.to(tl.int64) * m + row, row_g_s, mask=row < m)
@@ -247,7 +253,7 @@ def row_softmax_grad(
 
     def launch(config: Config) -> tuple[Tensor, Tensor | None]:
         """Row sums by column block, and column sums by row block."""
-        config = fitted(config, x, pairs, every is not None)
+        config = suited(fitted(config, x, pairs, every is not None), x, y, grad)
         rows, columns = cdiv(m, config.block_m), cdiv(n, config.block_n)
         partials = torch.empty(columns, m, dtype=torch.float32, device=x.device)
         by_column = None

@@ -43,6 +43,7 @@ from ssl_kernels.kernels.tiles import (
     on_device,
     operands,
     split_columns,
+    suited,
 )
 
 __all__ = ["row_softmax_stats"]
@@ -152,6 +153,8 @@ def _row_softmax_stats_kernel(
     STATS: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_E: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    GUIDE_DESCRIPTORS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     GUIDE_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -166,7 +169,8 @@ def _row_softmax_stats_kernel(
     raw = guided_similarities(
         X, Y, GUIDE_X, GUIDE_Y, THRESHOLD, TARGET, X_IDS, Y_IDS, m, n, D, E, first_row, first_col, stride_xm,
         stride_xd, stride_yn, stride_yd, stride_am, stride_ad, stride_bn, stride_bd,
-        HAS_IDS, SAME_ID, GUIDED, EVEN_D, EVEN_E, INPUT_PRECISION, GUIDE_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        HAS_IDS, SAME_ID, GUIDED, EVEN_D, EVEN_E, DESCRIPTORS, GUIDE_DESCRIPTORS, INPUT_PRECISION, GUIDE_PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     unit = load_unit(SCALES, LOGITS)
     if HALVES:  # the left columns and then the right: half as much of the epilogue is in registers at a time
@@ -217,7 +221,7 @@ def row_softmax_stats(x: Tensor, y: Tensor, stats: Tensor, pairs: Pairs, *, conf
 
     def launch(config: Config) -> Tensor:
         """Statistics of the rows by column block."""
-        config = fitted(config, x, pairs, width == 6)
+        config = suited(fitted(config, x, pairs, width == 6), x, y)
         blocks = cdiv(n, config.block_n)
         partials = torch.empty(blocks, width, m, dtype=torch.float32, device=x.device)
         with on_device(x.device):

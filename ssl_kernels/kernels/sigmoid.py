@@ -59,7 +59,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_kernels.kernels import tiles
-from ssl_kernels.kernels.configs import CONFIGS, Config, choose_config, device_traits, narrowed, product_kind
+from ssl_kernels.kernels.configs import (
+    CONFIGS,
+    HAS_OLD_TRITON,
+    Config,
+    choose_config,
+    device_traits,
+    narrowed,
+    product_kind,
+)
 from ssl_kernels.kernels.tiles import (
     cdiv,
     diagonal_in_block,
@@ -72,6 +80,7 @@ from ssl_kernels.kernels.tiles import (
     similarities,
     split_columns,
     store_gradient,
+    suited,
 )
 
 __all__ = ["CONFIGS", "Config", "config_for", "gradient_scale", "kernel_constants", "sigmoid_panel"]
@@ -171,6 +180,7 @@ def _epilogue(
     HAS_IDS: tl.constexpr,
     IGNORE_SAME_ID: tl.constexpr,
     WITH_GRAD: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -234,7 +244,7 @@ def _epilogue(
     if WITH_GRAD:
         store_gradient(
             GRAD, g, first_row, first_col, row_ok, cols_left, is_edge, stride_gm,
-            _FP16_GRADIENT_SCALE, BLOCK_M, BLOCK_N,
+            DESCRIPTORS, _FP16_GRADIENT_SCALE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     return row_loss, row_g_raw, row_g
 
@@ -266,6 +276,7 @@ def _sigmoid_panel_kernel(
     LOSS_ONLY: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -279,7 +290,7 @@ def _sigmoid_panel_kernel(
     tl.assume(D > 0)  # or zeros would be made twice
     raw = similarities(
         X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
-        EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        EVEN_D, DESCRIPTORS, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     scale = tl.load(SCALE)
@@ -292,12 +303,12 @@ def _sigmoid_panel_kernel(
         left, right = split_columns(raw, BLOCK_M, BLOCK_N)
         row_loss, row_g_raw, row_g = _epilogue(
             left, GRAD, X_IDS, Y_IDS, scale, bias, first_row, first_col, rows_left, cols_left, delta, stride_gm,
-            HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, BLOCK_M, WIDTH,
+            HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, DESCRIPTORS, BLOCK_M, WIDTH,
         )  # fmt: skip
         right_loss, right_g_raw, right_g = _epilogue(
             right, GRAD, X_IDS, Y_IDS, scale, bias, first_row, first_col + WIDTH, rows_left, cols_left - WIDTH,
             delta - WIDTH, stride_gm,
-            HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, BLOCK_M, WIDTH,
+            HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, DESCRIPTORS, BLOCK_M, WIDTH,
         )  # fmt: skip
         row_loss += right_loss
         row_g_raw += right_g_raw
@@ -305,7 +316,7 @@ def _sigmoid_panel_kernel(
     else:
         row_loss, row_g_raw, row_g = _epilogue(
             raw, GRAD, X_IDS, Y_IDS, scale, bias, first_row, first_col, rows_left, cols_left, delta, stride_gm,
-            HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, BLOCK_M, BLOCK_N,
+            HAS_IDS, IGNORE_SAME_ID, WITH_GRAD, DESCRIPTORS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
     partial_at = PARTIALS + block_n.to(tl.int64) * (1 if LOSS_ONLY else 3) * m + first_row + tl.arange(0, BLOCK_M)
@@ -352,7 +363,7 @@ def sigmoid_panel(
 
     def launch(config: Config) -> Tensor:
         """Row sums by column block."""
-        config = config_for(config, device_traits(x.device)[0], has_ids)
+        config = suited(config_for(config, device_traits(x.device)[0], has_ids), x, y, grad)
         columns = cdiv(n, config.block_n)
         partials = torch.empty(columns, stats.shape[1], m, dtype=torch.float32, device=x.device)
         constants = kernel_constants(
@@ -385,6 +396,8 @@ def sigmoid_panel(
 
 def config_for(config: Config, family: str, has_ids: bool) -> Config:
     """The masks of ids take registers that the largest tiles do not leave."""
+    if HAS_OLD_TRITON and family == "gfx9":
+        return narrowed(config, 32)
     return narrowed(config, 64 if family == "sm_90" else 32) if has_ids and config.descriptors else config
 
 

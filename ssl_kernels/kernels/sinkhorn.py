@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_kernels.kernels.configs import device_traits
+from ssl_kernels.kernels.configs import HAS_OLD_TRITON, device_traits
 from ssl_kernels.kernels.tiles import cdiv, finite_from_below, on_device
 
 __all__ = ["centered_softmax", "column_lse", "column_sums", "row_stats"]
@@ -344,7 +344,7 @@ def column_lse(rows: Tensor, temp: Tensor, *, splits: int | None = None) -> tupl
     total = torch.zeros(width, dtype=torch.float32, device=device)
     if n == 0:
         return maximum, total
-    block_k, columns, splits, span = _cut_columns(n, width, device, splits)
+    block_k, columns, splits, span = _cut_columns(rows, splits)
     maxima, sums = torch.empty(2, splits, width, dtype=torch.float32, device=device)
     with on_device(device):
         _column_lse_kernel[(columns, splits)](
@@ -371,7 +371,7 @@ def column_sums(rows: Tensor, temp: Tensor, center: Tensor, *, splits: int | Non
     if n == 0:
         return torch.zeros(width, dtype=torch.float32, device=device)
     shifts, reciprocals = row_stats([rows[None]], temp, center)
-    block_k, columns, splits, span = _cut_columns(n, width, device, splits)
+    block_k, columns, splits, span = _cut_columns(rows, splits)
     partials = torch.empty(splits, width, dtype=torch.float32, device=device)
     with on_device(device):
         _column_sums_kernel[(columns, splits)](
@@ -408,15 +408,18 @@ def centered_softmax(rows: Tensor, temp: Tensor, center: Tensor | None, *, span:
     return out
 
 
-def columns_of_tile(width: int, family: str) -> int:
-    """So many that the warps lie side by side, and a thread has whole columns of its tile to itself."""
-    return min(triton.next_power_of_2(width), 2048 if family == "gfx9" else 1024)
+def columns_of_tile(width: int, family: str, aligned: bool) -> int:
+    """So many that the warps lie side by side, and a thread has whole columns of its tile to itself. Where rows are not
+    aligned, each element takes an address, for which an older Triton has fewer registers."""
+    most = 2048 if family == "gfx9" else 1024
+    return min(triton.next_power_of_2(width), most // 4 if HAS_OLD_TRITON and not aligned else most)
 
 
-def _cut_columns(n: int, width: int, device: torch.device, splits: int | None) -> tuple[int, int, int, int]:
+def _cut_columns(rows: Tensor, splits: int | None) -> tuple[int, int, int, int]:
     """(columns of a tile, tiles side by side, splits of the rows, none of them empty, rows of a split)."""
-    family, _, multiprocessors = device_traits(device)
-    block_k = columns_of_tile(width, family)
+    n, width = rows.shape
+    family, _, multiprocessors = device_traits(rows.device)
+    block_k = columns_of_tile(width, family, are_aligned([rows], rows.stride()))
     columns = cdiv(width, block_k)
     if splits is None:
         splits = _COLUMN_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // columns

@@ -32,13 +32,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ssl_kernels.kernels.configs import Config, narrowed
+from ssl_kernels.kernels.configs import HAS_OLD_TRITON, Config, narrowed
 
 
-def config_for(config: Config, family: str, has_ids: bool, smoothed: bool) -> Config:
+def config_for(config: Config, family: str, has_ids: bool, smoothed: bool, with_grad: bool = False) -> Config:
     """The configuration where registers are scarce: with the masks of ids, but on AMD, whose wider wavefronts have some
     to spare; with the vectors of label smoothing, where tiles fill them; and on sm_100, where a thread has a row of the
     product, and with it a number of every vector of columns."""
+    if HAS_OLD_TRITON:
+        if has_ids and family == "sm_100":  # other tiles make the compiler fail
+            return replace(config, block_m=64, block_n=64, num_warps=8, halves=True, blocks=1)
+        if has_ids:
+            return replace(narrowed(config, 32 if config.num_warps == 8 else 16), halves=config.halves)
+        smoothed |= with_grad
     if family == "sm_100" and config.num_warps == 4 and config.block_n == 64:
         return replace(config, num_warps=8, blocks=1)
     if has_ids and family != "gfx9":

@@ -43,6 +43,7 @@ from ssl_kernels.kernels.tiles import (
     similarities,
     split_columns,
     store_gradient,
+    suited,
 )
 
 __all__ = ["FP16_GRADIENT_SCALE", "gradient_scale", "kernel_constants", "softmax_grad"]
@@ -108,6 +109,7 @@ def _grad_epilogue(
     IGNORE_SAME_ID: tl.constexpr,
     HAS_UNIFORM: tl.constexpr,
     WITH_GRAD: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -166,7 +168,7 @@ def _grad_epilogue(
     if WITH_GRAD:
         store_gradient(
             GRAD, g, first_row, first_col, row_ok, cols_left, is_edge, stride_gm,
-            FP16_GRADIENT_SCALE, BLOCK_M, BLOCK_N,
+            DESCRIPTORS, FP16_GRADIENT_SCALE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     return row_g_raw
 
@@ -209,6 +211,7 @@ def _softmax_grad_kernel(
     HAS_UNIFORM: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -221,7 +224,7 @@ def _softmax_grad_kernel(
     first_col = block_n.to(tl.int64) * BLOCK_N
     raw = similarities(
         X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
-        EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        EVEN_D, DESCRIPTORS, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     scale = tl.load(SCALE) * _LOG2_E
@@ -247,18 +250,18 @@ def _softmax_grad_kernel(
         row_g_raw = _grad_epilogue(
             left, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_SHARE, COL_SHARE, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
             COL_UNIFORM, scale, highest, is_narrow, row_factor, left_factor, m, n, positive, excluded, first_row,
-            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
+            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, DESCRIPTORS, BLOCK_M, WIDTH,
         )  # fmt: skip
         row_g_raw += _grad_epilogue(
             right, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_SHARE, COL_SHARE, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
             COL_UNIFORM, scale, highest, is_narrow, row_factor, right_factor, m, n, positive, excluded, first_row,
-            first_col + WIDTH, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, WIDTH,
+            first_col + WIDTH, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, DESCRIPTORS, BLOCK_M, WIDTH,
         )  # fmt: skip
     else:
         row_g_raw = _grad_epilogue(
             raw, GRAD, X_IDS, Y_IDS, ROW_TOP, COL_TOP, ROW_SHARE, COL_SHARE, ROW_TARGET, COL_TARGET, ROW_UNIFORM,
             COL_UNIFORM, scale, highest, is_narrow, row_factor, col_factor, m, n, positive, excluded, first_row,
-            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, BLOCK_M, BLOCK_N,
+            first_col, stride_gm, HAS_IDS, IGNORE_SAME_ID, HAS_UNIFORM, WITH_GRAD, DESCRIPTORS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     partial_at = PARTIALS + block_n.to(tl.int64) * m + first_row + tl.arange(0, BLOCK_M)
     tl.store(partial_at, row_g_raw, mask=first_row + tl.arange(0, BLOCK_M) < m)
@@ -307,7 +310,8 @@ def softmax_grad(
 
     def launch(config: Config) -> Tensor:
         """Row sums by column block."""
-        config = config_for(config, device_traits(x.device)[0], has_ids, row_uniform is not None)
+        config = config_for(config, device_traits(x.device)[0], has_ids, row_uniform is not None, with_grad=True)
+        config = suited(config, x, y, grad)
         columns = cdiv(n, config.block_n)
         partials = torch.empty(columns, m, dtype=torch.float32, device=x.device)
         constants = kernel_constants(

@@ -42,6 +42,7 @@ from ssl_kernels.kernels.tiles import (
     pair_constants,
     similarities,
     split_columns,
+    suited,
 )
 
 __all__ = ["kernel_constants", "merge_statistics", "softmax_stats"]
@@ -221,6 +222,7 @@ def _softmax_stats_kernel(
     WITH_COLS: tl.constexpr,
     STATS: tl.constexpr,
     EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -233,7 +235,7 @@ def _softmax_stats_kernel(
     first_col = block_n.to(tl.int64) * BLOCK_N
     raw = similarities(
         X, Y, m, n, D, first_row, first_col, stride_xm, stride_xd, stride_yn, stride_yd,
-        EVEN_D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        EVEN_D, DESCRIPTORS, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     scale = _load_scale(SCALE) * _LOG2_E
@@ -362,7 +364,7 @@ def softmax_stats(
 
     def launch(config: Config) -> tuple[Tensor, Tensor | None]:
         """Statistics of the rows by column block, and of the columns by row block."""
-        config = config_for(config, device_traits(x.device)[0], has_ids, stats == 6)
+        config = suited(config_for(config, device_traits(x.device)[0], has_ids, stats == 6), x, y)
         blocks_m, blocks_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
         row_partials = torch.empty(blocks_n, stats, m, dtype=torch.float32, device=x.device)
         col_partials = None

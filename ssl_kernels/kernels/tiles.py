@@ -10,6 +10,7 @@ configurations serves all of them.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def similarities(
     stride_yn,
     stride_yd,
     EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -60,7 +62,7 @@ def similarities(
     256 x 128, and zeros beyond the panel are filled in.
     """
     raw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) if START is None else START
-    if isinstance(X, tl.tensor_descriptor):
+    if DESCRIPTORS:
         tl.assume(D > 0)  # or zeros would be made twice
         for d in range(0, D, BLOCK_D):
             x = X.load([first_row.to(tl.int32), d])
@@ -129,14 +131,15 @@ def store_gradient(
     cols_left,
     is_edge,  # whether these are less than BLOCK_N
     stride_gm,
+    DESCRIPTORS: tl.constexpr,
     FP16_GRADIENT_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Write G of a block in the dtype of GRAD, in fp16 times a power of two."""
-    dtype: tl.constexpr = GRAD.dtype if isinstance(GRAD, tl.tensor_descriptor) else GRAD.dtype.element_ty
+    dtype: tl.constexpr = GRAD.dtype if DESCRIPTORS else GRAD.dtype.element_ty
     g = (g * (FP16_GRADIENT_SCALE if dtype == tl.float16 else 1.0)).to(dtype)
-    if isinstance(GRAD, tl.tensor_descriptor):
+    if DESCRIPTORS:
         GRAD.store([first_row.to(tl.int32), first_col.to(tl.int32)], g)
     else:
         row = tl.arange(0, BLOCK_M)
@@ -163,11 +166,32 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def gradient_tile(like: Tensor, columns: int) -> Tensor:
+    """Memory for G of a panel: for each row of ``like`` [m, D] so many columns, in the same dtype.
+
+    Rows are aligned, for wide stores. Through a descriptor a row is stored in whole pieces of 16 bytes, of which the
+    last may write behind the last column: there is padding.
+    """
+    padded = like.new_empty(like.shape[0], cdiv(columns, 16) * 16)
+    assert padded.shape[1] * padded.itemsize % 16 == 0
+    return padded[:, :columns]
+
+
+def suited(config: Config, x: Tensor, y: Tensor, grad: Tensor | None = None) -> Config:
+    """The configuration, without descriptors where one of the three has rows that are not aligned."""
+    if config.descriptors and not all(t is None or is_aligned(t) for t in (x, y, grad)):
+        return replace(config, descriptors=False)
+    return config
+
+
 def operands(
     config: Config, x: Tensor, y: Tensor, grad: Tensor | None
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor | TensorDescriptor | None]:
-    """The three as a kernel takes them: as descriptors of their blocks, or as they are."""
-    if not config.descriptors or not all(t is None or is_aligned(t) for t in (x, y, grad)):
+    """The three as a kernel takes them: as descriptors of their blocks, or as they are. ``config`` is suited to them.
+
+    Rows of ``grad`` have the padding that :func:`gradient_tile` gives them.
+    """
+    if not config.descriptors:
         return x, y, grad
     width = config.block_n // 2 if config.halves else config.block_n
     return (
@@ -186,6 +210,7 @@ def tile_constants(config: Config, kind: str, width: int) -> dict[str, Any]:
     """The compile-time arguments of :func:`locate_tile` and :func:`similarities`."""
     return {
         "EVEN_D": width % config.block_d == 0,
+        "DESCRIPTORS": config.descriptors,
         "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

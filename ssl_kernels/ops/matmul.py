@@ -58,6 +58,29 @@ def matmul_plus(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(c, a, b)
 
 
+@functools.cache
+def _addmm_widens(device: torch.device, factors: torch.dtype, total: torch.dtype) -> bool:
+    """Whether this torch adds a product of 16-bit factors to a matrix in fp32 in one call: tried once in a process."""
+    out, factor = torch.zeros(16, 16, dtype=total, device=device), torch.zeros(16, 16, dtype=factors, device=device)
+    try:
+        torch.addmm(out, factor, factor, out_dtype=total, out=out)
+    except (TypeError, RuntimeError):  # no such argument, or no kernel for it on this device
+        return False
+    return True
+
+
+def _add_widened(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """As add_matmul, of 16-bit factors that stay as they are."""
+    if _addmm_widens(a.device, a.dtype, out.dtype):
+        torch.addmm(out, a, b, beta=0 if first else 1, out_dtype=out.dtype, out=out)
+        return
+    product = torch.mm(a, b, out_dtype=out.dtype)
+    if first:
+        out.copy_(product)
+    else:
+        out.add_(product)
+
+
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """out = a b if ``first``, else out += a b, accumulated in the dtype of ``out``: 16-bit factors into fp32."""
     if _through_onednn(a, b):
@@ -70,6 +93,6 @@ def add_matmul(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     if a.dtype == b.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif a.dtype == b.dtype and a.device.type == "cuda" and torch.version.hip is None:
-        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
+        _add_widened(out, a, b, first)
     else:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)

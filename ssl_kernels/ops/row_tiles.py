@@ -243,9 +243,9 @@ def grad_triton(
     raws: None, q: Queries, c: Candidates, moments: Tensor, sums: ColumnSums, sides: Tensor, rule: Rule, write: bool
 ) -> Tensor | None:
     from ssl_kernels.kernels.row_softmax_grad import row_softmax_grad
+    from ssl_kernels.kernels.tiles import gradient_tile
 
-    m, n = q.features.shape[0], c.features.shape[0]
-    grad = q.features.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
+    grad = gradient_tile(q.features, c.features.shape[0]) if write else None
     top, log_sum, weight, target, *every = sides[0]
     vectors = top, weight * torch.exp(-log_sum), target, every[0] if every else None
     row_softmax_grad(q.features, c.features, grad, moments[:, 0], sums.grads, _pairs_of(q, c, rule), *vectors)

@@ -166,9 +166,9 @@ def _panel_cpu(a: Arguments, x: Tensor, y: Tensor, stats: Tensor, pairs: Pairs, 
 
 def _panel_triton(a: Arguments, x: Tensor, y: Tensor, stats: Tensor, pairs: Pairs, write: bool) -> Tensor | None:
     from ssl_kernels.kernels.sigmoid import sigmoid_panel
+    from ssl_kernels.kernels.tiles import gradient_tile
 
-    m, n = x.shape[0], y.shape[0]
-    grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
+    grad = gradient_tile(x, y.shape[0]) if write else None
     sigmoid_panel(x, y, grad, stats, a.scale, a.bias, *pairs[:4])
     return grad
 

@@ -202,9 +202,9 @@ def _grad_triton(
     write: bool,
 ) -> Tensor | None:  # fmt: skip
     from ssl_kernels.kernels.softmax_grad import softmax_grad
+    from ssl_kernels.kernels.tiles import gradient_tile
 
-    m, n = x.shape[0], y.shape[0]
-    grad = x.new_empty(m, -(-n // 16) * 16)[:, :n] if write else None  # aligned rows, for wide stores
+    grad = gradient_tile(x, y.shape[0]) if write else None
     sides = ((top, weight * torch.exp(-log_sum), *rest) for top, log_sum, weight, *rest in (row, col))
     vectors = [vector for both in zip(*sides, strict=True) for vector in both]
     softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (8 - len(vectors)))

@@ -20,6 +20,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import gcn
+import hazards
 import pytest
 import sass
 import triton
@@ -73,6 +74,7 @@ _FIRST_ARGUMENT = {"sm_80": 0x160, "sm_90": 0x210, "sm_100": 0x380}  # in consta
 WIDTH = 768  # of features, for which instructions are counted; 3 more where rows are not aligned
 PANEL = 8192  # rows and columns
 _NEW_MATRIX = {"sm_90": r"[HIQ]GMMA", "sm_100": r"UT\w*MMA"}
+_ATOMICS = r"REDG|RED\.|ATOMG|ATOM\.|global_atomic"
 FIGURES = {
     "instructions": "",
     "special_functions": r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_",
@@ -225,7 +227,7 @@ def compiler_version() -> str:
 def assert_sound(made: Resources) -> None:
     """Nothing spills, and no result depends on the order in which programs run."""
     assert made.spills == 0
-    assert made.count(r"REDG|RED\.|ATOMG|ATOM\.|global_atomic") == 0
+    assert made.count(_ATOMICS) == 0
 
 
 def assert_sizes_do_not_recompile(kernel: Any, names: Iterable[str]) -> None:
@@ -268,7 +270,7 @@ def panel_launch(config: Any, aligned: bool, exponentials: float = 0) -> Launch:
 
 
 def operand_types(config: Any, dtype: str, aligned: bool) -> dict[str, str]:
-    """How the launcher of such a kernel hands over features and gradient tile."""
+    """How the launcher of such a kernel hands over features and gradient tile: the types that go with DESCRIPTORS."""
     if not (aligned and config.descriptors):
         return dict.fromkeys(("X", "Y", "GRAD"), f"*{dtype}")
     width = config.block_n // 2 if config.halves else config.block_n
@@ -353,21 +355,33 @@ class Case:
 
     def check_resources(self) -> Resources:
         """What every such kernel must fulfil. Returns the resources, for what is asked of some of them only."""
+        problems = self.problems()
+        assert not problems, "; ".join(problems)
+        return compiled(self)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the compiled kernel, with any version of Triton."""
         chip, made = CHIPS[self.chip], compiled(self)
-        assert_sound(made)
-        assert made.shared_bytes <= chip.shared_bytes
-        assert blocks_per_multiprocessor(made, self.chip) >= self.intended_blocks
-        products = made.count(chip.matrix)
-        if self.chip == "gfx942":  # its matrix unit also multiplies fp32 exactly
-            assert products > 0
-            assert (made.count(r"v_mfma_f32_\w*_xf32") > 0) == (self.kind == "tf32")
-        else:
-            assert (products > 0) == (self.kind != "ieee")
-            if self.chip in _NEW_MATRIX and self.kind != "ieee":  # the tensor cores' own path, not that of older chips
-                assert made.count(_NEW_MATRIX[self.chip]) > 0
-                assert made.count(r"[HIQ]MMA") == 0
-        assert made.count(r"MUFU\.LG2|v_log_f32") == 0
-        return made
+        blocks = blocks_per_multiprocessor(made, self.chip)
+        wrong = {
+            f"spills {made.spills} bytes, of {made.registers} registers": made.spills > 0,
+            "uses atomics": made.count(_ATOMICS) > 0,
+            f"{made.shared_bytes} bytes of shared memory": made.shared_bytes > chip.shared_bytes,
+            f"{blocks} blocks on a multiprocessor, not {self.intended_blocks}": blocks < self.intended_blocks,
+            "logarithms": made.count(r"MUFU\.LG2|v_log_f32") > 0,
+        }
+        if self.kind in KINDS:
+            on_tensor_cores, products = self.kind != "ieee", made.count(chip.matrix)
+            if self.chip == "gfx942":  # its matrix unit also multiplies fp32 exactly
+                in_tf32 = made.count(r"v_mfma_f32_\w*_xf32") > 0
+                wrong |= {"no matrix products": products == 0, "another precision": in_tf32 != (self.kind == "tf32")}
+            else:
+                wrong["matrix products that are not to be, or none"] = (products > 0) != on_tensor_cores
+            if self.chip in _NEW_MATRIX and on_tensor_cores:  # their own path, not that of older chips
+                is_new = made.count(_NEW_MATRIX[self.chip]) > 0 and made.count(r"[HIQ]MMA") == 0
+                wrong["the matrix instructions of older chips"] = not is_new
+        found = [problem for problem, holds in wrong.items() if holds]
+        return found + (list(map(str, hazards.find(made.text))) if self.chip == "sm_90" else [])
 
 
 @functools.cache

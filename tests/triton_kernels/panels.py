@@ -35,6 +35,19 @@ def rows_far_apart(rows: int, width: int) -> Tensor:
     return flat.as_strided((rows, width), (stride, 1))
 
 
+def tile_with_padding(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for G of a panel, within a wider matrix that is full of sevens."""
+    return torch.full((rows, -(-columns // 16) * 16 + 16), 7.0, dtype=dtype)[:, :columns]
+
+
+def assert_only_padding_is_overwritten(tile: Tensor) -> None:
+    """Behind its last column what is stored in pieces of 16 bytes may have been written, and nothing else."""
+    rows, columns = tile.shape
+    piece = 16 // tile.itemsize
+    whole = tile.as_strided((rows, tile.stride(0)), (tile.stride(0), 1))
+    assert (whole[:, -(-columns // piece) * piece :] == 7).all()
+
+
 def make_ids(kind: str, m: int, n: int, values: int = 5) -> tuple[Tensor, Tensor] | None:
     if kind == "none":
         return None

@@ -11,6 +11,8 @@ not. Inside `strict_interpreter()`
   columns of a strided argument. Every lane is checked, and what is there in memory is not touched;
 - two programs that touch an element, one of them at least with a plain store, raise `RaceError`, whatever the order
   in which the interpreter happens to run them, and so does one store with two lanes on an element;
+- a store through a tensor descriptor writes whole pieces of 16 bytes, as the hardware does: what lies behind a row's
+  last column holds NaN afterwards, and it is an `OutOfBoundsError` if that is not padding of the same tensor's memory;
 - lanes that a load masks off without `other` hold NaN (or the largest integer), not the convenient zero.
 
 It needs no GPU and checks one launch at a time. What it cannot see: races between the threads of one program, and
@@ -74,6 +76,7 @@ class _Region:
     itemsize: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements
+    memory: tuple[int, int]  # where the tensor's storage begins and ends
     writer: np.ndarray  # of each element, in row-major order: a program, or _NOBODY, or _SEVERAL
     reader: np.ndarray
     atomic: np.ndarray
@@ -81,8 +84,9 @@ class _Region:
     @classmethod
     def of(cls, name: str, tensor: Any) -> _Region:
         touched = [np.full(tensor.numel(), _NOBODY, np.int64) for _ in range(3)]
-        shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-        return cls(name, tensor.data_ptr(), tensor.element_size(), shape, strides, *touched)
+        shape, strides, storage = tuple(tensor.shape), tuple(tensor.stride()), tensor.untyped_storage()
+        memory = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        return cls(name, tensor.data_ptr(), tensor.element_size(), shape, strides, memory, *touched)
 
     @functools.cached_property
     def end(self) -> int:
@@ -134,6 +138,32 @@ class _StrictBuilder(interpreter.InterpreterBuilder):
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *options: Any) -> Any:
         self._touch("store", ptrs, mask)
         return super().create_masked_store(ptrs, value, mask, *options)
+
+    def create_descriptor_store(self, desc: Any, value: Any, indices: Any) -> Any:
+        element = desc.base.dtype.element_ty
+        piece = 16 * 8 // element.primitive_bitwidth
+        *outer, columns = desc.shape
+        padded = [*outer, TensorHandle(-(-columns.data // piece) * piece, columns.dtype)]
+        ptrs, written = interpreter.TensorDescHandle(
+            desc.base, padded, desc.strides, desc.block_shape, desc.padding
+        ).materialize_pointers(indices)
+        _, inside = desc.materialize_pointers(indices)
+        behind = written & ~inside
+        self._must_be_padding(desc.base.data.item(), ptrs.data[behind].astype(np.int64))
+        poison = TensorHandle(np.full(ptrs.data.shape, *_poison(element)), element)
+        super().create_masked_store(ptrs, poison, TensorHandle(behind, tl.int1), None, None)
+        return self.create_masked_store(ptrs, value, TensorHandle(inside, tl.int1), None, None)
+
+    def _must_be_padding(self, base: int, addresses: np.ndarray) -> None:
+        """Raise if what a descriptor's store writes behind the last column is anything else."""
+        if addresses.size == 0:
+            return
+        first, end = next(r.memory for r in self.regions if r.address == base)
+        stray = (addresses < first) | (addresses >= end)
+        for region in self.regions:
+            stray |= region.elements(addresses) >= 0
+        if stray.any():
+            raise OutOfBoundsError(f"{self._where('store')} writes whole 16 bytes, {stray.sum()} lanes are no padding")
 
     def create_atomic_rmw(self, operation: Any, ptr: Any, value: Any, mask: Any, *options: Any) -> Any:
         self._touch("atomic", ptr, mask)

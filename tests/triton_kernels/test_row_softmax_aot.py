@@ -69,8 +69,9 @@ class Case(aot.Case):
         has_ids = self.has("ids") or self.has("hard")
         logits, same_id = bias or self.has("hard"), 2 if self.has("hard") else 0
         fixed: dict[str, Any] = row_softmax.constants(
-            config, self.kind, width, has_ids, same_id, logits, bias, self.has("guide"), config.block_d, self.kind
-        )
+            config, self.kind, width, has_ids, same_id, logits, bias, self.has("guide"), config.block_d, self.kind,
+            config.descriptors,
+        )  # fmt: skip
         types = aot.operand_types(config, self.dtype, aligned)
         types |= {"GUIDE_X": types["X"], "GUIDE_Y": types["Y"]}
         types |= dict.fromkeys(("TARGET", "X_IDS", "Y_IDS"), "*i64") | dict.fromkeys(("m", "n"), "i64")

@@ -15,7 +15,17 @@ import torch
 from covering import covering
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from panels import DTYPES, TINY, UNIT, cut_to_tf32, features, rows_far_apart, shipped
+from panels import (
+    DTYPES,
+    TINY,
+    UNIT,
+    assert_only_padding_is_overwritten,
+    cut_to_tf32,
+    features,
+    rows_far_apart,
+    shipped,
+    tile_with_padding,
+)
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -195,10 +205,10 @@ def test_descriptors(kind, monkeypatch):
         pairs = make_pairs(kind, m, n)
         if pairs.guide is not None:  # rows that are aligned
             pairs = pairs._replace(guide=Guide(features(m, 32, x.dtype), features(n, 32, x.dtype), torch.randn(m) / 4))
-        wide = torch.full((m, 2 * config.block_n + 16), 7.0, dtype=torch.bfloat16)
+        tile = tile_with_padding(m, n, torch.bfloat16)
         check_stats(x, y, pairs, config=config)
-        check_grad(x, y, pairs, grad=wide[:, :n], config=config)
-        assert (wide[:, n:] == 7).all()
+        check_grad(x, y, pairs, grad=tile, config=config)
+        assert_only_padding_is_overwritten(tile)
     assert used
     assert all(isinstance(x, TensorDescriptor) for operand in used for x in operand if x is not None)
 

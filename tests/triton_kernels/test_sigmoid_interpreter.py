@@ -22,19 +22,21 @@ from panels import (
     NOWHERE,
     TINY,
     UNIT,
+    assert_only_padding_is_overwritten,
     cut_to_tf32,
     features,
     make_ids,
     pair_masks,
     rows_far_apart,
     shipped,
+    tile_with_padding,
 )
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssl_kernels.kernels import sigmoid
 from ssl_kernels.kernels.sigmoid import CONFIGS, Config, gradient_scale, sigmoid_panel
-from ssl_kernels.kernels.tiles import operands
+from ssl_kernels.kernels.tiles import operands, suited
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -136,14 +138,13 @@ def test_descriptors(kind, ids, monkeypatch):
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     for config in dict.fromkeys(c for c in shipped(CONFIGS, kind) if c.descriptors):
         m, n, d = config.block_m + 3, config.block_n + 5, config.block_d + 16
-        wide = torch.full((m + 2, 2 * config.block_n + 16), 7.0, dtype=dtype)
+        tile = tile_with_padding(m, n, dtype)
         ids_of = make_ids(ids, m, n)
         check(
             features(m, d, dtype), features(n, d, dtype), config=config, diagonal=config.block_n // 2 - 3,
-            ids=ids_of, ignore_same_id=ids == "ignore", grad=wide[:m, :n], is_tf32=kind == "tf32",
+            ids=ids_of, ignore_same_id=ids == "ignore", grad=tile, is_tf32=kind == "tf32",
         )  # fmt: skip
-        wide[:m, :n] = 7
-        assert (wide == 7).all()
+        assert_only_padding_is_overwritten(tile)
         check(
             features(m, d, dtype), features(n, d, dtype), config=config, with_grad=False, loss_only=True,
             is_tf32=kind == "tf32",
@@ -156,7 +157,8 @@ def test_descriptors(kind, ids, monkeypatch):
 def test_rows_that_cannot_be_described(shape):
     x = torch.zeros(1, 64).expand(40, 64) if shape == "upon each other" else torch.zeros(40, 64)[:, :0]
     config = next(c for c in shipped(CONFIGS, "tf32") if c.descriptors)
-    assert operands(config, x, x, None)[0] is x
+    assert not suited(config, x, x).descriptors
+    assert operands(suited(config, x, x), x, x, None)[0] is x
 
 
 @pytest.mark.parametrize("bias", [10.0, 40.0, 80.0, -80.0])

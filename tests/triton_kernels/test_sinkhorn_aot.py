@@ -54,7 +54,7 @@ class Case(aot.Case):
     def block_k(self) -> int:
         width = WIDTHS[self.rows]
         if self.is_tiled:
-            return columns_of_tile(width, CHIPS[self.chip].family)
+            return columns_of_tile(width, CHIPS[self.chip].family, self.rows != "unaligned")
         return block_of_row(width, self.rows != "unaligned")
 
     @property

@@ -51,7 +51,7 @@ class Case(aot.Case):
     def config(self) -> Config:
         family = CHIPS[self.chip].family
         shipped = CONFIGS[family, self.kind][self.size != "large"]
-        return config_for(shipped, family, self.has_ids, self.smoothed)
+        return config_for(shipped, family, self.has_ids, self.smoothed, self.kernel == "grad")
 
     @property
     def intended_blocks(self) -> int:

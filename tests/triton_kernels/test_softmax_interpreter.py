@@ -21,12 +21,14 @@ from panels import (
     NOWHERE,
     TINY,
     UNIT,
+    assert_only_padding_is_overwritten,
     cut_to_tf32,
     features,
     make_ids,
     pair_masks,
     rows_far_apart,
     shipped,
+    tile_with_padding,
 )
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -251,10 +253,10 @@ def test_descriptors(ids, monkeypatch):
         m, n, d = config.block_m + 3, config.block_n + 5, config.block_d + 16
         x, y = features(m, d, torch.bfloat16), features(n, d, torch.bfloat16)
         options = {"config": config, "positive": config.block_n // 2 - 3, "excluded": 4, "ids": make_ids(ids, m, n)}
-        wide = torch.full((m, 2 * config.block_n + 16), 7.0, dtype=torch.bfloat16)
+        tile = tile_with_padding(m, n, torch.bfloat16)
         check_stats(x, y, width=6, **options)
-        check_grad(x, y, grad=wide[:, :n], **options)
-        assert (wide[:, n:] == 7).all()
+        check_grad(x, y, grad=tile, **options)
+        assert_only_padding_is_overwritten(tile)
     assert used
     assert all(isinstance(x, TensorDescriptor) for operand in used for x in operand if x is not None)
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from strict_interpreter import OutOfBoundsError, RaceError, strict_interpreter
 from triton.runtime.errors import InterpreterError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -79,6 +80,11 @@ def _atomic_kernel(A, OUT, PLAIN_READ: tl.constexpr, BLOCK: tl.constexpr):
 def _collide_kernel(OUT, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(OUT + at // 2, at.to(tl.float32))
+
+
+@triton.jit
+def _store_block_kernel(OUT, BLOCK: tl.constexpr):
+    OUT.store([0, 0], tl.full((BLOCK, BLOCK), 2.0, tl.float32).to(OUT.dtype))
 
 
 def test_bf16_arithmetic_is_right_where_the_stock_interpreter_is_wrong():
@@ -209,6 +215,32 @@ def test_atomics_may_meet_but_not_a_plain_read():
 def test_two_lanes_of_one_store_are_found():
     with strict_interpreter(), pytest.raises(InterpreterError, match=r"RaceError.*twice"):
         _collide_kernel[(1,)](torch.empty(16), BLOCK=32)
+
+
+@pytest.mark.parametrize(("dtype", "written"), [(torch.float32, 12), (torch.bfloat16, 16)])
+def test_a_descriptor_s_store_writes_whole_16_bytes(dtype, written):
+    memory = torch.full((5, 32), 7.0, dtype=dtype)
+    with strict_interpreter():
+        _store_block_kernel[(1,)](TensorDescriptor.from_tensor(memory[:4, :9], [16, 16]), BLOCK=16)
+    assert (memory[:4, :9] == 2).all()
+    assert memory[:4, 9:written].isnan().all()
+    assert (memory[:4, written:] == 7).all()
+    assert (memory[4:] == 7).all()
+
+
+def test_what_a_descriptor_s_store_writes_behind_the_last_column_must_be_padding():
+    memory = torch.zeros(4, 32)
+
+    @triton.jit
+    def store_beside_kernel(OUT, OTHER, BLOCK: tl.constexpr):
+        OUT.store([0, 0], tl.full((BLOCK, BLOCK), 2.0, tl.float32) + tl.load(OTHER))
+
+    short = torch.zeros(3 * 16 + 9)[: 3 * 16 + 9].as_strided((4, 9), (16, 1))
+    with strict_interpreter():
+        for out, other in ((memory[:, :9], memory[:, 9:]), (short, torch.zeros(1))):
+            with pytest.raises(InterpreterError, match=r"OutOfBoundsError.*no padding"):
+                store_beside_kernel[(1,)](TensorDescriptor.from_tensor(out, [16, 16]), other, BLOCK=16)
+        store_beside_kernel[(1,)](TensorDescriptor.from_tensor(memory[:, :9], [16, 16]), memory[:, 12:], BLOCK=16)
 
 
 def test_the_stock_interpreter_comes_back():
