@@ -14,7 +14,12 @@ setup: $(SETUP)
 	$(BIN)/pip install -q -c constraints.txt torch torchvision setuptools wheel pybind11 ninja numpy
 	touch $@
 
-$(SETUP): .venv/.torch-done pyproject.toml $(NATIVE)
+# Older Tritons, with which tests compile the kernels in a process of its own. There are none but for Linux on x86-64.
+.venv/triton-%/.done: .venv/.torch-done
+	[ "$$(uname -sm)" != "Linux x86_64" ] || $(BIN)/pip install -q --no-deps --target $(@D) triton==$*
+	mkdir -p $(@D) && touch $@
+
+$(SETUP): .venv/.torch-done .venv/triton-3.6.0/.done pyproject.toml $(NATIVE)
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
@@ -28,7 +33,7 @@ test: setup
 	$(TEST)
 
 # Every parameter instead of those that cover the rest, more random examples, and the six trainings at full length.
-test-all: setup
+test-all: setup .venv/triton-3.7.1/.done
 	$(TEST) -m "" --hypothesis-profile=thorough
 	for run in siglip clip moco "simclr --data openmoji" dino "dino --data openmoji"; do \
 		$(BIN)/ssl-kernels train $$run --output-dir runs/test-all --overwrite && \

@@ -58,7 +58,7 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_80", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 32, 16, 4, 2, blocks=2)),
     ("sm_90", "half"): (Config(256, 128, 128, 8, 2, halves=True, descriptors=True), Config(64, 64, 64, 4, 3, blocks=2)),
     ("sm_90", "tf32"): (Config(128, 128, 64, 8, 2, halves=True, descriptors=True), Config(64, 64, 32, 4, 3, blocks=2)),
-    ("sm_90", "ieee"): (Config(128, 64, 16, 8, 3), Config(64, 32, 16, 4, 2, blocks=2)),
+    ("sm_90", "ieee"): (Config(128, 64, 16, 8, 2), Config(64, 32, 16, 4, 2, blocks=2)),
     ("sm_100", "half"): (
         Config(128, 128, 128, 8, 3, halves=True, descriptors=True),
         Config(64, 64, 64, 4, 3, blocks=2),

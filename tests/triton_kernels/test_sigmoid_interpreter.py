@@ -35,8 +35,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssl_kernels.kernels import sigmoid
+from ssl_kernels.kernels.configs import is_aligned
 from ssl_kernels.kernels.sigmoid import CONFIGS, Config, gradient_scale, sigmoid_panel
-from ssl_kernels.kernels.tiles import operands, suited
+from ssl_kernels.kernels.tiles import gradient_tile, operands, suited
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -151,6 +152,17 @@ def test_descriptors(kind, ids, monkeypatch):
         )  # fmt: skip
     assert used
     assert all(isinstance(x, TensorDescriptor) for operand in used for x in operand if x is not None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 7, 16, 33])
+def test_rows_of_a_gradient_tile_end_in_padding(dtype, columns):
+    tile = gradient_tile(torch.zeros(3, 5, dtype=dtype), columns)
+    assert (tile.shape, tile.dtype) == ((3, columns), dtype)
+    assert is_aligned(tile)
+    whole = -(-columns * tile.itemsize // 16) * 16  # bytes that a row's store writes
+    assert tile.stride(0) * tile.itemsize >= whole
+    assert tile.untyped_storage().nbytes() >= 2 * tile.stride(0) * tile.itemsize + whole
 
 
 @pytest.mark.parametrize("shape", ["upon each other", "empty"])

@@ -1,0 +1,49 @@
+"""The ahead-of-time gate with the Tritons of older versions of torch, each in a process of its own (see gate.py).
+
+`make setup` installs Triton 3.6 beside the environment, and `make test-all` 3.7 as well. Triton is imported once in a
+process, and first where PYTHONPATH says.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import gate
+import pytest
+from aot import CHIPS
+from report import OPS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+VERSIONS = ("3.6.0", "3.7.1")
+TIGHT = ("softmax", "row_softmax", "key_softmax", "sinkhorn")  # whose registers older versions run out of
+TIMEOUT_S = 3600
+
+
+def run(version: str, *arguments: str) -> None:
+    folder = pathlib.Path(sys.prefix) / f"triton-{version}"
+    if not (folder / "triton").is_dir():
+        pytest.skip(f"make setup and make test-all install older Tritons; {folder} is not there")
+    done = subprocess.run(
+        [sys.executable, gate.__file__, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert f"triton {version}," in done.stdout
+    print(done.stdout)
+
+
+@pytest.mark.parametrize("op", TIGHT)
+def test_the_usual_chip_with_the_oldest(op: str) -> None:
+    run(VERSIONS[0], "--chip", "sm_90", "--few", "--kernel", op)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_chip_and_kernel(version: str, chip: str, op: str) -> None:
+    run(version, "--chip", chip, "--kernel", op)
