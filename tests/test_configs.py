@@ -55,6 +55,33 @@ def test_rows_that_are_not_aligned_take_the_last() -> None:
         assert configs.choose_config("sigmoid", *change, nothing) == last
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_an_older_triton_holds_fewer_similarities_where_registers_are_scarce(
+    old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssl_kernels.kernels import row_softmax, sigmoid, sinkhorn, softmax
+
+    for module in (row_softmax, sigmoid, sinkhorn, softmax):
+        monkeypatch.setattr(module, "HAS_OLD_TRITON", old)
+
+    def held(config: Any, lanes: int = 32) -> float:  # by a thread at a time
+        return config.block_m * config.block_n / (lanes * config.num_warps) / (1 + config.halves)
+
+    large = {chip: configs.CONFIGS[chip, "half"][0] for chip in CHIPS}
+    hopper, amd = large["sm_90"], large["gfx9"]
+    assert softmax.config_for(hopper, "sm_90", False, False) == hopper  # statistics fit everywhere
+    assert held(softmax.config_for(hopper, "sm_90", False, False, with_grad=True)) == (32 if old else 64)
+    assert held(softmax.config_for(hopper, "sm_90", True, False)) == (16 if old else 32)
+    assert softmax.config_for(large["sm_100"], "sm_100", True, False).block_m == (64 if old else 128)
+    assert softmax.config_for(amd, "gfx9", True, False).block_n == (64 if old else 128)
+    assert held(row_softmax.fitted_for(hopper, "sm_90", False, False, False, has_bias=True)) == (32 if old else 64)
+    assert held(sigmoid.config_for(amd, "gfx9", False), lanes=64) == (16 if old else 32)
+    assert sinkhorn.columns_of_tile(65536, "sm_90", aligned=False) == (256 if old else 1024)
+    assert sinkhorn.columns_of_tile(65536, "sm_90", aligned=True) == 1024
+    assert sinkhorn.block_of_row(65552, aligned=True) == (2048 if old else 4096)
+    assert sinkhorn.block_of_row(65536, aligned=True) == 4096
+
+
 def test_measured_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 

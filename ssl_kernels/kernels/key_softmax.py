@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_kernels.kernels.configs import device_traits, is_aligned, measured, product_kind
+from ssl_kernels.kernels.configs import HAS_OLD_TRITON, device_traits, is_aligned, measured, product_kind
 from ssl_kernels.kernels.tiles import cdiv, finite_from_below, on_device
 
 __all__ = ["CONFIGS", "Config", "key_softmax"]
@@ -230,6 +230,12 @@ def _merge_splits_kernel(
         tl.store(MEAN + row * D + e, mean / sum_exp, mask=e < D)
 
 
+def converts_keys_first(family: str, kind: str) -> bool:
+    """Whether keys of another dtype are converted before the kernel reads them: what an older Triton converts on sm_100,
+    it multiplies in tf32."""
+    return HAS_OLD_TRITON and family == "sm_100" and kind == "ieee"
+
+
 def choose_config(query: Tensor, keys: Tensor, want_mean: bool, launch: Callable[[Config], Any]) -> Config:
     """The entry of CONFIGS for these queries and keys: the one that reads keys but once, where they are narrow enough
     and measurements, if they are asked for, do not say otherwise. ``launch`` runs the kernel with one, repeatably."""
@@ -269,6 +275,8 @@ def key_softmax(
     mean = torch.zeros(m, width, dtype=torch.float32, device=query.device) if want_mean else None
     if m == 0 or k == 0:
         return lse, mean
+    if converts_keys_first(device_traits(query.device)[0], product_kind(query)):
+        keys = keys.to(query.dtype)
 
     def launch(config: Config) -> tuple[Tensor, Tensor, Tensor | None]:
         """Maxima, sums and sums of weighted keys, by splits of the keys."""

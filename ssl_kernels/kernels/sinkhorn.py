@@ -279,8 +279,11 @@ def are_aligned(matrices: Iterable[Tensor], strides: Sequence[int]) -> bool:
 
 
 def block_of_row(width: int, aligned: bool) -> int:
-    """How many columns of a row a program takes."""
-    return min(triton.next_power_of_2(width), _BLOCK_K if aligned else _BLOCK_K_UNALIGNED)
+    """How many columns of a row a program takes. Half as many with an older Triton if the last ones are masked."""
+    most = _BLOCK_K if aligned else _BLOCK_K_UNALIGNED
+    if HAS_OLD_TRITON and aligned and width % most:
+        most //= 2
+    return min(triton.next_power_of_2(width), most)
 
 
 def rows_per_program(rows: int, blocks: int, device: torch.device) -> int:

@@ -22,6 +22,7 @@ from ssl_kernels.kernels.key_softmax import (
     Config,
     _key_softmax_kernel,
     _merge_splits_kernel,
+    converts_keys_first,
     kernel_constants,
 )
 
@@ -51,7 +52,8 @@ class Case(aot.Case):
     def build(self) -> Resources:
         want_mean = self.result == "mean"
         fixed: dict[str, Any] = kernel_constants(self.config, self.kind, WIDTHS[self.size], want_mean)
-        types = {"QUERY": f"*{self.query}", "KEYS": f"*{self.keys}"}
+        keys = self.query if converts_keys_first(CHIPS[self.chip].family, self.kind) else self.keys
+        types = {"QUERY": f"*{self.query}", "KEYS": f"*{keys}"}
         types |= dict.fromkeys(("MAXIMA", "SUMS", "MEANS", "SCALE"), "*fp32")
         types |= dict.fromkeys(("M", "K", "span"), "i64")
         types |= dict.fromkeys(("D", "stride_qm", "stride_qd", "stride_kn", "stride_kd"), "i32")

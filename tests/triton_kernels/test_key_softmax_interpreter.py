@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from panels import DTYPES, UNIT, cut_to_tf32, features, rows_far_apart, shipped
 from torch import Tensor
 
+from ssl_kernels.kernels import key_softmax as module
 from ssl_kernels.kernels.key_softmax import CONFIGS, Config, key_softmax
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -90,6 +91,15 @@ def test_every_config_in_tf32(config):
 def test_keys_of_another_dtype(d, dtype, key_dtype):
     """Rounded as they are read: to nearest, as a cast does."""
     check(features(9, d, dtype), features(70, d, key_dtype))
+
+
+def test_keys_that_are_converted_first(monkeypatch):
+    seen, choose = [], module.choose_config
+    monkeypatch.setattr(module, "converts_keys_first", lambda family, kind: kind == "ieee")
+    monkeypatch.setattr(module, "choose_config", lambda *args: seen.append(args[1].dtype) or choose(*args))
+    for dtype in (torch.float32, torch.bfloat16):
+        check(features(9, 37, dtype), features(70, 37, torch.float16))
+    assert seen == [torch.float32] * 2 + [torch.float16] * 2  # with the mean and without
 
 
 @covering(1, size=[(1, 1, 1), (3, 17, 5), (17, 3, 128), (130, 65, 64)], dtype=DTYPES)
