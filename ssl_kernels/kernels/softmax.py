@@ -44,6 +44,8 @@ def config_for(config: Config, family: str, has_ids: bool, smoothed: bool, with_
             return replace(config, block_m=64, block_n=64, num_warps=8, halves=True, blocks=1)
         if has_ids:
             return replace(narrowed(config, 32 if config.num_warps == 8 else 16), halves=config.halves)
+        if family == "sm_100" and (config.block_d, config.num_warps) == (16, 8):  # products in fp32, in registers
+            return replace(config, block_d=32)
         smoothed |= with_grad
     if family == "sm_100" and config.num_warps == 4 and config.block_n == 64:
         return replace(config, num_warps=8, blocks=1)
