@@ -1,7 +1,7 @@
 """The ahead-of-time gate with whichever Triton is imported: every kernel as its launcher would choose to compile it.
 
 python tests/triton_kernels/gate.py                                     every case of every chip
-python tests/triton_kernels/gate.py --chip sm_90 --few                  of one chip, those that `make test` compiles
+python tests/triton_kernels/gate.py --chip sm_90 --few                  of one chip, a part as in `make test`
 PYTHONPATH=.venv/triton-3.6 python tests/triton_kernels/gate.py         the same with another Triton
 
 It asks for what no version of Triton may miss (`Case.problems`), not for the figures of the budgets, which are those of
@@ -25,11 +25,12 @@ from report import OPS
 
 
 def cases(op: str, chips: list[str], few: bool) -> list[aot.Case]:
-    """Those of an op; a few, in which each value of each field and each configuration occurs."""
+    """Those of an op; a few on tensor cores, in which each value of each field and each configuration occurs."""
     module = importlib.import_module(f"test_{op}_aot")
     found: list[Any] = [c for c in [*module.cases(), *getattr(module, "others", list)()] if c.chip in chips]
     if not few:
         return found
+    found = [case for case in found if case.kind != "ieee"]
     return [found[i] for i in sorted(cover([astuple(case) for case in found], 1, [_config(case) for case in found]))]
 
 
@@ -44,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=OPS, nargs="+", default=OPS)
     parser.add_argument("--chip", choices=aot.CHIPS, nargs="+", default=list(aot.CHIPS))
-    parser.add_argument("--few", action="store_true", help="a part that covers the rest")
+    parser.add_argument("--few", action="store_true", help="a part that covers what runs on tensor cores")
     args = parser.parse_args()
     chosen = [(op, case) for op in args.kernel for case in cases(op, args.chip, args.few)]
     bad = 0
