@@ -231,8 +231,8 @@ def _merge_splits_kernel(
 
 
 def converts_keys_first(family: str, kind: str) -> bool:
-    """Whether keys of another dtype are converted before the kernel reads them: what an older Triton converts on sm_100,
-    it multiplies in tf32."""
+    """Whether keys of another dtype are converted before the kernel reads them: an older Triton multiplies in tf32 what
+    it converts on sm_100."""
     return HAS_OLD_TRITON and family == "sm_100" and kind == "ieee"
 
 
