@@ -23,6 +23,7 @@ accumulator of the similarities starts at -2e38 instead of 0: no mask is held th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -199,6 +200,8 @@ def fitted(config: Config, x: Tensor, pairs: Pairs, smoothed: bool) -> Config:
 def fitted_for(config: Config, family: str, has_ids: bool, guided: bool, smoothed: bool, has_bias: bool) -> Config:
     """A bias is one more vector of columns, as label smoothing has them for CLIP."""
     fitted = config_for(config, family, has_ids or guided, smoothed or (has_bias and family == "sm_100"))
+    if HAS_OLD_TRITON and guided and family == "sm_80":
+        fitted = replace(fitted, block_d=min(fitted.block_d, 32))
     if HAS_OLD_TRITON and has_bias:
         return narrowed(fitted, 32)
     return narrowed(fitted, 16) if has_ids and guided and family == "sm_100" else fitted
