@@ -11,20 +11,14 @@ import torch
 from conftest import drawing, logged, patchworks, png, rows, same_state
 from rich.console import Console
 
-from ssl_kernels.trainers import loop, siglip, simclr
+from ssl_kernels.trainers import siglip, simclr, training
 from ssl_kernels.trainers.checkpoints import load_checkpoint
-from ssl_kernels.trainers.data import batches, images, views
-from ssl_kernels.trainers.data.faults import (
-    EVALUATION,
-    Fault,
-    FaultLog,
-    Faults,
-    ReadingConfig,
-    parse_share,
-    read_faults,
-)
+from ssl_kernels.trainers.data import batches, image_sets, images, views
+from ssl_kernels.trainers.data.fault_log import FaultLog, read_faults
+from ssl_kernels.trainers.data.faults import EVALUATION, Fault, Faults, ReadingConfig, parse_share
 from ssl_kernels.trainers.data.files import read_table
-from ssl_kernels.trainers.data.pairs import Batches, ids_of_keys
+from ssl_kernels.trainers.data.identity import ids_of_keys
+from ssl_kernels.trainers.data.pairs import Batches
 from ssl_kernels.trainers.data.views import PhotoView, ViewBatches
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.processes import Share
@@ -117,22 +111,22 @@ def test_bad_images_are_told_once(
 def test_a_killed_run_resumes_bit_exactly_and_counts_on(
     folder: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, take = tmp_path / "run", loop._Training.optimizer_step
+    run, take = tmp_path / "run", training.Training.optimizer_step
 
     class Killed(BaseException):
         pass
 
-    def step(self: loop._Training, batches: object) -> dict[str, float]:
+    def step(self: training.Training, batches: object) -> dict[str, float]:
         if self.done == 10:
             raise Killed
         return take(self, batches)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop._Training, "optimizer_step", step)
+    monkeypatch.setattr(training.Training, "optimizer_step", step)
     with pytest.raises(Killed):
         siglip.main(arguments(folder, run))
     with (run / "left_out.jsonl").open("a") as file:
         file.write('{"where": "cut in tw')
-    monkeypatch.setattr(loop._Training, "optimizer_step", take)
+    monkeypatch.setattr(training.Training, "optimizer_step", take)
     assert siglip.main(["--resume", str(run), "--max-bad", "5%"]) == 0
     assert logged(run) == logged(finished)
     a, b = (load_checkpoint(path / "last.pt") for path in (run, finished))
@@ -305,7 +299,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def views_of(photos: Path, **options: object) -> ViewBatches:
     values = {"size": 16, "batch_size": 12, "seed": 0, "crops": (1, 8), **options}
-    return ViewBatches(views.read_folder(photos), PhotoView(), **values)  # type: ignore[arg-type]
+    return ViewBatches(image_sets.read_folder(photos), PhotoView(), **values)  # type: ignore[arg-type]
 
 
 def test_all_views_of_a_bad_image_are_of_one_other(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

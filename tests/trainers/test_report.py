@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ssl_kernels.trainers.evaluation import image_text, report
-from ssl_kernels.trainers.evaluation.image_text import PairFigure
-from ssl_kernels.trainers.loop import Result
+from ssl_kernels.trainers.evaluation import report
+from ssl_kernels.trainers.evaluation.figures import PairFigure, print_pairs
+from ssl_kernels.trainers.training import Result
 
 RECORDS = [
     {"step": 1, "epoch": 0, "loss": 10.0, "loss_check": 2.0, "loss_reference": 2.0, "lr": 0.1, "elapsed_s": 0.1},
@@ -27,7 +27,7 @@ FIGURES = [
 
 def printed(result: Result, figures: list[PairFigure]) -> list[list[str]]:
     out = io.StringIO()
-    image_text.print_table(Console(file=out, width=130), "A title", result, figures, 75.6)
+    print_pairs(Console(file=out, width=130), "A title", result, figures, 75.6)
     lines = out.getvalue().splitlines()
     assert lines[0].strip() == "A title"
     return [

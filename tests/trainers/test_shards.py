@@ -19,12 +19,13 @@ import torch
 from conftest import drawing, png, rows
 from PIL import Image
 
-from ssl_kernels.trainers.data import tars
+from ssl_kernels.trainers.data import shard_names, tars
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.faults import EVALUATION, Fault, Faults
+from ssl_kernels.trainers.data.identity import Fingerprints
 from ssl_kernels.trainers.data.images import centre_crop
-from ssl_kernels.trainers.data.pairs import Fingerprints
-from ssl_kernels.trainers.data.shards import ShardBatches, read_all
+from ssl_kernels.trainers.data.shard_pairs import read_all
+from ssl_kernels.trainers.data.shards import ShardBatches
 from ssl_kernels.trainers.errors import UserError
 
 PICTURES = [png(drawing(*pair)) for pair in rows(12)]
@@ -254,9 +255,9 @@ def test_shards_are_found_by_folder_glob_and_braces(
     monkeypatch.setenv("HOME", str(folder.parent))
     for root in (str(folder), "~/with space"):
         text = root + name.replace("::{}", f"::{folder}")
-        assert tars.is_shards(text)
-        assert tars.expand(text) == [str(folder / each) for each in expected]
-    assert sum(len(read(each)[0]) for each in tars.expand(str(folder))) == 24
+        assert shard_names.is_shards(text)
+        assert shard_names.expand(text) == [str(folder / each) for each in expected]
+    assert sum(len(read(each)[0]) for each in shard_names.expand(str(folder))) == 24
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_shards_are_found_by_folder_glob_and_braces(
 )  # fmt: skip
 def test_shards_that_are_not_there_are_named(folder: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=f"--held-out-data: .*{message}") as error:
-        tars.expand(f"{folder}{name}", "--held-out-data")
+        shard_names.expand(f"{folder}{name}", "--held-out-data")
     assert "\n" not in str(error.value)
 
 
@@ -277,16 +278,16 @@ def test_what_is_no_shard(tmp_path: Path) -> None:
     write(tmp_path / "0.tar", members())
     (tmp_path / "photos").mkdir()
     for name in ("pairs.csv", "openmoji", str(tmp_path / "photos"), "https://x/pairs.csv"):
-        assert not tars.is_shards(name)
+        assert not shard_names.is_shards(name)
     for name in (str(tmp_path), "a.tar", "a.tgz", "https://x/0.tar?token=1", "s3://b/0.tar", "pipe:cat 0.tar"):
-        assert tars.is_shards(name)
+        assert shard_names.is_shards(name)
     with pytest.raises(UserError, match=r"--data: cannot read s3://b/0.tar: expected a file, one of http://"):
-        tars.expand("s3://b/0.tar")
+        shard_names.expand("s3://b/0.tar")
 
 
 def test_commands_are_shards(tmp_path: Path) -> None:
     shard = write(tmp_path / "0.tar", members())
-    assert tars.expand(f"pipe:cat {shard}") == [f"pipe:cat {shard}"]
+    assert shard_names.expand(f"pipe:cat {shard}") == [f"pipe:cat {shard}"]
     assert read(f"pipe:cat {shard}") == (EXPECTED, [])
     reason = "lost from a shard that cannot be read (its command failed with status 3)"
     assert read("pipe:exit 3", expected=60) == ([], [Fault("pipe:exit 3", reason, 60)])
@@ -424,7 +425,7 @@ def test_held_out_shards_are_evaluated_without_what_is_bad(broken: Path) -> None
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads URLs by curl")
 def test_urls_are_shards(folder: Path, url: str) -> None:
-    assert tars.expand(f"{url}/0000{{0,3}}.tar") == [f"{url}/00000.tar", f"{url}/00003.tar"]
+    assert shard_names.expand(f"{url}/0000{{0,3}}.tar") == [f"{url}/00000.tar", f"{url}/00003.tar"]
     found, faults = read(f"{url}/00000.tar")
     assert ([caption for _, caption in found], faults) == (CAPTIONS[:6], [])
     ((_, reason, lost, _),) = read(f"{url}/00004.tar", expected=6)[1]

@@ -20,14 +20,16 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ssl_kernels.trainers import moco, processes, self_supervised
 from ssl_kernels.trainers.checkpoints import load_checkpoint
-from ssl_kernels.trainers.data.faults import read_faults
+from ssl_kernels.trainers.data.fault_log import read_faults
 from ssl_kernels.trainers.data.files import read_table
-from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs, shared_ids
+from ssl_kernels.trainers.data.identity import Fingerprints, shared_ids
+from ssl_kernels.trainers.data.image_sets import Images, read_folder
+from ssl_kernels.trainers.data.pairs import Batches, ImageTextPairs
 from ssl_kernels.trainers.data.shards import ShardBatches
-from ssl_kernels.trainers.data.views import DrawingView, Images, PhotoView, ViewBatches, read_folder
+from ssl_kernels.trainers.data.views import DrawingView, PhotoView, ViewBatches
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.models import NGramTokenizer
 from ssl_kernels.trainers.processes import ALONE, Share
+from ssl_kernels.trainers.text_towers import NGramTokenizer
 
 Job = tuple[str, list[str], int]  # a trainer, its arguments, and the step in which it has a signal, or 0
 FSDP = ["--strategy", "fsdp"]

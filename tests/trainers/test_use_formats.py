@@ -141,7 +141,7 @@ def test_onnx_and_torch_export_run_both_towers(model: Trained, tmp_path: Path) -
 def test_the_tokenizer_beside_an_onnx_file_needs_no_torch() -> None:
     code = tokenizer_source(1000) + "\nimport sys\nprint(tokenize(['red dot', 'x']).tolist(), 'torch' in sys.modules)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    from ssl_kernels.trainers.models import NGramTokenizer
+    from ssl_kernels.trainers.text_towers import NGramTokenizer
     from ssl_kernels.trainers.use.formats.towers import padded
 
     assert done.stdout.strip() == f"{padded(NGramTokenizer(1000)(['red dot', 'x'])).tolist()} False"

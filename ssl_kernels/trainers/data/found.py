@@ -61,6 +61,15 @@ class Found:
         if self.suspicions and not allow:
             raise UserError(f"{flag} {self.source}: {'; '.join(self.suspicions)} (--allow-suspicious goes on)")
 
+    def check_size(self, count: int, what: str, batch_size: int, faults: Faults) -> None:
+        """Raise `UserError` if there are too few examples for a batch."""
+        if count < batch_size:
+            reasons = "; ".join(self.reasons(faults))
+            raise UserError(
+                f"--batch-size: {batch_size} is more than the {count} {what} of --data {self.source}"
+                + (f" (left out: {reasons})" if reasons else "")
+            )
+
     def reasons(self, faults: Faults | None = None) -> list[str]:
         """What is left out and why, a phrase to each reason."""
         own = [tally.line(what) for part in (self, self.held_out) if part for what, tally in part.left_out.items()]

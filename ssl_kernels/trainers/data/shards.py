@@ -14,51 +14,19 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_kernels.trainers.data.batches import Batch, loader, with_faults, without_faults
-from ssl_kernels.trainers.data.faults import EVALUATION, Fault, Faults
+from ssl_kernels.trainers.data.faults import Fault, Faults
 from ssl_kernels.trainers.data.fingerprint import names_within
+from ssl_kernels.trainers.data.identity import Fingerprints, keys_of
 from ssl_kernels.trainers.data.images import BadImageError, centre_crop, image_seeds, open_image, random_crop
-from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, keys_of, make_batch
+from ssl_kernels.trainers.data.pairs import Tokenize, make_batch
 from ssl_kernels.trainers.data.pixels import WHITE, Colour
-from ssl_kernels.trainers.data.tars import Losses, Sample, expand, samples
+from ssl_kernels.trainers.data.shard_names import expand
+from ssl_kernels.trainers.data.tars import Losses, Sample, samples
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.processes import ALONE, Share
 
 _BUFFER = 1000  # samples that are shuffled among each other, on top of the shuffled shards
 _SPARES = 32  # samples that have passed, to take the place of one that cannot be decoded
-
-
-def read_all(
-    urls: str,
-    size: int,
-    flag: str = "--held-out-data",
-    *,
-    faults: Faults | None = None,
-    background: Colour = WHITE,
-    encoding: str = "utf-8",
-) -> tuple[ImageTextPairs, Fingerprints]:
-    """The pairs of held-out shards in memory, one for each caption and image, and what marks them."""
-    faults = Faults(stop=True) if faults is None else faults
-    images, captions, marks, losses = [], [], Fingerprints(), Losses()
-    for name in expand(urls, flag):
-        found: list[Fault] = []
-        bad: list[Fault] = []
-        count = 0
-        for image, caption, where in samples(name, found, of=EVALUATION, encoding=encoding):
-            count += 1
-            try:
-                if not marks.match(caption, image):
-                    images.append(centre_crop(open_image(image, background, where), size))
-                    captions.append(caption)
-            except BadImageError as error:
-                bad.append(Fault(where, error.reason, of=EVALUATION))
-            else:
-                marks.add(caption, image)
-        faults.update([*bad, *losses.of(found, count)])
-    faults.update(losses.of_parts())
-    if not images:
-        reasons = "; ".join(faults.lines(EVALUATION))
-        raise UserError(f"{flag}: {urls} holds no pairs" + (f" that can be used: {reasons}" if reasons else ""))
-    return ImageTextPairs(torch.stack(images), captions), marks
 
 
 class ShardBatches(IterableDataset[Batch]):

@@ -15,7 +15,8 @@ import numpy as np
 
 from ssl_kernels.trainers.data import contents
 from ssl_kernels.trainers.data.found import Found
-from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, link
+from ssl_kernels.trainers.data.identity import Fingerprints, link
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
 
 MOST_HELD_OUT = 5_000  # evaluation compares every held-out image with every held-out caption
 SHARED = 5  # images: a caption of so many says nothing of one of them

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rich.console import Console
 from torch import Tensor
 
-from ssl_kernels.trainers.data import digits, files, openmoji, tars, trees
+from ssl_kernels.trainers.data import digits, files, openmoji, shard_names, tars, trees
 from ssl_kernels.trainers.data.faults import Fault, Faults, place
 from ssl_kernels.trainers.data.found import Found
 from ssl_kernels.trainers.data.image_sets import Images, read_folder
@@ -74,7 +74,7 @@ def images_of(data: str, size: int) -> Items:
         return Items.listed(pairs.captions, list(pairs.images))
     if data == "mnist":
         return of_images(digit_images(), data)
-    if tars.is_shards(data):
+    if shard_names.is_shards(data):
         return _shards(data, caption=False)
     if path.is_dir():
         return of_images(read_folder(path, found, faults), data).told(found, faults)
@@ -110,7 +110,7 @@ def digit_images() -> Images:
 def captions_of(data: str) -> Items:
     """The captions that an argument names: the lines of a .txt file, the captions of a table, of shards or of emoji."""
     path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1)
-    if tars.is_shards(data):
+    if shard_names.is_shards(data):
         return _shards(data, caption=True)
     if data == "openmoji":
         captions = openmoji.load(32, 32).captions
@@ -125,7 +125,7 @@ def captions_of(data: str) -> Items:
 
 
 def _shards(data: str, *, caption: bool) -> Items:
-    names = tars.expand(data, "DATA")
+    names = shard_names.expand(data, "DATA")
 
     def read() -> Iterator[Item]:
         items.missing.clear()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ssl_kernels.trainers import models
+from ssl_kernels.trainers import trunks
 from ssl_kernels.trainers.use.formats.written import Written, compared, sample_images, save_tensors
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ def refusal(model: Trained) -> str | None:
 def architecture(model: Trained) -> tuple[str, dict[str, Any]]:
     """timm's name of the trunk, and the arguments that build one of its sizes."""
     image = model.inputs["image"]
-    if image["model"] == models.TINY:
+    if image["model"] == trunks.TINY:
         from ssl_kernels.trainers import timm_models
 
         return timm_models.NAME, {"img_size": image["size"]}
     any_size = {"dynamic_img_size": True} if image["any_size"] else {}
-    if image["model"] == models.TINY_VIT:
-        return "vit_tiny_patch16_224", {**models.TINY_VIT_SIZES, "img_size": image["size"], **any_size}
+    if image["model"] == trunks.TINY_VIT:
+        return "vit_tiny_patch16_224", {**trunks.TINY_VIT_SIZES, "img_size": image["size"], **any_size}
     name = image["model"].split(".")[0]  # without the name of pretrained weights
     return name, image["options"]
 
