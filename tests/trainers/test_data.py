@@ -14,7 +14,7 @@ import torch
 from conftest import drawing, png, rows, write_shard
 from PIL import Image
 
-from ssl_kernels.trainers.data import DataConfig, files, load, shards, splits
+from ssl_kernels.trainers.data import DataConfig, files, load, shard_pairs, shards, splits
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.identity import Fingerprints, link
 from ssl_kernels.trainers.data.pairs import Batches, ImageTextPairs, jitter, make_batch
@@ -300,7 +300,7 @@ def test_held_out_samples_of_shards_are_not_trained_on(tmp_path: Path, shards: s
 
 
 def files_or_shards(path: Path) -> tuple[ImageTextPairs, Fingerprints]:
-    return shards.read_all(str(path), 16)
+    return shard_pairs.read_all(str(path), 16)
 
 
 def test_missing_and_broken_shards_are_named(tmp_path: Path) -> None:

@@ -328,6 +328,10 @@ def test_probe_of_pixels_is_that_of_pixels(trained: TrainedRun, model: Trained, 
         (["embed", "nowhere", "x", "--out", "v.npy"], "RUN: no checkpoint at nowhere; expected a run's folder"),
         (["embed", "RUN", "PHOTOS", "--out", "v.csv"], "--out: expected a file that ends in .npy or .parquet"),
         (["embed", "RUN", "nowhere", "--out", "v.npy"], "DATA: expected a folder of images, a list, a table"),
+        (["embed", "RUN", "EMPTY", "--out", "v.npy"], "DATA: no images in "),
+        (["embed", "RUN", "SPLIT", "--out", "v.npy"], "DATA: the folders of "),
+        (["probe", "RUN", "SPLIT", "--held-out-data", "EMPTY"], "DATA: the folders of "),
+        (["probe", "RUN", "PHOTOS", "--held-out-data", "EMPTY"], "--held-out-data: no images in "),
         (["embed", "RUN", "PHOTOS", "--out", "v.npy", "--on-error", "stop"], "(--on-error skip leaves it out)"),
         (["embed", "RUN", "PHOTOS", "--out", "v.npy", "--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["embed", "RUN", "PHOTOS", "--out", "v.npy", "--device", "abacus"], "--device: cannot use 'abacus'"),
@@ -358,7 +362,17 @@ def test_a_mistake_is_one_line_that_names_the_argument(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "twice.txt").write_text("a\na\n")
-    places = {"RUN": str(trained.folder), "PHOTOS": str(photos), "TWICE": "twice.txt"}
+    for folder in ("empty", "split/train", "split/test"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("train", "test"):
+        shutil.copy(photos / "0.png", tmp_path / "split" / folder)
+    places = {
+        "RUN": str(trained.folder),
+        "PHOTOS": str(photos),
+        "TWICE": "twice.txt",
+        "EMPTY": "empty",
+        "SPLIT": "split",
+    }
     assert run(*(places.get(word, word) for word in arguments)) == 2
     err = capsys.readouterr().err.strip()
     assert err.startswith(f"ssl-kernels {arguments[0]}: error: ")

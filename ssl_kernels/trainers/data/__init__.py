@@ -91,7 +91,7 @@ def load(
     config: DataConfig, tokenize: Tokenize, *, batch_size: int, seed: int, workers: int, share: Share = ALONE
 ) -> Data:
     """The data that a configuration names, split into what is trained on and what is held out."""
-    size, faults, found = config.image_size, config.faults(), Found(place(config.data))
+    size, faults, found = config.image_size, config.faults(config.data, config.held_out_data), Found(place(config.data))
     if _is_shards(config.data):
         held_out, marks = _read_held_out(config, faults, found)
         stream = shards.ShardBatches(
@@ -100,6 +100,7 @@ def load(
             background=parse_colour(config.background), encoding=config.encoding,
         )  # fmt: skip
         found.holds = {"shards": len(stream.names), "pairs an epoch": stream.epoch_pairs}
+        found.tell_of_several_captions(stream.several)
         splits.tell_of_leaks(stream.leaking, stream.epoch_pairs, len(held_out or ()), found)
         found.check("--data", allow=config.allow_suspicious)
         found.uses = {"held out": len(held_out or ())}

@@ -25,7 +25,8 @@ class FaultLog:
     ) -> None:
         self.faults, self.path, self.console, self.writes = faults, folder / LEFT_OUT, console, writes
         known = read_faults(resume if resume.is_dir() else resume.parent) if resume and writes else []
-        faults.found.update({fault.where: fault for fault in everyones(known, "what was left out")})
+        for fault in map(faults.named, everyones(known, "what was left out")):
+            faults.found.setdefault(fault.name, fault)
         self.told = len(faults)  # what is known by now is told with the data
         self.named = 0  # on the console
         self.written: int | None = None  # in the file, which may yet be another run's

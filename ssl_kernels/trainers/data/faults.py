@@ -6,6 +6,8 @@ of a run are told of it, so that they count alike and stop in the same step.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ class Fault(NamedTuple):
     reason: str  # one of few, by which faults are counted: "cut short", "no caption"
     lost: int = 1  # examples; more than one where a shard cannot be read
     of: str = TRAINING  # or EVALUATION: what it was to be used for
+    name: str = ""  # the same as `where`, but within the data, so that a copy that lies elsewhere has it too
 
 
 @dataclass(kw_only=True)
@@ -45,9 +48,9 @@ class ReadingConfig:
         parse_share(self.max_bad)
         parse_colour(self.background)
 
-    def faults(self) -> Faults:
-        """None yet, with these limits."""
-        return Faults(stop=self.on_error == "stop", max_bad=parse_share(self.max_bad))
+    def faults(self, *data: str) -> Faults:
+        """None yet in these data, with these limits."""
+        return Faults(stop=self.on_error == "stop", max_bad=parse_share(self.max_bad), roots=roots_of(*data))
 
 
 def parse_share(text: str) -> float:
@@ -66,13 +69,26 @@ def place(path: Path | str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
+def roots_of(*data: str) -> dict[str, str]:
+    """The folders of data that a user names, each with what stands for it in the names of faults."""
+    roots: dict[str, str] = {}
+    files = (name for name in data if not name.startswith("pipe:") and "://" not in name)
+    for number, part in enumerate(part for name in files for part in name.split("::") if part):
+        for path in (part, os.path.abspath(os.path.expanduser(part))):
+            folder = path.rstrip("/") if os.path.isdir(path) else os.path.dirname(path)
+            roots.setdefault(place(folder), f"{number}:" if number else "")
+    return roots
+
+
 @dataclass
 class Faults:
     """What was found to be unusable, each place once, and how much of it may be."""
 
     stop: bool = False  # at the first
     max_bad: float = 0.01  # share of the training examples
-    found: dict[str, Fault] = field(default_factory=dict)  # by where they are
+    flag: str = "--data"  # how the user calls the data
+    roots: dict[str, str] = field(default_factory=dict)  # as `roots_of` has them
+    found: dict[str, Fault] = field(default_factory=dict)  # by their names
     seen: dict[str, int] = field(default_factory=dict)  # examples of each use, good ones among them
 
     def __len__(self) -> int:
@@ -87,10 +103,20 @@ class Faults:
 
     def update(self, faults: Iterable[Fault]) -> None:
         """Count several. Raises `UserError` with the first new one if the run is to stop for it."""
-        for fault in faults:
-            if self.stop and fault.where not in self.found:
-                raise UserError(f"--data: cannot read {fault.where}: {fault.reason} (--on-error skip goes on without)")
-            self.found.setdefault(fault.where, fault)
+        for fault in map(self.named, faults):
+            if self.stop and fault.name not in self.found:
+                raise UserError(
+                    f"{self.flag}: cannot read {fault.where}: {fault.reason} (--on-error skip goes on without)"
+                )
+            self.found.setdefault(fault.name, fault)
+
+    def named(self, fault: Fault) -> Fault:
+        """The fault with its name, which an earlier run on these data, lying elsewhere, may have given it."""
+        roots = "|".join(re.escape(root) for root in sorted(self.roots, key=len, reverse=True) if root)
+        if fault.name or not roots:
+            return fault._replace(name=fault.name or fault.where)
+        inside = rf"(?<![^(])({roots})/"  # at the start, or in brackets
+        return fault._replace(name=re.sub(inside, lambda found: self.roots[found[1]], fault.where))
 
     def lost(self, of: str = "") -> int:
         """How many examples are left out, of all or of those for training or evaluation."""

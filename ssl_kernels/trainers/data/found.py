@@ -52,6 +52,11 @@ class Found:
         """Count something that is not used and is no fault of the data's."""
         self.left_out.setdefault(what, Tally()).add(count, where)
 
+    def tell_of_several_captions(self, images: int) -> None:
+        """Note how many images have more than one caption."""
+        if images:
+            self.remarks.append(f"{images:,} images have several captions, of which each epoch draws one")
+
     def suspect(self, why: str) -> None:
         """Note something that makes the data look wrong as a whole."""
         self.suspicions.append(why)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,15 +38,14 @@ class Fingerprints:
         self.digests: set[bytes] = set()
         self.sizes: set[int] = set()
 
-    def add(self, caption: str | None, image: bytes) -> None:
-        if caption is not None:
-            self.captions.add(caption)
+    def add(self, captions: Iterable[str], image: bytes) -> None:
+        self.captions.update(captions)
         self.digests.add(hashlib.sha256(image).digest())
         self.sizes.add(len(image))
 
-    def match(self, caption: str, image: bytes | Path) -> bool:
-        """Whether this caption or this image is held out. A file is only read where its size makes it possible."""
-        if caption in self.captions:
+    def match(self, captions: Iterable[str], image: bytes | Path) -> bool:
+        """Whether one of these captions, or this image, is held out. A file is read only if its size allows it."""
+        if not self.captions.isdisjoint(captions):
             return True
         try:
             size = image.stat().st_size if isinstance(image, Path) else len(image)

@@ -70,7 +70,7 @@ def load(
 ) -> ImageData:  # fmt: skip
     """The images that a configuration names, split into what is trained on and what is held out."""
     view: View = PhotoView()
-    faults, found = config.faults(), Found(place(config.data))
+    faults, found = config.faults(config.data), Found(place(config.data))
     if config.data == "mnist":
         images = Images(*digits.load())
         found.holds = {"images": len(images), "classes": 10}

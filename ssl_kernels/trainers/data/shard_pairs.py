@@ -30,16 +30,16 @@ def read_all(
         found: list[Fault] = []
         bad: list[Fault] = []
         count = 0
-        for image, caption, where in samples(name, found, of=EVALUATION, encoding=encoding):
+        for image, own, where in samples(name, found, of=EVALUATION, encoding=encoding):
             count += 1
             try:
-                if not marks.match(caption, image):
+                if not marks.match(own, image):
                     images.append(centre_crop(open_image(image, background, where), size))
-                    captions.append(caption)
+                    captions.append(own[0])
             except BadImageError as error:
                 bad.append(Fault(where, error.reason, of=EVALUATION))
             else:
-                marks.add(caption, image)
+                marks.add(own, image)
         faults.update([*bad, *losses.of(found, count)])
     faults.update(losses.of_parts())
     if not images:

@@ -55,7 +55,8 @@ class ShardBatches(IterableDataset[Batch]):
         self.background, self.encoding = background, encoding
         self.faults = Faults() if faults is None else faults
         self.expected = epoch_pairs // len(self.names)  # samples of a shard
-        self.leaking = 0  # samples that share a caption or an image with the held-out pairs, once they are counted
+        # Samples that share a caption or an image with held-out pairs, and those of several captions, once counted.
+        self.leaking = self.several = 0
         self.epoch_pairs = epoch_pairs or self._count()
         if self.epoch_pairs < batch_size:
             reasons = "; ".join(self.faults.lines())
@@ -73,7 +74,8 @@ class ShardBatches(IterableDataset[Batch]):
             before, own = total, list[Fault]()
             for sample in samples(name, own, encoding=self.encoding):
                 total += 1
-                fresh += not self.held_out.match(sample.caption, sample.image)
+                fresh += not self.held_out.match(sample.captions, sample.image)
+                self.several += len(sample.captions) > 1
             found += losses.of(own, total - before)
         self.expected = losses.expected
         found += losses.of_parts()
@@ -123,7 +125,7 @@ class ShardBatches(IterableDataset[Batch]):
                 for i in np.random.default_rng((self.seed, self.epoch, again)).permutation(len(self.names))
             ]
             chance = random.Random(f"{self.seed} {self.epoch} {again} {place}")
-            fresh = (s for s in self._read(names[place::places], found) if not self.held_out.match(s.caption, s.image))
+            fresh = (s for s in self._read(names[place::places], found) if not self.held_out.match(s.captions, s.image))
             for sample in wds.filters.shuffle(_BUFFER, rng=chance)(fresh):
                 fruitless = 0
                 yield sample
@@ -145,7 +147,9 @@ class ShardBatches(IterableDataset[Batch]):
             sample, picture = self._readable(sample, [*passed, *batch], spare, found)
             taken.append(sample)
             images.append(random_crop(picture, self.size, crop) if self.augment else centre_crop(picture, self.size))
-        captions, sources = [sample.caption for sample in taken], [sample.image for sample in taken]
+        draws = zip(taken, rng.random(len(taken)).tolist(), strict=True)  # as in tables, of several captions one
+        captions = [sample.captions[int(draw * len(sample.captions))] for sample, draw in draws]
+        sources = [sample.image for sample in taken]
         made = make_batch(torch.stack(images), captions, sources, self.tokenize)
         if self.share.world > 1:
             made["ids"] = keys_of(captions, sources)

@@ -22,7 +22,7 @@ from tyro.conf import Positional
 
 from ssl_kernels.trainers import batch_norm, command, inputs, loop, sharding, speed
 from ssl_kernels.trainers.data.fault_log import FaultLog
-from ssl_kernels.trainers.data.faults import Faults
+from ssl_kernels.trainers.data.faults import Faults, roots_of
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation.report import Report
 from ssl_kernels.trainers.fabric import make_fabric
@@ -121,7 +121,9 @@ def train(config: FinetuneConfig, console: Console) -> None:
     batches = LabelledBatches(
         data, size=base.size, batch_size=config.batch_size, seed=config.seed, augment=config.augment,
         mirror=config.mirror, workers=config.workers, share=own_share(), background=base.background,
-        faults=Faults(stop=config.on_error == "stop"),
+        faults=Faults(
+            stop=config.on_error == "stop", flag="DATA", roots=roots_of(config.data, config.held_out_data)
+        ),
     )  # fmt: skip
     said = {
         "method": f"{base.method} fine-tuned", "image": inputs.of_image(net.tower, background=base.background),

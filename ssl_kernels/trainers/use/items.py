@@ -68,7 +68,7 @@ class Items:
 
 def images_of(data: str, size: int) -> Items:
     """The images that an argument names: a folder, a .txt list, a table, shards, an image, or built-in data."""
-    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1)
+    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1, flag="DATA")
     if data == "openmoji":
         pairs = openmoji.load(size * 3 // 2, size)  # as training and evaluation have them
         return Items.listed(pairs.captions, list(pairs.images))
@@ -109,7 +109,7 @@ def digit_images() -> Images:
 
 def captions_of(data: str) -> Items:
     """The captions that an argument names: the lines of a .txt file, the captions of a table, of shards or of emoji."""
-    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1)
+    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1, flag="DATA")
     if shard_names.is_shards(data):
         return _shards(data, caption=True)
     if data == "openmoji":
@@ -131,8 +131,8 @@ def _shards(data: str, *, caption: bool) -> Items:
         items.missing.clear()
         for shard in names:
             found: list[Fault] = []
-            for image, text, where in tars.samples(shard, found):
-                yield Item(text, text) if caption else Item(where, image)
+            for image, captions, where in tars.samples(shard, found):
+                yield Item(captions[0], captions[0]) if caption else Item(where, image)
             items.missing.extend((fault.where, fault.reason) for fault in found)
 
     items = Items(read, None, hashlib.sha256("\0".join(names).encode()).hexdigest())

@@ -71,15 +71,22 @@ def tokenizer_source(buckets: int) -> str:
 
 def _usage(model: Trained, folder: str) -> str:
     lines = [
-        "```python", "import onnxruntime", "",
+        "```python", "import numpy as np", "import onnxruntime", "",
         f'image = onnxruntime.InferenceSession("{folder}/image.onnx")',
-        f'(embedding,) = image.run(None, {{"images": pixels}})  # uint8 [N, 3, {model.size}, {model.size}]',
+        f"pixels = np.zeros((1, 3, {model.size}, {model.size}), dtype=np.uint8)  # your images, not normalised",
+        '(embedding,) = image.run(None, {"images": pixels})',
     ]  # fmt: skip
+    if isinstance(model.text, text_towers.NGramTower):
+        lines += ["import sys", f'sys.path.append("{folder}")', f"from {TOKENIZER.removesuffix('.py')} import tokenize"]
+    elif model.text is not None:
+        length = model.inputs["text"]["context_length"]
+        lines += [
+            "from open_clip.tokenizer import SimpleTokenizer",
+            f"tokenize = lambda texts: SimpleTokenizer(context_length={length})(texts).numpy()",
+        ]
     if model.text is not None:
-        is_own = isinstance(model.text, text_towers.NGramTower)
-        what = f"tokenize of {TOKENIZER}" if is_own else "CLIP's byte-pair tokenizer"
         lines += [
             f'text = onnxruntime.InferenceSession("{folder}/text.onnx")',
-            f'(embedding,) = text.run(None, {{"tokens": tokens}})  # int64, by {what}',
+            '(text_embedding,) = text.run(None, {"tokens": tokenize(["a red circle"])})',
         ]
     return "\n".join([*lines, "```", ""])
