@@ -148,6 +148,9 @@ def test_deep_images_are_turned_too_and_damaged_exif_does_no_harm() -> None:
     exif[0x0112] = 6
     values = (RAMP * 4369).astype(np.uint16)
     assert np.array_equal(shown(Image.fromarray(values), exif=exif)[..., 0], np.rot90(RAMP * 17, -1))
+    older = Image.fromarray(np.full((2, 2), 200, np.int32))  # what older Pillows make of a PNG of 16 bits
+    older.format, older.getexif()[0x0112] = "PNG", 6
+    assert np.asarray(to_rgb(older)).max() == 1
     content = encoded(Image.new("RGB", (6, 4)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
     assert open_image(content).size == (6, 4)
 

@@ -46,6 +46,13 @@ def test_the_closing_table_sets_each_figure_beside_its_baselines() -> None:
     assert rows["peak memory, MB"][0] == "512"
 
 
+def test_a_table_without_baselines_explains_none() -> None:
+    for figures, is_explained in ((FIGURES, True), (FIGURES[2:], False), ([], False)):
+        out = io.StringIO()
+        print_pairs(Console(file=out, width=130), "A title", RESULT, figures, 75.6)
+        assert ("TF-IDF" in out.getvalue()) is is_explained
+
+
 def test_the_closing_table_needs_neither_figures_nor_records() -> None:
     assert [row[0] for row in printed(Result(), [])] == ["seconds", "peak memory, MB"]
 

@@ -94,6 +94,9 @@ def test_embed_takes_captions_tables_and_shards(
 ) -> None:
     (tmp_path / "captions.txt").write_text("red square\n\nblue bar\n")
     write_shard(tmp_path / "s.tar", [(png(drawing("red", "dot", 0)), "red dot"), (b"no image", "blue dot")])
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "latin1.csv").write_bytes(f"where,words\n{trained.images[0]},caf".encode() + b"\xe9\n")
+    named = ["--image-column", "where", "--caption-column", "words"]
     cases: list[tuple[list[object], list[str], torch.Tensor]] = [
         (
             [tmp_path / "captions.txt", "--text"],
@@ -103,6 +106,8 @@ def test_embed_takes_captions_tables_and_shards(
         ([tmp_path / "s.tar", "--text"], ["red dot", "blue dot"], model.encode_text(["red dot", "blue dot"])),
         ([tmp_path / "s.tar"], [], model.encode_image(drawing("red", "dot", 0))),
         ([table], [str(table.parent / f"{i}.png") for i in range(96)], torch.empty(0)),
+        ([tmp_path / "latin1.txt", "--text", "--encoding", "latin-1"], ["caf\xe9"], torch.empty(0)),
+        ([tmp_path / "latin1.csv", "--text", *named, "--encoding", "latin-1"], ["caf\xe9"], torch.empty(0)),
         ([table, "--text"], [], torch.empty(0)),
     ]
     for i, (arguments, names, expected) in enumerate(cases):

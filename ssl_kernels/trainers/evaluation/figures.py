@@ -85,7 +85,8 @@ def print_pairs(console: Console, title: str, result: Result, figures: Sequence[
                 cells = [f"{last[f'{name}_std']:.3g}, {last[f'{name}_rank']:.3g}"]
                 training.append((f"spread of {name}s, directions", cells, "1: spread evenly, 0: collapsed"))
     columns = ("model", "baseline", "chance", "majority")
-    closing_table(console, title, _OF_PAIRS, columns, rows, training, result, total_s)
+    caption = _OF_PAIRS if any(figure.baseline is not None for figure in figures) else ""
+    closing_table(console, title, caption, columns, rows, training, result, total_s)
 
 
 def _cells(*scores: float | None) -> list[str]:

@@ -27,7 +27,9 @@ def closing_table(
     result: Result, total_s: float,
 ) -> None:  # fmt: skip
     """Print what the run reached, a line to each figure, and below how it got there: by what training, time, memory."""
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", caption=caption or None, caption_justify="left"
+    )
     table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
