@@ -143,6 +143,7 @@ def test_photographs_are_turned_upright(kind: str, orientation: int, tmp_path: P
     assert centre_crop(open_image(tmp_path / "a.jpg"), 4).shape == (3, 4, 4)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_deep_images_are_turned_too_and_damaged_exif_does_no_harm() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
