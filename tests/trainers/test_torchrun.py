@@ -335,17 +335,17 @@ OPTIONS: dict[str, Any] = {"temperature": 0.2, "groups": 4, "momentum": 0.9, "st
 
 LOSE = """
 import os, signal, sys
-from ssl_kernels.trainers import loop, siglip, two_towers
+from ssl_kernels.trainers import siglip, training, two_towers
 
 two_towers.CHECKED = 6
-take = loop._Training.optimizer_step
+take = training.Training.optimizer_step
 
 def lose(self, batches):
     if self.done == 4 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return take(self, batches)
 
-loop._Training.optimizer_step = lose
+training.Training.optimizer_step = lose
 sys.exit(siglip.main())
 """
 
@@ -394,16 +394,16 @@ def test_twenty_steps_of_the_embedded_data(tmp_path: Path, trainer: str) -> None
 
 STOP = """
 import os, signal, sys
-from ssl_kernels.trainers import loop, siglip
+from ssl_kernels.trainers import siglip, training
 
-take = loop._Training.optimizer_step
+take = training.Training.optimizer_step
 
 def stop(self, batches):
     if self.done == 2 and os.environ["LOCAL_RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return take(self, batches)
 
-loop._Training.optimizer_step = stop
+training.Training.optimizer_step = stop
 sys.exit(siglip.main())
 """
 
