@@ -114,10 +114,13 @@ def sup_con() -> None:
     ours = integration("pytorch_metric_learning.SupConLoss")
     same(ours()(z, labels), theirs()(z, labels), z)
     same(S.SupConLoss(0.2)(F.normalize(z), labels), theirs(0.2)(z, labels), z)
-    assert ours()(z, torch.zeros(40, dtype=torch.int64)) == theirs()(z, torch.zeros(40, dtype=torch.int64)) == 0
-    for given in ({"indices_tuple": (labels,) * 3}, {"ref_emb": z, "ref_labels": labels}):
-        with pytest.raises(NotImplementedError, match=f"SupConLoss: {next(iter(given))}: only None is implemented"):
-            ours()(z, labels, **given)
+    z, labels = raw(40, 8), torch.arange(40) % 7
+    name = "pytorch_metric_learning.losses.NTXentLoss"
+    same(integration("pytorch_metric_learning.NTXentLoss")()(z, labels), peer(name)()(z, labels), z)
+    memories = integration("pytorch_metric_learning.CrossBatchMemory"), peer(f"{name[:-10]}CrossBatchMemory")
+    memories = [memory(loss(), 8) for memory, loss in zip(memories, (ours, theirs), strict=True)]
+    for _ in range(2):
+        same(*(memory(z, labels) for memory in memories), z)
 
     views, other = torch.arange(20).repeat(2), ~torch.eye(40, dtype=torch.bool)
     similarity = (F.normalize(z) @ F.normalize(z).t() / 0.1).exp()
