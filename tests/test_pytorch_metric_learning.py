@@ -212,7 +212,7 @@ def test_gradients_of_pairs(formula: pair_tiles.Formula, workspace_mb: float) ->
         for pairs, right, *given in (
             (SameLabels(labels, others, None), candidates, lse),
             (SameLabels(labels, labels, torch.arange(7)), query, lse),
-            (ListedPairs(a, b, a, (b + 1) % 6, 7, 6), candidates),
+            (ListedPairs((a, b), (a, (b + 1) % 6), 7, 6), candidates),
         ):
             if formula is pair_tiles.sup_con:
                 given = []  # which it does not take
@@ -226,7 +226,9 @@ def test_gradients_of_pairs(formula: pair_tiles.Formula, workspace_mb: float) ->
 def test_errors() -> None:
     z, labels, ref, _ = draw()
     loss = ours.NTXentLoss()
-    with pytest.raises(ValueError, match=r"labels and indices_tuple cannot both be None|labels: expected labels, or an"):
+    with pytest.raises(
+        ValueError, match=r"labels and indices_tuple cannot both be None|labels: expected labels, or an"
+    ):
         loss(z)
     with pytest.raises(ValueError, match=r"labels: expected labels, or an indices_tuple, got neither"):
         loss(z, labels, ref_emb=ref)

@@ -148,7 +148,9 @@ def test_errors() -> None:
         EmbedderLoss()(q, p[:8], torch.ones(4, 3))
     with pytest.raises(ValueError, match=r"kd_loss_type: expected one of 'kl_div', 'm3_kd_loss', got 'kl'"):
         EmbedderLoss(kd_loss_type="kl")
-    with pytest.raises(ValueError, match=r"in_batch_negatives: expected True with kd_loss_type='m3_kd_loss', got False"):
+    with pytest.raises(
+        ValueError, match=r"in_batch_negatives: expected True with kd_loss_type='m3_kd_loss', got False"
+    ):
         EmbedderLoss(kd_loss_type="m3_kd_loss", in_batch_negatives=False)
     loss = TwoTowerLoss()
     with pytest.raises(ValueError, match=r"items: expected 4 rows as users has, got 10"):

@@ -57,7 +57,8 @@ def _sides(
     scale = _checks.as_inverse_temperature("temperature", loss.temperature, query)
     if indices_tuple is not None and not isinstance(indices_tuple, _AllPairs):
         lists = loss_and_miner_utils.convert_to_pairs(indices_tuple, labels, ref_labels)
-        pairs = ListedPairs(*(t.to(query.device) for t in lists), len(query), len(candidates))
+        lists = [t.to(query.device) for t in lists]
+        pairs = ListedPairs((lists[0], lists[1]), (lists[2], lists[3]), len(query), len(candidates))
         return _Sides(query, candidates, scale, pairs, None, alone, False)
     if labels is None or ref_labels is None:
         raise ValueError("labels: expected labels, or an indices_tuple, got neither")
@@ -80,12 +81,10 @@ def _of_negatives(sides: _Sides) -> Tensor:
     """The log-sum-exp of each query over the candidates of other labels."""
     assert sides.ids is not None
     query_ids, candidate_ids = sides.ids
-    return K.row_lse(
-        sides.query, sides.candidates, sides.scale, query_ids=query_ids, candidate_ids=candidate_ids
-    )
+    return K.row_lse(sides.query, sides.candidates, sides.scale, query_ids=query_ids, candidate_ids=candidate_ids)
 
 
-class NTXentLoss(losses.NTXentLoss):  # type: ignore[misc]
+class NTXentLoss(losses.NTXentLoss):
     r"""Replaces ``pytorch_metric_learning.losses.NTXentLoss``, whose memory is cubic in the batch; here it is linear.
 
     .. math:: L = \frac{1}{P} \sum_{(i, p)} \log \Big( e^{z_{ip}} + \sum_n e^{z_{in}} \Big) - z_{ip}, \qquad
@@ -127,12 +126,13 @@ class NTXentLoss(losses.NTXentLoss):  # type: ignore[misc]
         """Whether this class computes the loss, or leaves it to pytorch-metric-learning."""
         reducer = self.reducer
         if isinstance(reducer, reducers.MultipleReducers):  # with a regularizer
-            reducer = reducer.reducers["loss"] if "loss" in reducer.reducers else reducer.default_reducer
+            reducer = dict(reducer.reducers).get("loss", reducer.default_reducer)
         return _is_similarity(self) and type(reducer) is reducers.MeanReducer
 
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor | None
     ) -> Any:
+        """What the reducer gets. pytorch-metric-learning calls it."""
         if not self.is_fused():
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         sides = _sides(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -144,7 +144,7 @@ class NTXentLoss(losses.NTXentLoss):  # type: ignore[misc]
         return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
 
 
-class SupConLoss(losses.SupConLoss):  # type: ignore[misc]
+class SupConLoss(losses.SupConLoss):
     r"""Replaces ``pytorch_metric_learning.losses.SupConLoss``, in memory that is linear in the batch.
 
     .. math:: L_i = \log \sum_k e^{z_{ik}} - \frac{1}{|P_i|} \sum_{p \in P_i} z_{ip}, \qquad
@@ -184,6 +184,7 @@ class SupConLoss(losses.SupConLoss):  # type: ignore[misc]
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor | None
     ) -> Any:
+        """What the reducer gets. pytorch-metric-learning calls it."""
         if not self.is_fused():
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         sides = _sides(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -210,7 +211,7 @@ class SupConLoss(losses.SupConLoss):  # type: ignore[misc]
         return (lse - mean).masked_fill(~sides.pairs.paired, 0)
 
 
-class CrossBatchMemory(losses.CrossBatchMemory):  # type: ignore[misc]
+class CrossBatchMemory(losses.CrossBatchMemory):
     """Replaces ``pytorch_metric_learning.losses.CrossBatchMemory``: embeddings of earlier batches are references, too.
 
     Around :class:`NTXentLoss` and :class:`SupConLoss` of this module, and without a miner, no list of pairs is made, so
@@ -246,6 +247,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):  # type: ignore[misc]
         self, embeddings: Tensor, labels: Tensor, E_mem: Tensor, L_mem: Tensor, input_indices_tuple: Any,
         do_remove_self_comparisons: bool,
     ) -> Any:  # fmt: skip
+        """The pairs of a batch and the memory. pytorch-metric-learning calls it."""
         # Of a single row, theirs does not remove the pair with itself.
         mined = self.miner or input_indices_tuple is not None or len(embeddings) == 1
         if mined or not (isinstance(self.loss, (NTXentLoss, SupConLoss)) and self.loss.is_fused()):

@@ -28,8 +28,8 @@ def _per_query(queries: Tensor, passages: Tensor, names: tuple[str, str]) -> int
 class SimpleContrastiveLoss(nn.Module):
     """Replaces ``tevatron.retriever.gc_trainer.SimpleContrastiveLoss``: queries among interleaved passages.
 
-    ``loss(x, y, target=None, reduction="mean")`` takes queries [Q, D] and passages [P, D], which it does not normalise;
-    divide the queries by a temperature if there is one. ``target`` [Q] is the passage of each query, by default i P / Q.
+    ``loss(x, y, target=None, reduction="mean")`` takes queries [Q, D] and passages [P, D], which it does not normalise.
+    Divide the queries by a temperature if there is one. ``target`` [Q] is each query's passage, by default i P / Q.
 
     In Tevatron's ``EncoderModel`` the loss is in ``forward``, behind a matrix of scores. Override it::
 
@@ -261,12 +261,13 @@ class TwoTowerLoss(LossInGroup):
             if wanted != (of_negatives is not None):
                 what = "a tensor" if wanted else "None without negatives, or without the same of items"
                 raise ValueError(f"{name}: expected {what}, got {'None' if wanted else 'a tensor'}")
-        items, ids, log_q = (
-            first if second is None or first is None else torch.cat([first, second])
-            for first, second in ((items, negatives), (item_ids, negative_ids), (log_q, negative_log_q))
+        candidates = items if negatives is None else torch.cat([items, negatives])
+        ids, log_q = (
+            first if first is None or second is None else torch.cat([first, second])
+            for first, second in ((item_ids, negative_ids), (log_q, negative_log_q))
         )
         return K.row_softmax_loss(
-            users, items, self._scale(users), candidate_bias=None if log_q is None else -log_q, query_ids=item_ids,
+            users, candidates, self._scale(users), candidate_bias=None if log_q is None else -log_q, query_ids=item_ids,
             candidate_ids=ids, weights=weights, normalize=self.normalize, **self.how(),
         )  # fmt: skip
 

@@ -77,12 +77,12 @@ class SameLabels:
 class ListedPairs:
     """Pairs (anchor, positive) and (anchor, negative) by their numbers among M queries and N candidates."""
 
-    def __init__(self, anchors: Tensor, positives: Tensor, others: Tensor, negatives: Tensor, m: int, n: int) -> None:
+    def __init__(self, positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor], m: int, n: int) -> None:
         self._shape = m, n
-        self._lists = [_by_anchor(*pair, m, n) for pair in ((anchors, positives), (others, negatives))]
-        self.positives, self.negatives = len(anchors), len(others)
-        self.paired = torch.zeros(m, dtype=torch.bool, device=anchors.device)
-        self.paired[anchors] = True
+        self._lists = [_by_anchor(*pairs, m, n) for pairs in (positive, negative)]
+        self.positives, self.negatives = len(positive[0]), len(negative[0])
+        self.paired = torch.zeros(m, dtype=torch.bool, device=positive[0].device)
+        self.paired[positive[0]] = True
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         m, n = self._shape
@@ -153,7 +153,8 @@ def by_row(
     float32, or float64 for float64 features.
     """
     if isinstance(pairs, ListedPairs):
-        return _ByRow.apply(query, candidates, scale, lse, pairs, formula)  # type: ignore[no-any-return]
+        listed: Tensor = _ByRow.apply(query, candidates, scale, lse, pairs, formula)
+        return listed
     sides = query.index_select(0, pairs.order), candidates.index_select(0, pairs.candidate_order)
     lse = None if lse is None else lse.index_select(0, pairs.order)
     ordered = _ByRow.apply(*sides, scale, lse, pairs, formula)
@@ -193,7 +194,7 @@ class _ByRow(torch.autograd.Function):
                     leaves = [logits.requires_grad_()]
                     if lse is not None:
                         leaves.append(lse[tile.rows].detach().requires_grad_())
-                    made = ctx.formula(logits, tile, *leaves[1:] or [None])
+                    made = ctx.formula(logits, tile, None if lse is None else leaves[1])
                 gradient, *rest = torch.autograd.grad(made, leaves, upstream[tile.rows])
                 by_scale += (gradient * raw).sum()
                 if by_lse is not None:
