@@ -115,6 +115,16 @@ def test_rows_without_negatives_and_repeated_pairs() -> None:
         assert_same(lambda m, name=name: getattr(m, name)()(z, indices_tuple=(a1, p, a2, n)), [z])
 
 
+def test_rows_whose_loss_rounds_to_nothing_do_not_count() -> None:
+    """The first two are equal, and 0.38 from the next two, at a temperature of which exp(-20) is left."""
+    z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.38, 0.925], [0.38, -0.925]], requires_grad=True)
+    labels, others = torch.tensor([0, 0, 1, 1]), z.detach().clone()
+    loss = ours.SupConLoss(0.03, reducer=reducers.DoNothingReducer())(z, labels)["loss"]["losses"]
+    assert (loss == 0).tolist() == [True, True, False, False]
+    assert_same(lambda m: m.SupConLoss(0.03)(z, labels), [z])
+    assert_same(lambda m: m.SupConLoss(0.03)(z, labels, ref_emb=others, ref_labels=labels), [z])
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("memory_size", [40, 16])
 def test_cross_batch_memory(name: str, memory_size: int) -> None:
