@@ -78,6 +78,9 @@ SEVERAL_POSITIVES = {
 }  # fmt: skip
 
 
+MANY_ROWS = SEVERAL_POSITIVES | {"rows": 70, "cols": 80, "ids": None, "bias": True}  # of several sums by column
+
+
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
 @given(
@@ -88,6 +91,8 @@ SEVERAL_POSITIVES = {
     seed=st.integers(0, 2**16),
 )
 @example(problem=SEVERAL_POSITIVES, layout="contiguous", workspace_mb=64, budget_mb=64, seed=1)
+@example(problem=SEVERAL_POSITIVES | {"guide": 5}, layout="contiguous", workspace_mb=64, budget_mb=64, seed=1)
+@example(problem=MANY_ROWS, layout="contiguous", workspace_mb=64, budget_mb=64, seed=1)
 def test_matches_the_float64_reference(
     backend: str, problem: dict[str, Any], layout: str, workspace_mb: float, budget_mb: float, seed: int
 ) -> None:
