@@ -58,7 +58,7 @@ class SameLabels:
         self.negatives = len(labels) * len(candidate_labels) - int((stop - first).sum())
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
-        limit = max(1, workspace_bytes() // (_PLANES * dtype.itemsize))
+        limit = max(1, workspace_bytes(self.order.device) // (_PLANES * dtype.itemsize))
         spans, end = self._spans.tolist(), 0
         while end < len(spans):
             start, first = end, spans[end][0]
@@ -86,7 +86,7 @@ class ListedPairs:
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         m, n = self._shape
-        step = max(1, workspace_bytes() // (_PLANES * dtype.itemsize * max(1, n)))
+        step = max(1, workspace_bytes(self.paired.device) // (_PLANES * dtype.itemsize * max(1, n)))
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
             counts = (_counts(rows, n, *listed, dtype) for listed in self._lists)
