@@ -103,7 +103,7 @@ class NTXentLoss(losses.NTXentLoss):
     ``forward(embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None)`` takes embeddings [M, D] and
     labels [M]; reference embeddings [N, D] and their labels, which by default are the embeddings themselves; and a
     miner's triplets or pairs, by default all pairs of labels. For a miner's lists, whole rows of similarities are
-    visited, as many as fit the workspace at a time.
+    visited, as many as fit the workspace at a time. On a GPU the call waits for the device, as the package's does.
 
     Returns:
         The loss in the dtype of ``embeddings``.
