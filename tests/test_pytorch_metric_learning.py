@@ -60,12 +60,13 @@ def test_labels(name: str, temperature: float | None) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(
     "miner",
-    [miners.TripletMarginMiner(0.3), miners.MultiSimilarityMiner(0.1), miners.PairMarginMiner()],
+    [miners.TripletMarginMiner(0.3), miners.MultiSimilarityMiner(0.1), miners.PairMarginMiner(0.5, 1.4)],
     ids=lambda miner: type(miner).__name__,
 )
 def test_miners(name: str, miner: Any) -> None:
     z, labels, ref, ref_labels = draw()
     mined, between = miner(z.detach(), labels), miner(z.detach(), labels, ref.detach(), ref_labels)
+    assert all(len(t) > 10 for t in (*mined, *between))
     for workspace_mb in (64, TINY_MB):
         with use_workspace(workspace_mb):
             assert_same(lambda m: getattr(m, name)(0.3)(z, labels, mined), [z])
@@ -80,7 +81,8 @@ def test_dtypes_and_a_learned_temperature(name: str) -> None:
     rtol = 1e-10
     assert_same(lambda m: getattr(m, name)(t)(z, labels), [z, t], rtol)
     assert_same(lambda m: getattr(m, name)(t)(z, labels, ref_emb=ref, ref_labels=ref_labels), [z, ref, t], rtol)
-    mined = miners.PairMarginMiner()(z, labels)
+    mined = miners.PairMarginMiner(0.5, 1.4)(z, labels)
+    assert all(len(t) > 10 for t in mined)
     assert_same(lambda m: getattr(m, name)(t)(z, labels, mined), [z, t], rtol)
     half = z.detach().bfloat16().requires_grad_()
     loss = getattr(ours, name)()(half, labels)
@@ -137,7 +139,7 @@ def test_cross_batch_memory(name: str, memory_size: int) -> None:
         if step == 2:
             given["enqueue_mask"] = torch.arange(batch) % 3 == 0
         if step == 5:
-            given["indices_tuple"] = miners.PairMarginMiner()(z, labels)
+            given["indices_tuple"] = miners.PairMarginMiner(0.5, 1.4)(z, labels)
             if name == "SupConLoss":  # pairs within the batch are others in the memory, and may be negative there
                 del given["indices_tuple"]
         assert_same(lambda m: pair[m is theirs](z, labels, **given), [z])  # noqa: B023
