@@ -204,7 +204,9 @@ def fitted_for(config: Config, family: str, has_ids: bool, guided: bool, smoothe
         fitted = replace(fitted, block_d=min(fitted.block_d, 32))
     if HAS_OLD_TRITON and has_bias:
         return narrowed(fitted, 32)
-    return narrowed(fitted, 16) if has_ids and guided and family == "sm_100" else fitted
+    if has_ids and guided and family == "sm_100":
+        return replace(narrowed(fitted, 16), block_d=max(fitted.block_d, 32))
+    return fitted
 
 
 def pair_constants(config: Config, x: Tensor, pairs: Pairs) -> dict[str, Any]:
