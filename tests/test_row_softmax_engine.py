@@ -99,7 +99,7 @@ def test_no_grad_computes_the_loss_alone(name: str, monkeypatch: pytest.MonkeyPa
     loss, arguments = case(name)
     with torch.no_grad():
         loss(*(t.requires_grad_() for t in arguments))
-    assert counts == {"tiles": 2 if name == "prefixes" else 1, "gradients": 0}
+    assert counts == {"tiles": 3 if name == "prefixes" else 1, "gradients": 0}
 
 
 @pytest.mark.parametrize(("wanted", "products"), [("", 1), ("s", 1), ("b", 1), ("q", 2), ("qs", 2), ("qc", 3)])
@@ -373,7 +373,7 @@ def test_no_grad_keeps_nothing() -> None:
 
 def test_the_kernels_check_their_own_arguments() -> None:
     ops = torch.ops.ssl_kernels
-    tile, stats, target = torch.zeros(2, 3), torch.zeros(2, 4).double(), torch.zeros(2, dtype=torch.int64)
+    tiles, stats, target = [torch.zeros(2, 3)], torch.zeros(1, 2, 4).double(), torch.zeros(2, dtype=torch.int64)
     pairs = [target, None, None, 0, False, False, 1.0, 1.0, 1.0, None, None, None]
     for place, bad, message in (
         (0, target[:1], "target: expected size 2 in dimension 0, got 1"),
@@ -382,20 +382,27 @@ def test_the_kernels_check_their_own_arguments() -> None:
         (6, -1.0, "scale: expected a number >= 0, got -1"),
         (8, 2.0, "logits: expected true beside a bias, factors or several scales"),
         (9, torch.zeros(3), "logits: expected true beside a bias, factors or several scales"),
-        (10, torch.ones(2), "row_factor, col_factor: expected both or neither"),
+        (10, torch.ones(1, 2), "row_factors, col_factors: expected both or neither"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops.row_softmax_stats_(tile, stats, *pairs[:place], bad, *pairs[place + 1 :])
-    moments, sums, side = torch.zeros(2).double(), torch.zeros(0, 1, 3), torch.zeros(4, 2)
-    ops.row_softmax_grad_(tile, moments, sums, side, True, None, *pairs)
+            ops.row_softmax_stats_(tiles, stats, *pairs[:place], bad, *pairs[place + 1 :])
     for change, message in (
-        ([moments.float(), sums, side], "moments: expected dtype Double, got Float"),
-        ([moments, side, side], "col_sums: expected 3 dimensions, got 2"),
-        ([moments, sums, side[:3]], "side: expected 4 or 5 vectors, got 3"),
+        ([[], stats], "tiles: expected at least one"),
+        ([[*tiles, torch.zeros(2, 4)], stats], "tiles: expected size 3 in dimension 1, got 4"),
+        ([2 * tiles, stats], "stats: expected size 2 in dimension 0, got 1"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops.row_softmax_grad_(tile, *change, True, None, *pairs)
-    loss, largest = torch.zeros(()), torch.zeros(1)
+            ops.row_softmax_stats_(*change, *pairs)
+    moments, sums, sides = torch.zeros(2, 1).double(), torch.zeros(1, 0, 1, 3), torch.zeros(1, 4, 2)
+    ops.row_softmax_grad_(tiles, moments, sums, sides, True, True, *pairs)
+    for change, message in (
+        ([moments.float(), sums, sides], "moments: expected dtype Double, got Float"),
+        ([moments, sides, sides], "col_sums: expected 4 dimensions, got 3"),
+        ([moments, sums, sides[:, :3]], "sides: expected 4 or 5 vectors, got 3"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.row_softmax_grad_(tiles, *change, True, True, *pairs)
+    loss, largest, stats, side = torch.zeros(()), torch.zeros(1), stats[0], sides[0]
     ops.row_softmax_summary_(stats, 1.0, 0.0, True, False, None, loss, largest, side)
     for change, message in (
         ([torch.ones(3), loss, largest, side], "weights: expected size 2 in dimension 0, got 3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -66,10 +67,10 @@ def problem(
         tile[ignored] = LEFT_OUT
     factor = np.ones_like(raw)
     if factors:
-        options["row_factor"], options["col_factor"] = (
-            rng.uniform(0.5, 2, size=n).astype(np.float32) for n in raw.shape
+        options["row_factors"], options["col_factors"] = (
+            rng.uniform(0.5, 2, size=(1, n)).astype(np.float32) for n in raw.shape
         )
-        factor = options["row_factor"][:, None].astype(np.float64) * options["col_factor"]
+        factor = options["row_factors"].T.astype(np.float64) * options["col_factors"]
     s = raw * factor
     v, unit = s, scales[0]
     if bias or factors or len(set(scales)) > 1:
@@ -110,7 +111,7 @@ def test_statistics_match_the_definition(isa: str, smoothed: bool, **options: An
     results = []
     for parts in (1, 3):
         stats = fresh(len(p.tile), width)
-        native.row_softmax_stats(p.tile, stats, **p.options, parts=parts, isa=isa)
+        native.row_softmax_stats([p.tile], stats[None], **p.options, parts=parts, isa=isa)
         results.append(stats)
     stats = results[0]
     assert np.array_equal(*results)
@@ -132,7 +133,7 @@ def test_tiles_of_one_matrix_merge_in_any_order(isa: str, cuts: list[int], seed:
     for (top, bottom), (left, right) in tiles:
         part = {name: p.options[name][left:right] for name in ("col_ids", "bias") if name in p.options}
         part |= {"target": p.options["target"][top:bottom] - left, "row_ids": p.options["row_ids"][top:bottom]}
-        native.row_softmax_stats(p.tile[top:bottom, left:right], stats[top:bottom], **p.options | part, isa=isa)
+        native.row_softmax_stats([p.tile[top:bottom, left:right]], stats[None, top:bottom], **p.options | part, isa=isa)
     np.testing.assert_allclose(finished(stats, p.unit), lse_of(p.v, p.unit, p.ignored), rtol=2e-6, atol=2e-5)
     assert np.array_equal(stats[:, 3], p.positive.sum(1))
 
@@ -152,18 +153,17 @@ def test_gradients_match_the_definition(isa: str, smoothed: bool, **options: Any
     grad = np.where(p.ignored, 0, grad)
     products = grad * p.s
 
-    before, results, add = p.buffer.copy(), [], p.rng.normal(size=(rows, cols)).astype(np.float32)
+    before, results = p.buffer.copy(), []
     for parts, write, planes in ((2, False, 0), (1, True, 1), (3, True, 2)):
         p.buffer[:] = before
-        moments = np.ones((rows, 2))[:, 0]
-        by_column = np.full((planes, -(-rows // 64), cols), np.nan, np.float32)
+        moments = np.ones((rows, 2))[:, :1]
+        by_column = np.full((1, planes, -(-rows // 64), cols), np.nan, np.float32)
         native.row_softmax_grad(
-            p.tile, moments, by_column, side, **p.options, write=write, parts=parts, add=add if planes == 2 else None,
-            isa=isa,
-        )  # fmt: skip
+            [p.tile], moments, by_column, side[None], **p.options, write=write, parts=parts, isa=isa
+        )
         if not write:
             assert np.array_equal(p.buffer, before)
-        results.append((moments, by_column, p.tile.copy()))
+        results.append((moments[:, 0], by_column[0], p.tile.copy()))
     largest = np.abs(np.where(p.ignored, 0, p.unit * p.v)).max(initial=0)  # logits are rounded to fp32
     error = 2e-7 * (10 + largest) * (np.abs(side[2])[:, None] + np.abs(grad))
     for (moments, by_column, tile), write in zip(results, (False, True, True), strict=True):
@@ -171,8 +171,7 @@ def test_gradients_match_the_definition(isa: str, smoothed: bool, **options: Any
         for summed, exact, scope in zip(by_column, (grad, products), (1, np.abs(p.s)), strict=False):
             assert (np.abs(summed.sum(0) - exact.sum(0)) <= (error * scope).sum(0) + 1e-5).all()
         if write:
-            more = add if len(by_column) == 2 else 0
-            assert (np.abs(tile - more - grad * p.factor) <= error * p.factor + 1e-6).all()
+            assert (np.abs(tile - grad * p.factor) <= error * p.factor + 1e-6).all()
     assert np.array_equal(p.buffer[:, cols:], before[:, cols:])
 
 
@@ -201,10 +200,10 @@ def test_a_target_that_has_all_of_the_probability_leaves_nothing(isa: str) -> No
         target = np.arange(9) % cols
         tile[np.arange(9), target] = 0.83
         stats = fresh(9, 4)
-        native.row_softmax_stats(tile, stats, target, (100.0,) * 3, isa=isa)
+        native.row_softmax_stats([tile], stats[None], target, (100.0,) * 3, isa=isa)
         side = np.stack([stats[:, 0], np.log(stats[:, 1]), np.ones(9), np.ones(9)]).astype(np.float32)
         native.row_softmax_grad(
-            tile, np.zeros(9), np.zeros((0, 1, cols), np.float32), side, target, (100.0,) * 3, isa=isa
+            [tile], np.zeros((9, 1)), np.zeros((1, 0, 1, cols), np.float32), side[None], target, (100.0,) * 3, isa=isa
         )
         assert np.abs(tile).max() < 1e-30
 
@@ -213,7 +212,7 @@ def test_a_target_that_has_all_of_the_probability_leaves_nothing(isa: str) -> No
 @pytest.mark.parametrize("cols", [1, 3, 16, 37])
 def test_padding_is_never_a_maximum(isa: str, cols: int) -> None:
     stats = fresh(5, 4)
-    native.row_softmax_stats(np.full((5, cols), -0.9, np.float32), stats, np.full(5, -1), (200.0,) * 3, isa=isa)
+    native.row_softmax_stats([np.full((5, cols), -0.9, np.float32)], stats[None], np.full(5, -1), (200.0,) * 3, isa=isa)
     assert (stats[:, 0] == np.float32(-0.9)).all()
     np.testing.assert_allclose(stats[:, 1], cols, rtol=1e-6)
 
@@ -227,37 +226,82 @@ def test_nan_comes_through(isa: str, alone: bool) -> None:
         tile[1] = np.nan if alone else tile[1]
         stats = fresh(3, 4)
         for piece in (tile, np.ones((3, cols), np.float32)):
-            native.row_softmax_stats(piece, stats, np.zeros(3, np.int64), (10.0,) * 3, isa=isa)
+            native.row_softmax_stats([piece], stats[None], np.zeros(3, np.int64), (10.0,) * 3, isa=isa)
             assert np.isnan(finished(stats, 10.0)[1])  # and later tiles do not cover it
             assert np.isfinite(finished(stats, 10.0)[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@given(**OPTIONS)
+def test_prefixes_are_what_each_is_alone(isa: str, smoothed: bool, **options: Any) -> None:
+    """Each of three adds similarities to those of the one before, and receives its gradient and those of all longer."""
+    p = problem(**options)
+    shape, width = p.tile.shape, 6 if smoothed else 4
+    pieces = [p.tile.copy(), *p.rng.uniform(-1, 1, size=(2, *shape)).astype(np.float32)]
+    sums = list(itertools.accumulate(pieces))
+    known, factors = dict(p.options), {}
+    for name, size in zip(("row_factors", "col_factors"), shape, strict=True):
+        if name in known:
+            factors[name] = known[name] = p.rng.uniform(0.5, 2, size=(3, size)).astype(np.float32)
+
+    tiles, stats = [piece.copy() for piece in pieces], np.stack([fresh(shape[0], width) for _ in pieces])
+    native.row_softmax_stats(tiles, stats, **known, isa=isa, parts=2)
+    assert all(np.array_equal(*pair) for pair in zip(tiles, sums, strict=True))
+    sides = p.rng.normal(size=(3, 5 if smoothed else 4, shape[0])).astype(np.float32)
+    empty = stats[:, :, 1] == 0
+    sides[:, 0] = np.where(empty, 0, stats[:, :, 0])
+    sides[:, 1] = np.where(empty, np.inf, np.log(np.where(empty, 1, stats[:, :, 1])))
+    results = []
+    for given_tiles, summed in ((tiles, True), ([piece.copy() for piece in pieces], False)):
+        moments, by_column = np.zeros((shape[0], 3)), np.zeros((3, 2, -(-shape[0] // 64), shape[1]), np.float32)
+        native.row_softmax_grad(given_tiles, moments, by_column, sides, **known, summed=summed, parts=2, isa=isa)
+        results.append((given_tiles, moments, by_column))
+    total = np.zeros(shape, np.float32)
+    for k in (2, 1, 0):
+        alone = known | {name: both[k : k + 1] for name, both in factors.items()}
+        tile, moments, expected = sums[k].copy(), np.zeros((shape[0], 1)), fresh(shape[0], width)
+        by_column = np.zeros((1, 2, -(-shape[0] // 64), shape[1]), np.float32)
+        native.row_softmax_stats([tile], expected[None], **alone, isa=isa)
+        native.row_softmax_grad([tile], moments, by_column, sides[k : k + 1], **alone, isa=isa)
+        assert np.array_equal(stats[k], expected, equal_nan=True)
+        total = tile + total
+        for made, made_moments, made_columns in results:
+            np.testing.assert_allclose(made[k], total, rtol=1e-5, atol=1e-5 * (1 + np.abs(tile).max(initial=0)))
+            np.testing.assert_array_equal(made_moments[:, k], moments[:, 0])
+            np.testing.assert_array_equal(made_columns[k], by_column[0])
+
+
 def test_bad_arrays_are_named() -> None:
-    tile, stats, target, t = np.zeros((2, 3), np.float32), fresh(2, 4), np.zeros(2, np.int64), (1.0,) * 3
+    tile, stats, target, t = np.zeros((2, 3), np.float32), fresh(2, 4)[None], np.zeros(2, np.int64), (1.0,) * 3
     ids = np.zeros(2, np.int64)
     for arguments, options, message in (
-        ((tile[:, ::2], stats, target, t), {}, "tile: expected unit stride along columns, got 2"),
-        ((tile, stats[:1], target, t), {}, "stats: expected size 2 in dimension 0, got 1"),
-        ((tile, stats, target[:1], t), {}, "target: expected size 2 in dimension 0, got 1"),
-        ((tile, stats, target, (-1.0,) * 3), {}, "scale: expected a number >= 0, got -1"),
-        ((tile, stats, target, t), {"row_ids": ids}, "row_ids, col_ids: expected both or neither"),
-        ((tile, stats, target, t), {"same_id": 3}, "same_id: expected 0, 1 or 2, got 3"),
-        ((tile, stats, target, t), {"bias": np.zeros(2, np.float32)}, "bias: expected size 3 in dimension 0, got 2"),
-        ((tile, stats, target, t), {"row_factor": np.ones(2, np.float32)}, "row_factor, col_factor: expected both or"),
-        ((tile, stats, target, t), {"parts": 0}, "parts: expected at least 1, got 0"),
-        ((tile, stats, target, t), {"isa": "avx1024"}, "instruction set: got 'avx1024'"),
+        (([tile[:, ::2]], stats, target, t), {}, "tile: expected unit stride along columns, got 2"),
+        (([tile], stats[:, :1], target, t), {}, "stats: expected size 2 in dimension 1, got 1"),
+        (([tile], stats, target[:1], t), {}, "target: expected size 2 in dimension 0, got 1"),
+        (([tile], stats, target, (-1.0,) * 3), {}, "scale: expected a number >= 0, got -1"),
+        (([tile], stats, target, t), {"row_ids": ids}, "row_ids, col_ids: expected both or neither"),
+        (([tile], stats, target, t), {"same_id": 3}, "same_id: expected 0, 1 or 2, got 3"),
+        (([tile], stats, target, t), {"bias": np.zeros(2, np.float32)}, "bias: expected size 3 in dimension 0, got 2"),
+        (
+            ([tile], stats, target, t),
+            {"row_factors": np.ones((1, 2), np.float32)},
+            "row_factors, col_factors: expected",
+        ),
+        (([tile], stats, target, t), {"parts": 0}, "parts: expected at least 1, got 0"),
+        (([tile], stats, target, t), {"isa": "avx1024"}, "instruction set: got 'avx1024'"),
     ):
         with pytest.raises(ValueError, match=message):
             native.row_softmax_stats(*arguments, **options)
-    good = {"moments": np.zeros(2), "col_sums": np.zeros((1, 1, 3), np.float32), "side": np.zeros((4, 2), np.float32)}
+    zeros = functools.partial(np.zeros, dtype=np.float32)
+    good = {"moments": np.zeros((2, 1)), "col_sums": zeros((1, 1, 1, 3)), "sides": zeros((1, 4, 2))}
     for change, message in (
-        ({"side": np.zeros((3, 2), np.float32)}, "side: expected 4 or 5 vectors, got 3"),
-        ({"side": np.zeros((4, 4), np.float32)[:, ::2]}, "side: expected vectors that are contiguous in memory"),
-        ({"moments": np.zeros((2, 1))}, "moments: expected 1 dimensions, got 2"),
-        ({"col_sums": np.zeros((1, 2, 3), np.float32)}, "col_sums: expected size 1 in dimension 1, got 2"),
-        ({"col_sums": np.zeros((3, 1, 3), np.float32)}, "col_sums: expected at most 2 planes, got 3"),
+        ({"sides": zeros((1, 3, 2))}, "sides: expected 4 or 5 vectors, got 3"),
+        ({"sides": zeros((1, 4, 4))[:, :, ::2]}, "sides: expected vectors that are contiguous in memory"),
+        ({"moments": np.zeros(2)}, "moments: expected 2 dimensions, got 1"),
+        ({"col_sums": zeros((1, 1, 2, 3))}, "col_sums: expected size 1 in dimension 2, got 2"),
+        ({"col_sums": zeros((1, 3, 1, 3))}, "col_sums: expected at most 2 planes, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            native.row_softmax_grad(tile, **good | change, target=target, scales=t)
+            native.row_softmax_grad([tile], **good | change, target=target, scales=t)
     with pytest.raises(ValueError, match="scores: expected size 3 in dimension 1, got 2"):
         native.row_softmax_guide(tile, np.zeros((2, 2), np.float32), np.zeros(2, np.float32), target)

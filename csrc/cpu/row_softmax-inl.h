@@ -136,11 +136,30 @@ static void stats_rows(const RowStats& job, int64_t begin, int64_t end) {
 
 static bool looks_at_pairs(const RowTile& t) { return t.row_ids || t.guided; }
 
-static void row_softmax_stats(const RowStats& s, int64_t begin, int64_t end) {
+static void stats_of_prefix(const RowStats& s, int64_t begin, int64_t end) {
   if (looks_at_pairs(s.tile) || s.width == kAllRowStats) {
     return s.tile.logits ? stats_rows<true, true>(s, begin, end) : stats_rows<true, false>(s, begin, end);
   }
   return s.tile.logits ? stats_rows<false, true>(s, begin, end) : stats_rows<false, false>(s, begin, end);
+}
+
+// Adds the similarities of the prefix before.
+static void add_row(const RowTile& t, const RowTile& before, int64_t row) {
+  float* sums = t.raw + row * t.row_stride;
+  const float* more = before.raw + row * before.row_stride;
+  for_each_vector(t.cols, [&](int64_t col, int count) SSLK_LAMBDA {
+    store_first(sums + col, load_first<Vec>(sums + col, count) + load_first<Vec>(more + col, count), count);
+  });
+}
+
+static void row_softmax_stats(const RowStats* prefixes, int64_t count, int64_t begin, int64_t end) {
+  if (count == 1) return stats_of_prefix(*prefixes, begin, end);
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t k = 0; k < count; ++k) {
+      if (k) add_row(prefixes[k].tile, prefixes[k - 1].tile, row);
+      stats_of_prefix(prefixes[k], row, row + 1);
+    }
+  }
 }
 
 static void row_softmax_guide(const RowGuide& g, int64_t begin, int64_t end) {
@@ -158,12 +177,12 @@ static void row_softmax_guide(const RowGuide& g, int64_t begin, int64_t end) {
 }
 
 template <bool kMasks, bool kLogits>
-static void grad_rows(const RowGrad& g, int64_t begin, int64_t end) {
+static void grad_rows(const RowGrad& g, const RowTile* longer, int64_t begin, int64_t end) {
   const RowTile& t = g.tile;
   const Vec unit = broadcast(t.unit()), scale = broadcast(t.other_scale), zero = {};
   for (int64_t row = begin; row < end; ++row) {
     float* raw = t.raw + row * t.row_stride;
-    const float* add = g.add ? g.add + row * g.add_stride : nullptr;
+    const float* add = longer ? longer->raw + row * longer->row_stride : nullptr;
     float* col_sums = g.col_sums ? g.col_sums + row / g.kChunk * t.cols : nullptr;
     float* col_moments = g.col_moments ? g.col_moments + row / g.kChunk * t.cols : nullptr;
     const Vec top = broadcast(g.top[row]), log_sum = broadcast(g.log_sum[row]), weight = broadcast(g.weight[row]);
@@ -200,14 +219,29 @@ static void grad_rows(const RowGrad& g, int64_t begin, int64_t end) {
   }
 }
 
-static void row_softmax_grad(const RowGrad& g, int64_t begin, int64_t end) {
-  const int64_t cols = g.tile.cols, first = begin * g.kChunk;
-  const int64_t last = end * g.kChunk < g.tile.rows ? end * g.kChunk : g.tile.rows;
-  const size_t bytes = (end - begin) * cols * sizeof(float);
-  if (g.col_sums) std::memset(g.col_sums + begin * cols, 0, bytes);
-  if (g.col_moments) std::memset(g.col_moments + begin * cols, 0, bytes);
+// `longer` holds what is added to what is written, or is null.
+static void grad_of_prefix(const RowGrad& g, const RowTile* longer, int64_t begin, int64_t end) {
   if (looks_at_pairs(g.tile) || (g.all && g.tile.bias)) {  // what a bias removes gets no share of a target
-    return g.tile.logits ? grad_rows<true, true>(g, first, last) : grad_rows<true, false>(g, first, last);
+    return g.tile.logits ? grad_rows<true, true>(g, longer, begin, end) : grad_rows<true, false>(g, longer, begin, end);
   }
-  return g.tile.logits ? grad_rows<false, true>(g, first, last) : grad_rows<false, false>(g, first, last);
+  return g.tile.logits ? grad_rows<false, true>(g, longer, begin, end) : grad_rows<false, false>(g, longer, begin, end);
+}
+
+static void row_softmax_grad(const RowGrad* prefixes, int64_t count, bool summed, int64_t begin, int64_t end) {
+  const RowTile& tile = prefixes->tile;
+  const int64_t chunk = RowGrad::kChunk, first = begin * chunk;
+  const int64_t last = end * chunk < tile.rows ? end * chunk : tile.rows;
+  const size_t bytes = (end - begin) * tile.cols * sizeof(float);
+  for (int64_t k = 0; k < count; ++k) {
+    if (prefixes[k].col_sums) std::memset(prefixes[k].col_sums + begin * tile.cols, 0, bytes);
+    if (prefixes[k].col_moments) std::memset(prefixes[k].col_moments + begin * tile.cols, 0, bytes);
+  }
+  if (count == 1) return grad_of_prefix(*prefixes, nullptr, first, last);
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t k = 1; k < count && !summed; ++k) add_row(prefixes[k].tile, prefixes[k - 1].tile, row);
+    for (int64_t k = count - 1; k >= 0; --k) {
+      const bool is_longest = k == count - 1;
+      grad_of_prefix(prefixes[k], is_longest || !prefixes[k].write ? nullptr : &prefixes[k + 1].tile, row, row + 1);
+    }
+  }
 }

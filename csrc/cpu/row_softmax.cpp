@@ -8,16 +8,16 @@
 
 namespace sslk {
 
-void row_softmax_stats(const RowStats& stats, int64_t begin, int64_t end, Isa isa) {
-  SSLK_DISPATCH(isa, row_softmax_stats, stats, begin, end);
+void row_softmax_stats(const RowStats* prefixes, int64_t count, int64_t begin, int64_t end, Isa isa) {
+  SSLK_DISPATCH(isa, row_softmax_stats, prefixes, count, begin, end);
 }
 
 void row_softmax_guide(const RowGuide& guide, int64_t begin, int64_t end, Isa isa) {
   SSLK_DISPATCH(isa, row_softmax_guide, guide, begin, end);
 }
 
-void row_softmax_grad(const RowGrad& grad, int64_t begin, int64_t end, Isa isa) {
-  SSLK_DISPATCH(isa, row_softmax_grad, grad, begin, end);
+void row_softmax_grad(const RowGrad* prefixes, int64_t count, bool summed, int64_t begin, int64_t end, Isa isa) {
+  SSLK_DISPATCH(isa, row_softmax_grad, prefixes, count, summed, begin, end);
 }
 
 namespace {

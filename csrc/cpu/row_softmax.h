@@ -74,8 +74,6 @@ struct RowGrad {
   float* col_sums;     // [chunks, cols]: sum_i G_ij of the rows of each chunk, or null
   float* col_moments;  // the same of G_ij s_ij
   bool write;  // whether G, times the factors if there are some, replaces the similarities
-  const float* add;  // [rows, cols], added to what is written, or null
-  int64_t add_stride;
 
   int64_t chunks() const { return (tile.rows + kChunk - 1) / kChunk; }
 };
@@ -102,10 +100,15 @@ struct RowSummary {
 void row_softmax_summary(const RowSummary& summary);
 
 // Rows [begin, end). Distinct ranges may run concurrently, and the result does not depend on the split.
-void row_softmax_stats(const RowStats& stats, int64_t begin, int64_t end, Isa isa);
 void row_softmax_guide(const RowGuide& guide, int64_t begin, int64_t end, Isa isa);
 
-// Likewise of chunks.
-void row_softmax_grad(const RowGrad& grad, int64_t begin, int64_t end, Isa isa);
+// Likewise, of the prefixes of the features, row by row so that all of a row stays in the first caches. The tile of the
+// first prefix holds its similarities, and those of the others hold what each adds to the one before, until the
+// statistics have put the sums there.
+void row_softmax_stats(const RowStats* prefixes, int64_t count, int64_t begin, int64_t end, Isa isa);
+
+// Likewise, of chunks. Each tile receives the sum of G over its prefix and all longer ones. `summed` says that the tiles
+// hold the sums that the statistics have put there.
+void row_softmax_grad(const RowGrad* prefixes, int64_t count, bool summed, int64_t begin, int64_t end, Isa isa);
 
 }  // namespace sslk

@@ -1,6 +1,8 @@
 // Arguments of the softmax over rows, checked and as its kernels take them.
 #pragma once
 
+#include <vector>
+
 #include "../checks.h"
 #include "../cpu/row_softmax.h"
 
@@ -19,17 +21,28 @@ struct RowPairs {
   double same_scale;
   double other_scale;
   std::optional<Tensor> bias;
-  std::optional<Tensor> row_factor;
-  std::optional<Tensor> col_factor;
+  std::optional<Tensor> row_factors;  // of each prefix
+  std::optional<Tensor> col_factors;
 };
 
+// Factors [prefixes, size] of one prefix, or null when absent.
 template <typename Tensor>
-RowTile row_tile(const Tensor& tile, const RowPairs<Tensor>& pairs) {
+const float* factors_of(const std::optional<Tensor>& factors, const char* name, int64_t prefixes, int64_t k,
+                        int64_t size) {
+  if (!factors) return nullptr;
+  check_tile(*factors, name);
+  check_size(*factors, name, 0, prefixes);
+  check_size(*factors, name, 1, size);
+  return static_cast<const float*>(factors->const_data_ptr()) + k * factors->stride(0);
+}
+
+template <typename Tensor>
+RowTile row_tile(const Tensor& tile, const RowPairs<Tensor>& pairs, int64_t prefixes = 1, int64_t k = 0) {
   check_tile(tile, "tile");
   STD_TORCH_CHECK(pairs.scale >= 0 || pairs.scale != pairs.scale, "scale: expected a number >= 0, got ", pairs.scale);
   STD_TORCH_CHECK(pairs.row_ids.has_value() == pairs.col_ids.has_value(), "row_ids, col_ids: expected both or neither");
-  STD_TORCH_CHECK(pairs.row_factor.has_value() == pairs.col_factor.has_value(),
-                  "row_factor, col_factor: expected both or neither");
+  STD_TORCH_CHECK(pairs.row_factors.has_value() == pairs.col_factors.has_value(),
+                  "row_factors, col_factors: expected both or neither");
   STD_TORCH_CHECK(pairs.same_id >= 0 && pairs.same_id <= 2, "same_id: expected 0, 1 or 2, got ", pairs.same_id);
   RowTile result{};
   result.raw = static_cast<float*>(tile.mutable_data_ptr());
@@ -45,8 +58,8 @@ RowTile row_tile(const Tensor& tile, const RowPairs<Tensor>& pairs) {
   result.same_scale = static_cast<float>(pairs.same_scale);
   result.other_scale = static_cast<float>(pairs.other_scale);
   result.bias = vector_data(pairs.bias, "bias", result.cols);
-  result.row_factor = vector_data(pairs.row_factor, "row_factor", result.rows);
-  result.col_factor = vector_data(pairs.col_factor, "col_factor", result.cols);
+  result.row_factor = factors_of(pairs.row_factors, "row_factors", prefixes, k, result.rows);
+  result.col_factor = factors_of(pairs.col_factors, "col_factors", prefixes, k, result.cols);
   const bool plain = !result.bias && !result.row_factor && result.same_scale == result.scale &&
                      result.other_scale == result.scale;
   STD_TORCH_CHECK(pairs.logits || plain, "logits: expected true beside a bias, factors or several scales");
@@ -54,12 +67,39 @@ RowTile row_tile(const Tensor& tile, const RowPairs<Tensor>& pairs) {
   return result;
 }
 
+// Of the prefixes of the features, which share all but their tiles and factors.
 template <typename Tensor>
-RowStats row_stats_job(const Tensor& tile, const Tensor& stats, const RowPairs<Tensor>& pairs) {
-  RowStats job{};
-  job.tile = row_tile(tile, pairs);
-  job.width = stats.dim() == 2 && stats.size(1) == kAllRowStats ? kAllRowStats : kRowStats;
-  job.stats = stats_data(stats, "stats", job.tile.rows, job.width);
+std::vector<RowTile> row_tiles(const std::vector<Tensor>& tiles, const RowPairs<Tensor>& pairs) {
+  STD_TORCH_CHECK(!tiles.empty(), "tiles: expected at least one");
+  std::vector<RowTile> result;
+  for (const Tensor& tile : tiles) {
+    const int64_t k = static_cast<int64_t>(result.size());
+    if (k) {
+      check_size(tile, "tiles", 0, result[0].rows);
+      check_size(tile, "tiles", 1, result[0].cols);
+    }
+    result.push_back(row_tile(tile, pairs, static_cast<int64_t>(tiles.size()), k));
+  }
+  return result;
+}
+
+// stats [prefixes, rows, width], each prefix contiguous.
+template <typename Tensor>
+std::vector<RowStats> row_stats_job(const std::vector<Tensor>& tiles, const Tensor& stats,
+                                    const RowPairs<Tensor>& pairs) {
+  const std::vector<RowTile> made = row_tiles(tiles, pairs);
+  check_tensor(stats, "stats", torch::headeronly::ScalarType::Double, 3);
+  const int64_t width = stats.size(2) == kAllRowStats ? kAllRowStats : kRowStats;
+  check_size(stats, "stats", 0, static_cast<int64_t>(made.size()));
+  check_size(stats, "stats", 1, made[0].rows);
+  check_size(stats, "stats", 2, width);
+  STD_TORCH_CHECK(made[0].rows == 0 || (stats.stride(2) == 1 && (made[0].rows == 1 || stats.stride(1) == width)),
+                  "stats: expected rows that are contiguous in memory");
+  std::vector<RowStats> job;
+  for (const RowTile& tile : made) {
+    const int64_t k = static_cast<int64_t>(job.size());
+    job.push_back({tile, static_cast<double*>(stats.mutable_data_ptr()) + k * stats.stride(0), width});
+  }
   return job;
 }
 
@@ -77,48 +117,50 @@ RowGuide row_guide_job(const Tensor& tile, const Tensor& scores, const Tensor& t
   return job;
 }
 
-// moments [rows] with any stride; side as RowSummary makes it; col_sums [2, chunks, cols], of which the second half is
-// that of moments, or [1, chunks, cols] or [0, chunks, cols].
+// moments [rows, prefixes] with any strides; sides [prefixes, 4 or 5, rows] as RowSummary makes them; col_sums
+// [prefixes, 2, chunks, cols], of which the second half is that of moments, or [prefixes, 1 or 0, chunks, cols].
 template <typename Tensor>
-RowGrad row_grad_job(const Tensor& tile, const Tensor& moments, const Tensor& col_sums, const RowPairs<Tensor>& pairs,
-                     const Tensor& side, bool write, const std::optional<Tensor>& add) {
+std::vector<RowGrad> row_grad_job(const std::vector<Tensor>& tiles, const Tensor& moments, const Tensor& col_sums,
+                                  const RowPairs<Tensor>& pairs, const Tensor& sides, bool write) {
   using torch::headeronly::ScalarType;
-  RowGrad job{};
-  job.tile = row_tile(tile, pairs);
-  const int64_t rows = job.tile.rows, cols = job.tile.cols;
-  check_tensor(moments, "moments", ScalarType::Double, 1);
+  const std::vector<RowTile> made = row_tiles(tiles, pairs);
+  const int64_t prefixes = static_cast<int64_t>(made.size()), rows = made[0].rows, cols = made[0].cols;
+  check_tensor(moments, "moments", ScalarType::Double, 2);
   check_size(moments, "moments", 0, rows);
-  job.moments = static_cast<double*>(moments.mutable_data_ptr());
-  job.moment_stride = moments.stride(0);
-  check_tensor(side, "side", ScalarType::Float, 2);
-  check_size(side, "side", 1, rows);
-  STD_TORCH_CHECK(side.size(0) == 4 || side.size(0) == 5, "side: expected 4 or 5 vectors, got ", side.size(0));
-  STD_TORCH_CHECK(rows <= 1 || side.stride(1) == 1, "side: expected vectors that are contiguous in memory");
-  const float* data = static_cast<const float*>(side.const_data_ptr());
-  const int64_t apart = side.stride(0);
-  job.top = data;
-  job.log_sum = data + apart;
-  job.weight = data + 2 * apart;
-  job.target = data + 3 * apart;
-  job.all = side.size(0) == 5 ? data + 4 * apart : nullptr;
-  check_tensor(col_sums, "col_sums", ScalarType::Float, 3);
+  check_size(moments, "moments", 1, prefixes);
+  check_tensor(sides, "sides", ScalarType::Float, 3);
+  check_size(sides, "sides", 0, prefixes);
+  check_size(sides, "sides", 2, rows);
+  STD_TORCH_CHECK(sides.size(1) == 4 || sides.size(1) == 5, "sides: expected 4 or 5 vectors, got ", sides.size(1));
+  STD_TORCH_CHECK(rows <= 1 || sides.stride(2) == 1, "sides: expected vectors that are contiguous in memory");
+  check_tensor(col_sums, "col_sums", ScalarType::Float, 4);
   check_contiguous(col_sums, "col_sums");
-  STD_TORCH_CHECK(col_sums.size(0) <= 2, "col_sums: expected at most 2 planes, got ", col_sums.size(0));
-  if (col_sums.size(0)) {
-    check_size(col_sums, "col_sums", 1, job.chunks());
-    check_size(col_sums, "col_sums", 2, cols);
-    job.col_sums = static_cast<float*>(col_sums.mutable_data_ptr());
-    job.col_moments = col_sums.size(0) == 2 ? job.col_sums + job.chunks() * cols : nullptr;
+  const int64_t planes = col_sums.size(1), chunks = (rows + RowGrad::kChunk - 1) / RowGrad::kChunk;
+  STD_TORCH_CHECK(planes <= 2, "col_sums: expected at most 2 planes, got ", planes);
+  if (planes) {
+    check_size(col_sums, "col_sums", 0, prefixes);
+    check_size(col_sums, "col_sums", 2, chunks);
+    check_size(col_sums, "col_sums", 3, cols);
   }
-  job.write = write;
-  if (add) {
-    check_tile(*add, "add");
-    check_size(*add, "add", 0, rows);
-    check_size(*add, "add", 1, cols);
-    job.add = static_cast<const float*>(add->const_data_ptr());
-    job.add_stride = add->stride(0);
+  std::vector<RowGrad> result;
+  for (const RowTile& tile : made) {
+    const int64_t k = static_cast<int64_t>(result.size()), apart = sides.stride(1);
+    RowGrad job{};
+    job.tile = tile;
+    job.moments = static_cast<double*>(moments.mutable_data_ptr()) + k * moments.stride(1);
+    job.moment_stride = moments.stride(0);
+    const float* data = static_cast<const float*>(sides.const_data_ptr()) + k * sides.stride(0);
+    job.top = data;
+    job.log_sum = data + apart;
+    job.weight = data + 2 * apart;
+    job.target = data + 3 * apart;
+    job.all = sides.size(1) == 5 ? data + 4 * apart : nullptr;
+    if (planes) job.col_sums = static_cast<float*>(col_sums.mutable_data_ptr()) + k * planes * chunks * cols;
+    if (planes == 2) job.col_moments = job.col_sums + chunks * cols;
+    job.write = write;
+    result.push_back(job);
   }
-  return job;
+  return result;
 }
 
 }  // namespace sslk

@@ -84,24 +84,25 @@ using Maybe = std::optional<Tensor>;
 using Scales = std::tuple<double, double, double>;
 
 sslk::RowPairs<Tensor> row_pairs(const Tensor& target, const Maybe& row_ids, const Maybe& col_ids, int64_t same_id,
-                                 bool guided, const Scales& scales, const Maybe& bias, const Maybe& row_factor,
-                                 const Maybe& col_factor) {
+                                 bool guided, const Scales& scales, const Maybe& bias, const Maybe& row_factors,
+                                 const Maybe& col_factors) {
   const auto [scale, same, other] = scales;
-  const bool logits = bias || row_factor || same != scale || other != scale;
-  return {target, row_ids, col_ids, same_id, guided, logits, scale, same, other, bias, row_factor, col_factor};
+  const bool logits = bias || row_factors || same != scale || other != scale;
+  return {target, row_ids, col_ids, same_id, guided, logits, scale, same, other, bias, row_factors, col_factors};
 }
 
-void row_softmax_stats(const Tensor& tile, const Tensor& stats, const Tensor& target, const Scales& scales,
-                       const Maybe& row_ids, const Maybe& col_ids, int64_t same_id, bool guided, const Maybe& bias,
-                       const Maybe& row_factor, const Maybe& col_factor, int64_t parts, const Name& isa) {
+void row_softmax_stats(const std::vector<Tensor>& tiles, const Tensor& stats, const Tensor& target,
+                       const Scales& scales, const Maybe& row_ids, const Maybe& col_ids, int64_t same_id, bool guided,
+                       const Maybe& bias, const Maybe& row_factors, const Maybe& col_factors, int64_t parts,
+                       const Name& isa) {
   check_parts(parts);
   const auto job = sslk::row_stats_job<Tensor>(
-      tile, stats, row_pairs(target, row_ids, col_ids, same_id, guided, scales, bias, row_factor, col_factor));
+      tiles, stats, row_pairs(target, row_ids, col_ids, same_id, guided, scales, bias, row_factors, col_factors));
   const sslk::Isa chosen = choose_isa(isa);
   py::gil_scoped_release release;
-  const int64_t rows = job.tile.rows;
+  const int64_t rows = job[0].tile.rows, count = static_cast<int64_t>(job.size());
   for (int64_t part = 0; part < parts; ++part) {
-    sslk::row_softmax_stats(job, rows * part / parts, rows * (part + 1) / parts, chosen);
+    sslk::row_softmax_stats(job.data(), count, rows * part / parts, rows * (part + 1) / parts, chosen);
   }
 }
 
@@ -114,19 +115,19 @@ void row_softmax_guide(const Tensor& tile, const Tensor& scores, const Tensor& t
   sslk::row_softmax_guide(job, 0, job.tile.rows, chosen);
 }
 
-void row_softmax_grad(const Tensor& tile, const Tensor& moments, const Tensor& col_sums, const Tensor& side,
-                      const Tensor& target, const Scales& scales, const Maybe& row_ids, const Maybe& col_ids,
-                      int64_t same_id, bool guided, const Maybe& bias, const Maybe& row_factor,
-                      const Maybe& col_factor, bool write, const Maybe& add, int64_t parts, const Name& isa) {
+void row_softmax_grad(const std::vector<Tensor>& tiles, const Tensor& moments, const Tensor& col_sums,
+                      const Tensor& sides, const Tensor& target, const Scales& scales, const Maybe& row_ids,
+                      const Maybe& col_ids, int64_t same_id, bool guided, const Maybe& bias, const Maybe& row_factors,
+                      const Maybe& col_factors, bool write, bool summed, int64_t parts, const Name& isa) {
   check_parts(parts);
   const auto job = sslk::row_grad_job<Tensor>(
-      tile, moments, col_sums,
-      row_pairs(target, row_ids, col_ids, same_id, guided, scales, bias, row_factor, col_factor), side, write, add);
+      tiles, moments, col_sums,
+      row_pairs(target, row_ids, col_ids, same_id, guided, scales, bias, row_factors, col_factors), sides, write);
   const sslk::Isa chosen = choose_isa(isa);
   py::gil_scoped_release release;
-  const int64_t chunks = job.chunks();
+  const int64_t chunks = job[0].chunks(), count = static_cast<int64_t>(job.size());
   for (int64_t part = 0; part < parts; ++part) {
-    sslk::row_softmax_grad(job, chunks * part / parts, chunks * (part + 1) / parts, chosen);
+    sslk::row_softmax_grad(job.data(), count, summed, chunks * part / parts, chunks * (part + 1) / parts, chosen);
   }
 }
 
@@ -279,20 +280,21 @@ row_target + col_target on positives, and 0 for pairs that are left out. tile an
 either side lse = scale * top + log_sum.
 stats [m, 1] float64: the row sums of G * tile are added.
 row_side [4, m] or [5, m], col_side [4, n] or [5, n] float32: top, log_sum, weight, target, uniform.)");
-  m.def("row_softmax_stats", &row_softmax_stats, py::arg("tile"), py::arg("stats"), py::arg("target"),
+  m.def("row_softmax_stats", &row_softmax_stats, py::arg("tiles"), py::arg("stats"), py::arg("target"),
         py::arg("scales"), py::arg("row_ids") = py::none(), py::arg("col_ids") = py::none(), py::arg("same_id") = 0,
-        py::arg("guided") = false, py::arg("bias") = py::none(), py::arg("row_factor") = py::none(),
-        py::arg("col_factor") = py::none(), py::arg("parts") = 1, py::arg("isa") = py::none(),
+        py::arg("guided") = false, py::arg("bias") = py::none(), py::arg("row_factors") = py::none(),
+        py::arg("col_factors") = py::none(), py::arg("parts") = 1, py::arg("isa") = py::none(),
         R"(Statistics of the rows of one tile of raw similarities, for a softmax over rows alone.
 
-tile [m, n] float32: x_i . y_j, unchanged. s = tile row_factor_i col_factor_j; z = t_ij s + bias_j.
-stats [m, 4] or [m, 6] float64: as in softmax_stats, but of v instead of x_i . y_j: v is s where z is a multiple of it,
-    else z itself.
+tiles: K times [m, n] float32, one for each prefix of the features: x_i . y_j over the features that it adds to the one
+    before, and on return over all of its own. s = tile row_factor_i col_factor_j; z = t_ij s + bias_j.
+stats [K, m, 4] or [K, m, 6] float64: as in softmax_stats, but of v instead of x_i . y_j: v is s where z is a multiple of
+    it, else z itself.
 target [m] int64: the column of each row's positive; out of range for none.
 scales: t of positives, of other pairs of equal ids, and of the rest.
 row_ids [m], col_ids [n] int64: pairs of equal ids off the target are left out (same_id 0), positive (1) or ordinary (2).
 guided: similarities below -1e38 stand for pairs that are left out.
-bias [n], row_factor [m], col_factor [n]: float32 or None.
+bias [n], row_factors [K, m], col_factors [K, n]: float32 or None.
 parts: in how many steps to take the rows; the result is the same.)");
   m.def("row_softmax_guide", &row_softmax_guide, py::arg("tile"), py::arg("scores"), py::arg("threshold"),
         py::arg("target"), py::arg("row_ids") = py::none(), py::arg("col_ids") = py::none(), py::arg("same_id") = 0,
@@ -300,20 +302,22 @@ parts: in how many steps to take the rows; the result is the same.)");
         R"(Leaves pairs out whose score exceeds the threshold of their row, unless they are positive: tile gets -2e38.
 
 tile, scores [m, n] float32; threshold [m] float32; target, ids and same_id as in row_softmax_stats.)");
-  m.def("row_softmax_grad", &row_softmax_grad, py::arg("tile"), py::arg("moments"), py::arg("col_sums"),
-        py::arg("side"), py::arg("target"), py::arg("scales"), py::arg("row_ids") = py::none(),
+  m.def("row_softmax_grad", &row_softmax_grad, py::arg("tiles"), py::arg("moments"), py::arg("col_sums"),
+        py::arg("sides"), py::arg("target"), py::arg("scales"), py::arg("row_ids") = py::none(),
         py::arg("col_ids") = py::none(), py::arg("same_id") = 0, py::arg("guided") = false,
-        py::arg("bias") = py::none(), py::arg("row_factor") = py::none(), py::arg("col_factor") = py::none(),
-        py::arg("write") = true, py::arg("add") = py::none(), py::arg("parts") = 1, py::arg("isa") = py::none(),
+        py::arg("bias") = py::none(), py::arg("row_factors") = py::none(), py::arg("col_factors") = py::none(),
+        py::arg("write") = true, py::arg("summed") = true, py::arg("parts") = 1, py::arg("isa") = py::none(),
         R"(Gradient of a softmax over rows by z, times the factors if there are some, in place of the tile (if write).
 
-add [m, n] float32 or None is added to what is written.
+tiles: as row_softmax_stats returns them if summed, else as it takes them. Each receives the sum over its prefix and all
+    longer ones.
 
 G = weight exp(z - lse) - all, less target on positives, and 0 for pairs that are left out; lse = unit top + log_sum,
 where the unit is 1, or the scale where statistics are those of s. Pairs as in row_softmax_stats.
-moments [m] float64: the row sums of G s are added.
-col_sums [2, c, n], [1, c, n] or [0, c, n] float32, c = ceil(m / 64): column sums of G, and of G s, of 64 rows each.
-side [4, m] or [5, m] float32: top, log_sum, weight, target, all.)");
+moments [m, K] float64: the row sums of G s are added.
+col_sums [K, 2, c, n], [K, 1, c, n] or [K, 0, c, n] float32, c = ceil(m / 64): column sums of G, and of G s, of 64 rows
+    each.
+sides [K, 4, m] or [K, 5, m] float32: top, log_sum, weight, target, all.)");
   m.def("key_softmax_panel",
         shell(&sslk::key_softmax_job<Tensor>, [](const sslk::KeySoftmaxPanel& panel, sslk::Isa isa) {
           sslk::key_softmax_panel(panel, 0, panel.rows, isa);

@@ -17,23 +17,26 @@ namespace {
 
 using Maybe = std::optional<Tensor>;
 
-void add_tile(const sslk::RowStats& stats) {
-  sslk::over_rows(stats.tile.rows, stats.tile.cols, [&](int64_t begin, int64_t end, sslk::Isa isa) {
-    sslk::row_softmax_stats(stats, begin, end, isa);
+void add_tiles(const sslk::RowStats* prefixes, int64_t count) {
+  sslk::over_rows(prefixes->tile.rows, count * prefixes->tile.cols, [&](int64_t begin, int64_t end, sslk::Isa isa) {
+    sslk::row_softmax_stats(prefixes, count, begin, end, isa);
   });
 }
 
-void make_gradient(const sslk::RowGrad& grad) {
-  sslk::over_rows(grad.chunks(), sslk::RowGrad::kChunk * grad.tile.cols,
-                  [&](int64_t begin, int64_t end, sslk::Isa isa) { sslk::row_softmax_grad(grad, begin, end, isa); });
+void make_gradients(const sslk::RowGrad* prefixes, int64_t count, bool summed) {
+  sslk::over_rows(prefixes->chunks(), sslk::RowGrad::kChunk * count * prefixes->tile.cols,
+                  [&](int64_t begin, int64_t end, sslk::Isa isa) {
+                    sslk::row_softmax_grad(prefixes, count, summed, begin, end, isa);
+                  });
 }
 
-void row_softmax_stats_cpu(Tensor tile, Tensor stats, Tensor target, Maybe row_ids, Maybe col_ids, int64_t same_id,
+void row_softmax_stats_cpu(std::vector<Tensor> tiles, Tensor stats, Tensor target, Maybe row_ids, Maybe col_ids, int64_t same_id,
                            bool guided, bool logits, double scale, double same_scale, double other_scale, Maybe bias,
-                           Maybe row_factor, Maybe col_factor) {
-  add_tile(sslk::row_stats_job<Tensor>(tile, stats,
-                                       {target, row_ids, col_ids, same_id, guided, logits, scale, same_scale,
-                                        other_scale, bias, row_factor, col_factor}));
+                           Maybe row_factors, Maybe col_factors) {
+  const auto job = sslk::row_stats_job<Tensor>(tiles, stats,
+                                               {target, row_ids, col_ids, same_id, guided, logits, scale, same_scale,
+                                                other_scale, bias, row_factors, col_factors});
+  add_tiles(job.data(), static_cast<int64_t>(job.size()));
 }
 
 void row_softmax_guide_cpu(Tensor tile, Tensor scores, Tensor threshold, Tensor target, Maybe row_ids, Maybe col_ids,
@@ -45,13 +48,15 @@ void row_softmax_guide_cpu(Tensor tile, Tensor scores, Tensor threshold, Tensor 
   });
 }
 
-void row_softmax_grad_cpu(Tensor tile, Tensor moments, Tensor col_sums, Tensor side, bool write, Maybe add, Tensor target,
-                          Maybe row_ids, Maybe col_ids, int64_t same_id, bool guided, bool logits, double scale,
-                          double same_scale, double other_scale, Maybe bias, Maybe row_factor, Maybe col_factor) {
-  make_gradient(sslk::row_grad_job<Tensor>(tile, moments, col_sums,
-                                           {target, row_ids, col_ids, same_id, guided, logits, scale, same_scale,
-                                            other_scale, bias, row_factor, col_factor},
-                                           side, write, add));
+void row_softmax_grad_cpu(std::vector<Tensor> tiles, Tensor moments, Tensor col_sums, Tensor sides, bool write,
+                          bool summed, Tensor target, Maybe row_ids, Maybe col_ids, int64_t same_id, bool guided,
+                          bool logits, double scale, double same_scale, double other_scale, Maybe bias,
+                          Maybe row_factors, Maybe col_factors) {
+  const auto job = sslk::row_grad_job<Tensor>(tiles, moments, col_sums,
+                                              {target, row_ids, col_ids, same_id, guided, logits, scale, same_scale,
+                                               other_scale, bias, row_factors, col_factors},
+                                              sides, write);
+  make_gradients(job.data(), static_cast<int64_t>(job.size()), summed);
 }
 
 // A loss of one dimension is one of each row.
@@ -104,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_softmax_of_one_tile_cpu(
   std::vector<double> stats(rows * width);
   for (int64_t i = 0; i < rows; ++i) stats[i * width] = -std::numeric_limits<double>::infinity();
   const sslk::RowTile row_tile = sslk::row_tile(tile, pairs);
-  add_tile({row_tile, stats.data(), width});
+  const sslk::RowStats whole{row_tile, stats.data(), width};
+  add_tiles(&whole, 1);
 
   Tensor loss = new_empty(x, {}), scalars = new_empty(x, {3});
   float* factors = scalars.mutable_data_ptr<float>();
@@ -138,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_softmax_of_one_tile_cpu(
     std::vector<float> col_sums(want_bias ? grad.chunks() * cols : 0);
     grad.col_sums = want_bias ? col_sums.data() : nullptr;
     grad.write = want_dx || want_dy;
-    make_gradient(grad);
+    make_gradients(&grad, 1, true);
     double moment = 0;
     for (double value : moments) moment += value;
     factors[0] = static_cast<float>(moment);
@@ -158,16 +164,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_softmax_of_one_tile_cpu(
 
 #define SSLK_PAIRS \
   "Tensor target, Tensor? row_ids, Tensor? col_ids, int same_id, bool guided, bool logits, float scale, " \
-  "float same_scale, float other_scale, Tensor? bias, Tensor? row_factor, Tensor? col_factor"
+  "float same_scale, float other_scale, Tensor? bias, Tensor? row_factors, Tensor? col_factors"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssl_kernels, m) {
-  m.def("row_softmax_stats_(Tensor tile, Tensor(a!) stats, " SSLK_PAIRS ") -> ()");
+  m.def("row_softmax_stats_(Tensor(a!)[] tiles, Tensor(b!) stats, " SSLK_PAIRS ") -> ()");
   m.def(
       "row_softmax_guide_(Tensor(a!) tile, Tensor scores, Tensor threshold, Tensor target, Tensor? row_ids, "
       "Tensor? col_ids, int same_id) -> ()");
   m.def(
-      "row_softmax_grad_(Tensor(a!) tile, Tensor(b!) moments, Tensor(c!) col_sums, Tensor side, bool write, Tensor? add, " SSLK_PAIRS
-      ") -> ()");
+      "row_softmax_grad_(Tensor(a!)[] tiles, Tensor(b!) moments, Tensor(c!) col_sums, Tensor sides, bool write, "
+      "bool summed, " SSLK_PAIRS ") -> ()");
   m.def(
       "row_softmax_summary_(Tensor stats, float unit, float label_smoothing, bool mean, bool lse, Tensor? weights, "
       "Tensor(a!) loss, Tensor(b!) largest, Tensor(c!) side) -> ()");

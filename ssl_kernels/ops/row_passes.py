@@ -183,7 +183,7 @@ class Passes:
             return
         pull = moments.to(gradient.dtype) * factors.square().masked_fill(factors >= 1 / _EPS, 0)
         for k, cut in enumerate(self.rule.cuts()):
-            gradient[:, cut].sub_(rows[:, cut].to(gradient.dtype) * pull[k:].sum(0)[:, None])
+            gradient[:, cut].addcmul_(rows[:, cut].to(gradient.dtype), pull[k:].sum(0)[:, None], value=-1)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -193,5 +193,5 @@ def _dense(t: Tensor | None) -> Tensor | None:
 def _factors(rows: Tensor, rule: Rule) -> Tensor:
     """One over the norm of each prefix, [K, rows]."""
     wide = _checks.accumulation_dtype(rows.dtype)
-    squares = torch.stack([rows[:, cut].to(wide).square().sum(1) for cut in rule.cuts()])
-    return 1 / squares.cumsum(0).sqrt().clamp(min=_EPS)
+    norms = torch.stack([torch.linalg.vector_norm(rows[:, cut], dim=1, dtype=wide) for cut in rule.cuts()])
+    return 1 / norms.square().cumsum(0).sqrt().clamp(min=_EPS)

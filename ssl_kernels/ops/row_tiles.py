@@ -14,13 +14,14 @@ the second pass need no second look at the guide.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ssl_kernels.ops.matmul import matmul, matmul_plus
+from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.row_strips import Candidates, Queries
 from ssl_kernels.ops.softmax import add_statistics
 
@@ -78,17 +79,19 @@ Tiles: TypeAlias = Tensor | Iterator[tuple[slice, Tensor]]
 # factors, come back if ``write``. ``sides`` [K, 4, m] or [K, 5, m] are described at ``_summarise``.
 
 
+def products(q: Queries, c: Candidates, rule: Rule) -> list[Tensor]:
+    """What each prefix adds to the similarities of the one before; the guide speaks in the first."""
+    if len(rule.dims) == 1:
+        made = [matmul(q.features, c.features.t())]
+    else:
+        made = [matmul(q.features[:, cut], c.features[:, cut].t()) for cut in rule.cuts()]
+    if q.guide is not None:
+        made[0] = _guided(made[0], q, c, rule)
+    return made
+
+
 def similarities(q: Queries, c: Candidates, rule: Rule) -> list[Tensor]:
-    """Of every prefix, each a product more than the one before."""
-    raws: list[Tensor] = []
-    for cut in rule.cuts():
-        x, y = (t.features if len(rule.dims) == 1 else t.features[:, cut].contiguous() for t in (q, c))
-        if raws:
-            raws.append(matmul_plus(raws[-1], x, y.t()))
-            continue
-        raw = matmul(x, y.t())
-        raws.append(raw if q.guide is None else _guided(raw, q, c, rule))
-    return raws
+    return list(itertools.accumulate(products(q, c, rule), torch.add))
 
 
 def _guided(raw: Tensor, q: Queries, c: Candidates, rule: Rule) -> Tensor:
@@ -176,50 +179,34 @@ def _suffix_sums(made: Sequence[Tensor], rule: Rule) -> Iterator[tuple[slice, Te
         yield cut, total
 
 
-def _native(q: Queries, c: Candidates, rule: Rule, k: int) -> tuple[Any, ...]:
+def _native(q: Queries, c: Candidates, rule: Rule) -> tuple[Any, ...]:
     """What the C++ takes of the pairs of a tile."""
-    factors = (None, None) if q.factors is None or c.factors is None else (q.factors[k], c.factors[k])
     known = q.target, q.ids, c.ids, SAME_ID.index(rule.same_id), q.guide is not None
-    return *known, rule.has_logits(c.bias), *rule.scales(rule.scale.item()), c.bias, *factors
+    return *known, rule.has_logits(c.bias), *rule.scales(rule.scale.item()), c.bias, q.factors, c.factors
 
 
 def stats_cpu(q: Queries, c: Candidates, stats: Tensor, rule: Rule) -> list[Tensor]:
-    raws = similarities(q, c, rule)
-    for k, raw in enumerate(raws):
-        torch.ops.ssl_kernels.row_softmax_stats_(raw, stats[k], *_native(q, c, rule, k))
-    return raws
+    tiles = products(q, c, rule)
+    torch.ops.ssl_kernels.row_softmax_stats_(tiles, stats, *_native(q, c, rule))
+    return tiles
 
 
 def grad_cpu(
     raws: Sequence[Tensor] | None, q: Queries, c: Candidates, moments: Tensor, sums: ColumnSums, sides: Tensor,
     rule: Rule, write: bool,
 ) -> Tiles | None:  # fmt: skip
-    raws = similarities(q, c, rule) if raws is None else raws
-    made = _grads_cpu(raws, q, c, moments, sums, sides, rule, write)
-    if write and len(raws) > 1:
-        return made
-    ((_, tile),) = list(made)[-1:]
-    return tile if write else None
-
-
-def _grads_cpu(
-    raws: Sequence[Tensor], q: Queries, c: Candidates, moments: Tensor, sums: ColumnSums, sides: Tensor, rule: Rule,
-    write: bool,
-) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """As :func:`_suffix_sums`, each in the place of the similarities of its prefix."""
+    tiles = products(q, c, rule) if raws is None else raws
     planes = 2 if sums.moments is not None else 0 if sums.grads is None else 1
-    longer: Tensor | None = None
-    for k, cut in reversed(list(enumerate(rule.cuts()))):
-        raw = raws[k]
-        by_column = raw.new_empty(planes, -(-raw.shape[0] // _CHUNK), raw.shape[1])
-        known = _native(q, c, rule, k)
-        torch.ops.ssl_kernels.row_softmax_grad_(raw, moments[:, k], by_column, sides[k], write, longer, *known)
-        if sums.grads is not None:
-            sums.grads.add_(by_column[0].sum(0))
-        if sums.moments is not None:
-            sums.moments[k] += by_column[1].sum(0)
-        longer = raw if write else None
-        yield cut, raw
+    by_column = tiles[0].new_empty(len(tiles), planes, -(-tiles[0].shape[0] // _CHUNK), tiles[0].shape[1])
+    known = _native(q, c, rule)
+    torch.ops.ssl_kernels.row_softmax_grad_(tiles, moments, by_column, sides, write, raws is not None, *known)
+    if sums.grads is not None:
+        sums.grads.add_(by_column[:, 0].sum((0, 1)))
+    if sums.moments is not None:
+        sums.moments.add_(by_column[:, 1].sum(1))
+    if not write:
+        return None
+    return tiles[0] if len(tiles) == 1 else zip(rule.cuts(), tiles, strict=True)
 
 
 def _pairs_of(q: Queries, c: Candidates, rule: Rule) -> Any:
