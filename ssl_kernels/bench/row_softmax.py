@@ -23,6 +23,7 @@ from ssl_kernels.bench.problem import Floor, Loss, NotComparableError, Op, Probl
 from ssl_kernels.settings import tile_budget_bytes
 
 SCALE = 20.0
+FARNESS = 2.0  # of noise in a positive
 AGREEMENT = 0.1  # of a guide's features of a query and its positive
 MOST_EXPANDED = 2**31  # numbers that a peer expands its similarities to, chunk by chunk: seconds
 SHARES = (1.0, 2 / 3, 1 / 3, 1 / 6, 1 / 12)  # prefixes, of all features
@@ -114,9 +115,9 @@ def guided_of_sentence_transformers(size: int, guide_query: Tensor, guide_candid
 def problem(
     rows: int, cols: int, width: int, dtype: torch.dtype, device: torch.device, *, kind: str = "plain"
 ) -> Problem:
-    query, noise = unit_rows(rows, width, dtype, device), unit_rows(cols, width, dtype, device)
-    candidates = noise.clone()
-    candidates[:rows] = F.normalize(query.float() + noise[:rows].float(), dim=1).to(dtype)
+    query, noise = unit_rows(rows + cols, width, dtype, device).split([rows, cols])
+    candidates = noise.clone()  # so near to a query that the loss is of order 1, and no difference of large numbers
+    candidates[:rows] = F.normalize(query.float() + FARNESS * noise[:rows].float(), dim=1).to(dtype)
     leaves = [query, candidates, torch.tensor(SCALE, device=device)]
     options: dict[str, Any] = {}
     formula, products, once = eager, 3.0, 0.0
