@@ -301,14 +301,14 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> 
 
 
 def machines() -> list[Figures]:
-    """Those with results, the latest first."""
+    """Those with results, the one with the most first, which is what other pages print; of equals, the latest."""
     found = []
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         trainings = folder / "trainings.json"
         runs = json.loads(trainings.read_text()) if trainings.exists() else []
         if of_ops := results.read(folder, suite.NAMES):
             found.append(Figures(of_ops, runs))
-    return sorted(found, key=lambda f: max(result["measured"] for result in f.found.values()), reverse=True)
+    return sorted(found, key=lambda f: (len(f.found), max(r["measured"] for r in f.found.values())), reverse=True)
 
 
 def page(found: Sequence[Figures]) -> str:

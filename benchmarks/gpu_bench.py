@@ -37,6 +37,8 @@ PACKAGES = {
     "memeff": ("memeff", "memeff"),
     "Inf-CL": ("inf_cl", "inf-cl"),
     "cut-cross-entropy": ("cut_cross_entropy", "cut-cross-entropy"),
+    "Liger": ("liger_kernel", "liger-kernel"),
+    "quack": ("quack", "quack-kernels"),
     "lightly": ("lightly", "lightly"),
     "timm": ("timm", "timm"),
 }
@@ -59,17 +61,19 @@ class Group:
 
 
 # Compiled for GPUs by others: where one breaks the context of the device, a group of its own loses nothing else.
-KERNELS_OF_OTHERS = ("siglip-kernel", "memeff", "Inf-CL", "cut-cross-entropy")
+KERNELS_OF_OTHERS = ("siglip-kernel", "memeff", "Inf-CL", "cut-cross-entropy", "Liger", "quack")
 PYTORCH = ("ours", "eager", "compile")
 # The most important first: time is cut from the end.
 GROUPS = [
     Group(SIGMOID, (*PYTORCH, "open_clip"), SIGMOID.gpu_shapes),
-    Group(CLIP, (*PYTORCH, "open_clip"), CLIP.gpu_shapes),
+    Group(CLIP, (*PYTORCH, "open_clip", "torch, in chunks"), CLIP.gpu_shapes),
     Group(DINO, (*PYTORCH, "lightly"), DINO.gpu_shapes),
     Group(SIGMOID, ("ours", "siglip-kernel"), SIGMOID.gpu_shapes),
     Group(CLIP, ("ours", "memeff"), CLIP.gpu_shapes),
     Group(CLIP, ("ours", "Inf-CL"), CLIP.gpu_shapes[:4]),
     Group(CLIP, ("ours", "cut-cross-entropy"), CLIP.gpu_shapes[:4]),
+    Group(CLIP, ("ours", "Liger"), CLIP.gpu_shapes[:4]),
+    Group(CLIP, ("ours", "quack"), CLIP.gpu_shapes[:4]),
     Group(EMA, ("ours", "foreach_lerp", "loop", "timm", "lightly"), EMA.gpu_shapes),
     Group(QUEUE, ("ours", "moco", "lightly"), QUEUE.gpu_shapes),
     Group(INFO_NCE, ("ours", "eager"), INFO_NCE.gpu_shapes),

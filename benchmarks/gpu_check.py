@@ -1,10 +1,16 @@
 """Everything that takes a GPU to know, in one command and within ten minutes: `make gpu-check`.
 
-It builds the extensions, runs tests/gpu on the device (CUDA graphs of each op among them), a few of these tests under
-compute-sanitizer where that is installed, and the benchmarks of gpu_bench.py beside the peers that are installed. One
-JSON and one Markdown report say what was found, and what was left out for lack of time, of memory or of a package.
+It builds the extensions for that GPU, and runs tests/gpu on it, the shortest and most telling first: every op once
+against the reference; values of every dtype, size and configuration; graphs, streams, memory and waits of the host; a
+few of these tests under compute-sanitizer where that is installed. Then come the benchmarks of gpu_bench.py beside the
+peers that are installed. One JSON and one Markdown report say what was found, and what was left out for lack of time,
+of memory or of a package. Both are written anew after each step and each group of benchmarks, so that a machine which
+is taken away in between leaves what it has shown.
 
     python benchmarks/gpu_check.py [--budget SECONDS] [--skip STEP ...] [--output benchmarks/results/gpu_check.json]
+
+With ``--python python3 --no-build`` another Python checks what it already has: its own torch, and extensions that were
+built elsewhere.
 
 The exit status is 0 if all that ran is well, 1 if something of ours is not, and 2 without a GPU.
 """
@@ -35,7 +41,7 @@ from gpu_report import markdown
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 600.0
 # Of the budget, at most; the benchmarks take what is left.
-SHARES = {"build": 0.2, "tests": 0.4, "sanitizer": 0.15, "benchmarks": 1.0}
+SHARES = {"build": 0.2, "first": 0.1, "values": 0.25, "device": 0.13, "sanitizer": 0.07, "benchmarks": 1.0}
 REPORT_S = 2.0
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 SANITIZED = (
@@ -44,8 +50,14 @@ SANITIZED = (
 )
 SANITIZER_FOUND = 86  # its exit status then
 SANITIZER_OPTIONS = ("--report-api-errors", "no")  # torch asks drivers for functions that older ones lack
-TESTS = [f"tests/gpu/test_gpu_{name}.py" for name in ("values", "device", "trainers")]  # first what matters most
-TINY_TESTS = "test_small or test_cuda_graph or test_every_op"
+VALUES = "tests/gpu/test_gpu_values.py"
+ONCE = "test_every_op or test_small and bfloat16"
+# By step: files, which of their tests, and which of these show on a CPU that the step runs.
+TESTS = {
+    "first": ([VALUES], ONCE, ONCE),
+    "values": ([VALUES], f"not ({ONCE})", "test_a_single_row"),
+    "device": (["tests/gpu/test_gpu_device.py", "tests/gpu/test_gpu_trainers.py"], "", "test_cuda_graph"),
+}
 
 Row = dict[str, Any]
 
@@ -53,7 +65,7 @@ Row = dict[str, Any]
 @dataclass
 class Step:
     name: str
-    status: str = "not run"  # ok, failed, skipped, cut
+    status: str = "not run"  # running, ok, failed, skipped, cut
     seconds: float = 0.0
     limit_s: float = 0.0
     detail: str = ""
@@ -76,18 +88,32 @@ class Report:
 class Check:
     """One run of all steps within the budget."""
 
-    def __init__(self, device: str, *, tiny: bool, budget_s: float, skip: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        device: str,
+        *,
+        tiny: bool,
+        budget_s: float,
+        skip: Sequence[str] = (),
+        save: Callable[[Report], None] = lambda _: None,
+    ) -> None:
         self.report = Report(device, tiny, budget_s)
         self.skip = skip
         self.at: Row = {}  # what the benchmarks are measuring
         self.start = time.monotonic()
+        self._save = save
+
+    def save(self) -> None:
+        self.report.elapsed_s = time.monotonic() - self.start
+        self._save(self.report)
 
     def left_s(self) -> float:
         return self.start + self.report.budget_s - REPORT_S - time.monotonic()
 
     def run(self) -> Report:
         steps: dict[str, Callable[[Step], None]] = {
-            "build": self.build, "tests": self.tests, "sanitizer": self.sanitizer, "benchmarks": self.benchmarks,
+            "build": self.build, **dict.fromkeys(TESTS, self.tests), "sanitizer": self.sanitizer,
+            "benchmarks": self.benchmarks,
         }  # fmt: skip
         for name, work in steps.items():
             step = Step(name, limit_s=max(0.0, min(SHARES[name] * self.report.budget_s, self.left_s())))
@@ -99,9 +125,11 @@ class Check:
                 step.status, step.detail = "cut", "no time was left"
             else:
                 print(f"== {name}, within {step.limit_s:.0f} s", file=sys.stderr, flush=True)
+                step.status = "running"
+                self.save()
                 work(step)
             step.seconds = time.monotonic() - before
-        self.report.elapsed_s = time.monotonic() - self.start
+            self.save()
         return self.report
 
     def build(self, step: Step) -> None:
@@ -111,15 +139,15 @@ class Check:
         step.detail = note if step.status == "ok" else f"{note}\n{output}"
 
     def tests(self, step: Step) -> None:
+        files, wanted, tiny = TESTS[step.name]
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "tests.jsonl"
-            command = [*pytest_command(), "-p", "gpu_tests_log", *TESTS]
-            if self.report.tiny:
-                command += ["-k", TINY_TESTS]
+            command = [*pytest_command(), "-p", "gpu_tests_log", *files, "-k", tiny if self.report.tiny else wanted]
             step.status, output = execute(command, step.limit_s, self.environment(SSL_KERNELS_TEST_LOG=str(log)))
-            self.report.tests = summarize(log)
-        self.report.graphs = graphs(self.report.tests.pop("all"))
-        found = self.report.tests
+            found = summarize(log)
+        self.report.graphs += graphs(found.pop("all"))
+        for name, more in found.items():
+            self.report.tests[name] = self.report.tests.get(name, type(more)()) + more
         if found["failed"]:  # also of a run that was cut
             step.status = "failed"
         step.detail = f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped"
@@ -137,7 +165,7 @@ class Check:
         for k, name in enumerate(SANITIZER_TOOLS):
             limit = (deadline - time.monotonic()) / (len(SANITIZER_TOOLS) - k)
             command = [tool, "--tool", name, "--error-exitcode", str(SANITIZER_FOUND), *SANITIZER_OPTIONS]
-            command += [*pytest_command(), TESTS[0], "-k", SANITIZED]
+            command += [*pytest_command(), VALUES, "-k", SANITIZED]
             # Memory that the allocator holds on to is within bounds to the tool.
             status, output = execute(command, limit, self.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
             outcomes.append(status)
@@ -186,6 +214,7 @@ class Check:
             self.report.machine, self.report.providers = entry["machine"], entry["providers"]
         elif "done" in entry:
             done.append(entry["done"])
+            self.save()
         elif entry.get("status") == "started":
             self.at = entry
         elif "provider" in entry:
@@ -217,7 +246,11 @@ def build_environment() -> tuple[dict[str, str], str]:
         return {}, "without CUDA C++: nvcc was not found"
     if release[1] != torch.version.cuda.split(".")[0]:
         return {}, f"without CUDA C++: nvcc is of CUDA {release[1]}, torch of {torch.version.cuda}"
-    return {"SSL_KERNELS_CUDA": "1"}, "with CUDA C++"
+    environment, note = {"SSL_KERNELS_CUDA": "1"}, "with CUDA C++"
+    if torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        chip = "{}.{}".format(*torch.cuda.get_device_capability())
+        environment["TORCH_CUDA_ARCH_LIST"], note = chip, f"{note} for {chip}"
+    return environment, note
 
 
 def sanitizer() -> str | None:
@@ -321,11 +354,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--budget", type=float, default=BUDGET_S, help="seconds for all steps; what they cut is reported"
     )
     parser.add_argument("--skip", nargs="*", default=[], choices=list(SHARES), help="steps to leave out")
+    parser.add_argument("--no-build", action="store_true", help="check the extensions that are there")
+    parser.add_argument("--python", metavar="PROGRAM", help="run all of it with this Python")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu_check.json")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: for the tests of this file
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.python and not same_program(options.python, sys.executable):
+        told = list(sys.argv[1:] if arguments is None else arguments)
+        return subprocess.run([options.python, __file__, *told]).returncode
     if options.worker:
         work(options.worker)
         return 0
@@ -339,13 +377,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"gpu-check: no GPU: torch {torch.__version__}, built for {built}, finds none here", file=sys.stderr)
         return 2
-    report = Check(options.device, tiny=options.tiny, budget_s=options.budget, skip=options.skip).run()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    text = markdown(report)
-    options.output.with_suffix(".md").write_text(text)
-    print(text)
+
+    def save(report: Report) -> None:
+        replace(options.output, json.dumps(asdict(report), indent=1) + "\n")
+        replace(options.output.with_suffix(".md"), markdown(report))
+
+    skip = [*options.skip, "build"] if options.no_build else options.skip
+    report = Check(options.device, tiny=options.tiny, budget_s=options.budget, skip=skip, save=save).run()
+    print(markdown(report))
     return 1 if any(step.status == "failed" for step in report.steps) else 0
+
+
+def same_program(one: str, other: str) -> bool:
+    """As it was called: what an environment links to is another Python."""
+    return os.path.abspath(shutil.which(one) or one) == os.path.abspath(other)
+
+
+def replace(path: Path, text: str) -> None:
+    """At no time is there half a file."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 if __name__ == "__main__":

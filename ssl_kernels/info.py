@@ -45,12 +45,11 @@ def collect() -> dict[str, str]:
         report["compiled by"] = f"{native['compiler']} for {native['architecture']}"
     report["CPU matrix products"] = "oneDNN" if onednn_is_faster() else "torch.mm"
     report["backend"] = f"{settings.current_backend()} (SSL_KERNELS_BACKEND, use_backend or set_defaults overrides)"
-    for label, size, name in (
-        ("workspace", settings.workspace_bytes(), "workspace"),
-        ("kept tiles", settings.tile_budget_bytes(), "tile_budget"),
-    ):
-        overrides = f"SSL_KERNELS_{name.upper()}_MB, use_{name} or set_defaults overrides"
-        report[label] = f"{size / 2**20:g} MB ({overrides})"
+    here, on_cuda = (f"{settings.workspace_bytes(torch.device(d)) / 2**20:g} MB" for d in ("cpu", "cuda"))
+    workspace = here if on_cuda == here else f"{here}, on CUDA {on_cuda}"
+    kept = f"{settings.tile_budget_bytes() / 2**20:g} MB"
+    for label, size, name in (("workspace", workspace, "workspace"), ("kept tiles", kept, "tile_budget")):
+        report[label] = f"{size} (SSL_KERNELS_{name.upper()}_MB, use_{name} or set_defaults overrides)"
     for op in K.__all__:
         report[op] = ", ".join(f"{case}: {backend}" for case, backend in _backends(kernels_of(op)).items())
     return report

@@ -14,6 +14,7 @@ import torch
 from ssl_kernels import _cuda
 
 T = TypeVar("T")
+D = TypeVar("D", float, None)
 
 BACKENDS = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 """``reference`` is plain dense PyTorch and defines each op; ``eager`` is the memory-linear panel driver with PyTorch
@@ -39,7 +40,7 @@ def _check_budget(mb: float, origin: str) -> float:
     return mb
 
 
-def _megabytes(variable: str, default: float, check: Callable[[float, str], float]) -> float:
+def _megabytes(variable: str, default: D, check: Callable[[float, str], float]) -> float | D:
     text = os.environ.get(variable)
     if not text:
         return default
@@ -102,7 +103,8 @@ def _without(block: _Block[T], blocks: tuple[_Block[T], ...]) -> tuple[_Block[T]
 
 _lock = threading.Lock()
 _backend = _Setting(_check_backend(os.environ.get("SSL_KERNELS_BACKEND") or "auto", "SSL_KERNELS_BACKEND"))
-_workspace_mb = _Setting(_megabytes("SSL_KERNELS_WORKSPACE_MB", 64, _check_workspace))
+WORKSPACE_MB, CUDA_WORKSPACE_MB = 64.0, 256.0  # where nobody has set another
+_workspace_mb = _Setting(_megabytes("SSL_KERNELS_WORKSPACE_MB", None, _check_workspace))
 _tile_budget_mb = _Setting(_megabytes("SSL_KERNELS_TILE_BUDGET_MB", 64, _check_budget))
 
 
@@ -128,8 +130,9 @@ def use_workspace(mb: float) -> AbstractContextManager[None]:
     """Limit the workspace of every op inside the block to ``mb`` megabytes.
 
     A tile of similarities and a panel of features take at most this much each. A smaller workspace is slower, never
-    wrong. The environment variable ``SSL_KERNELS_WORKSPACE_MB`` sets the default, which is 64 without it. Which threads
-    the block affects is told at :func:`use_backend`.
+    wrong. The environment variable ``SSL_KERNELS_WORKSPACE_MB`` sets the default. Without it the default is 64, and 256
+    on a GPU, where launches cost the host more than memory does. Which threads the block affects is told at
+    :func:`use_backend`.
     """
     return _workspace_mb.block(_check_workspace(mb, "use_workspace"))
 
@@ -174,8 +177,11 @@ def set_defaults(
     _tile_budget_mb.default = _tile_budget_mb.default if tile_budget_mb is None else tile_budget_mb
 
 
-def workspace_bytes() -> int:
-    return int(_workspace_mb.get() * 2**20)
+def workspace_bytes(device: torch.device) -> int:
+    mb = _workspace_mb.get()
+    if mb is None:
+        mb = CUDA_WORKSPACE_MB if device.type == "cuda" else WORKSPACE_MB
+    return int(mb * 2**20)
 
 
 def tile_budget_bytes() -> int:

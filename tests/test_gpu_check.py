@@ -52,7 +52,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
         patch.setattr(gpu_check, "sanitizer", lambda: str(tool))
-        patch.setattr(gpu_check, "TINY_TESTS", "test_small and float16-clip or test_cuda_graph or test_every_op")
+        tiny = {"first": ([gpu_check.VALUES], "", "test_small and bfloat16-clip or test_every_op")}
+        tiny |= {name: step for name, step in gpu_check.TESTS.items() if name != "first"}
+        patch.setattr(gpu_check, "TESTS", tiny)
         patch.setattr(gpu_check, "SANITIZED", "test_small and bfloat16-clip")
         status = gpu_check.main(["--device", "cpu", "--tiny", "--skip", "build", "--output", str(output)])
     return status, json.loads(output.read_text()), output.with_suffix(".md").read_text()
@@ -65,7 +67,7 @@ def measured(report: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
 def test_every_step_and_the_tests_are_reported(run: tuple[int, dict[str, Any], str]) -> None:
     _, report, text = run
     steps = {step["name"]: step for step in report["steps"]}
-    assert [steps[name]["status"] for name in ("build", "tests", "sanitizer")] == ["skipped", "ok", "ok"]
+    assert [steps[name]["status"] for name in ("build", *gpu_check.TESTS, "sanitizer")] == ["skipped", *["ok"] * 4]
     assert steps["sanitizer"]["detail"] == "memcheck: ok\nracecheck: ok\n"
     assert report["tests"]["passed"] >= 6
     assert report["tests"]["failed"] == report["tests"]["not_reached"] == []
@@ -132,8 +134,8 @@ def test_make_knows_it() -> None:
 
 def test_what_the_budget_cuts_is_named() -> None:
     report = Check("cpu", tiny=True, budget_s=gpu_check.REPORT_S).run()
-    assert [step.status for step in report.steps] == ["cut"] * 4
-    assert gpu_check.markdown(report).count("| cut | 0 | 0 | no time was left |") == 4
+    assert [step.status for step in report.steps] == ["cut"] * len(gpu_check.SHARES)
+    assert gpu_check.markdown(report).count("| cut | 0 | 0 | no time was left |") == len(gpu_check.SHARES)
 
 
 def test_a_command_past_its_limit_ends_with_all_that_it_started() -> None:
@@ -154,6 +156,62 @@ def test_an_interrupt_ends_what_it_had_started() -> None:
         gpu_check.execute([sys.executable, "-c", child], 60, {}, interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(started[0], 0)
+
+
+def test_what_was_found_is_kept_when_the_machine_is_taken_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "report.json"
+
+    def lost(command: list[str], limit_s: float, environment: Any, receive: Any = None) -> tuple[str, str]:
+        if receive is None:  # tests
+            entries = [{"collected": ["a", "b"]}, {"test": "a", "outcome": "passed", "detail": ""}]
+            Path(environment["SSL_KERNELS_TEST_LOG"]).write_text("\n".join(map(json.dumps, entries)))
+            return "ok", ""
+        row = {"op": "x", "group": "x", "shape": "", "mode": "forward", "provider": "ours", "status": "measured"}
+        receive(json.dumps({**row, "ms": 1.0, "launch_ms": 0.1, "peak_mb": 1, "error": 0.0}))
+        receive(json.dumps({"done": gpu_bench.GROUPS[0].name}))
+        raise SystemExit("the machine is gone")
+
+    monkeypatch.setattr(gpu_check, "execute", lost)
+    arguments = ["--device", "cpu", "--tiny", "--no-build", "--skip", "sanitizer", "--output", str(output)]
+    with pytest.raises(SystemExit, match="the machine is gone"):
+        gpu_check.main(arguments)
+    kept = json.loads(output.read_text())
+    steps = {step["name"]: step["status"] for step in kept["steps"]}
+    assert steps == {
+        "build": "skipped", **dict.fromkeys(gpu_check.TESTS, "ok"), "sanitizer": "skipped", "benchmarks": "running",
+    }  # fmt: skip
+    assert (kept["tests"]["collected"], kept["tests"]["passed"]) == (6, 3)
+    assert [row["ms"] for row in kept["benchmarks"]] == [1.0]
+    assert "| benchmarks | running |" in output.with_suffix(".md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+
+
+def test_another_python_is_handed_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = tmp_path / "python"
+    other.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/told"\nexit 3\n')
+    other.chmod(0o755)
+    arguments = ["--python", str(other), "--no-build", "--budget", "5"]
+    assert gpu_check.main(arguments) == 3
+    assert (tmp_path / "told").read_text().split() == [gpu_check.__file__, *arguments]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--python", sys.executable]) == 2  # itself
+
+
+def test_the_build_is_for_the_card_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    major = torch.version.cuda.partition(".")[0] if torch.version.cuda else "13"
+    monkeypatch.setattr(torch.version, "cuda", f"{major}.0")
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {major}.0, V{major}.0.1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for wished, expected in (("", {"TORCH_CUDA_ARCH_LIST": "9.0"}), ("8.0", {})):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wished)
+        environment, note = gpu_check.build_environment()
+        assert environment == {"SSL_KERNELS_CUDA": "1", **expected}
+        assert note == ("with CUDA C++" if wished else "with CUDA C++ for 9.0")
 
 
 def test_groups_past_the_deadline_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +282,7 @@ def test_a_test_that_failed_before_the_time_was_up(outcome: str, status: str, mo
         return "cut", ""
 
     monkeypatch.setattr(gpu_check, "execute", cut)
-    step = Step("tests", limit_s=60)
+    step = Step("values", limit_s=60)
     Check("cpu", tiny=True, budget_s=60).tests(step)
     assert step.status == status
     assert step.detail.endswith("1 not reached")
@@ -288,6 +346,16 @@ def test_wrong_numbers_of_ours_fail_the_step(wrong: Any, monkeypatch: pytest.Mon
 def test_benchmarks_that_cannot_be_imported_are_said_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "gpu_bench", None)
     output = tmp_path / "report.json"
-    arguments = ["--device", "cpu", "--tiny", "--skip", "build", "tests", "sanitizer", "--output", str(output)]
+    arguments = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--output",
+        str(output),
+        "--no-build",
+        "--skip",
+        *gpu_check.TESTS,
+        "sanitizer",
+    ]
     assert gpu_check.main(arguments) == 1
     assert "import of gpu_bench halted" in output.with_suffix(".md").read_text()

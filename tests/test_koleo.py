@@ -55,7 +55,7 @@ def given_neighbors(x: Tensor, neighbor: Tensor, weight: Tensor, reduction: str,
 
 
 def neighbors_of(x: Tensor, backend: str, eps: float = EPS) -> Tensor:
-    _, neighbor, _, _ = koleo._op.in_graphs(x, eps, "none", workspace_bytes(), backend)
+    _, neighbor, _, _ = koleo._op.in_graphs(x, eps, "none", workspace_bytes(x.device), backend)
     return neighbor
 
 
@@ -175,7 +175,7 @@ def test_of_equal_similarities_the_first_is_taken(
     torch.manual_seed(seed)
     u = torch.randint(-1, 2, (rows, width)).float()
     with ssl_kernels.use_workspace(workspace_mb):
-        neighbor = nearest_neighbors(u, workspace_bytes(), backend)
+        neighbor = nearest_neighbors(u, workspace_bytes(u.device), backend)
     assert torch.equal(neighbor, (u @ u.t()).fill_diagonal_(-math.inf).argmax(1))
 
 

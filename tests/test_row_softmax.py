@@ -24,7 +24,7 @@ from contrastive import (
     plain,
     unit_rows,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from row_losses import call
@@ -71,6 +71,16 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+SEVERAL_POSITIVES = {
+    "rows": 12, "cols": 20, "width": 8, "dtype": torch.float32, "scale": 14.3, "targets": False, "ids": 3,
+    "bias": False, "weights": True, "guide": None, "same_id": "positive", "label_smoothing": 0.1, "reduction": "mean",
+    "normalize": False,
+}  # fmt: skip
+
+
+MANY_ROWS = SEVERAL_POSITIVES | {"rows": 70, "cols": 80, "ids": None, "bias": True}  # of several sums by column
+
+
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.usefixtures("poisoned_memory")
 @given(
@@ -80,6 +90,9 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     budget_mb=st.sampled_from([64, 0, 0.004]),
     seed=st.integers(0, 2**16),
 )
+@example(problem=SEVERAL_POSITIVES, layout="contiguous", workspace_mb=64, budget_mb=64, seed=1)
+@example(problem=SEVERAL_POSITIVES | {"guide": 5}, layout="contiguous", workspace_mb=64, budget_mb=64, seed=1)
+@example(problem=MANY_ROWS, layout="contiguous", workspace_mb=64, budget_mb=64, seed=1)
 def test_matches_the_float64_reference(
     backend: str, problem: dict[str, Any], layout: str, workspace_mb: float, budget_mb: float, seed: int
 ) -> None:

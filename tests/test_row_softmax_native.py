@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 native = pytest.importorskip("ssl_kernels._native", reason="the wheel was built by another version of Python")
@@ -29,6 +29,13 @@ OPTIONS = {
     "smoothed": st.booleans(),
     "seed": st.integers(0, 2**16),
 }
+
+
+# What a bias removes, beside a share of the target for every pair, over more rows than one sum by column has.
+REMOVED = example(
+    rows=130, cols=70, gap=1, ids=None, same_id=IGNORED, scales=(12.5,) * 3, bias=True, factors=False, guided=False,
+    smoothed=True, seed=1,
+)  # fmt: skip
 
 
 class Problem(NamedTuple):
@@ -105,6 +112,7 @@ def finished(stats: np.ndarray, unit: float) -> np.ndarray:
 
 @pytest.mark.parametrize("isa", ISAS)
 @given(**OPTIONS)
+@REMOVED
 def test_statistics_match_the_definition(isa: str, smoothed: bool, **options: Any) -> None:
     p = problem(**options)
     before, width = p.buffer.copy(), 6 if smoothed else 4
@@ -140,6 +148,7 @@ def test_tiles_of_one_matrix_merge_in_any_order(isa: str, cuts: list[int], seed:
 
 @pytest.mark.parametrize("isa", ISAS)
 @given(**OPTIONS)
+@REMOVED
 def test_gradients_match_the_definition(isa: str, smoothed: bool, **options: Any) -> None:
     p = problem(**options)
     rows, cols = p.tile.shape
@@ -168,8 +177,11 @@ def test_gradients_match_the_definition(isa: str, smoothed: bool, **options: Any
     error = 2e-7 * (10 + largest) * (np.abs(side[2])[:, None] + np.abs(grad))
     for (moments, by_column, tile), write in zip(results, (False, True, True), strict=True):
         assert (np.abs(moments - 1 - products.sum(1)) <= (error * np.abs(p.s)).sum(1) + 1e-5).all()
-        for summed, exact, scope in zip(by_column, (grad, products), (1, np.abs(p.s)), strict=False):
-            assert (np.abs(summed.sum(0) - exact.sum(0)) <= (error * scope).sum(0) + 1e-5).all()
+        for summed, exact, scope in zip(by_column, (grad, products), (1, np.abs(p.s)), strict=False):  # of 64 rows each
+            for chunk, first in enumerate(range(0, rows, 64)):
+                of = slice(first, first + 64)
+                allowed = (error * scope)[of].sum(0) + 1e-5
+                assert (np.abs(summed[chunk] - exact[of].sum(0)) <= allowed).all()
         if write:
             assert (np.abs(tile - grad * p.factor) <= error * p.factor + 1e-6).all()
     assert np.array_equal(p.buffer[:, cols:], before[:, cols:])

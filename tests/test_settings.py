@@ -23,8 +23,9 @@ import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels import settings
 from ssl_kernels.ops import panels
-from ssl_kernels.ops.panels import panel_shape
+from ssl_kernels.ops.panel_shape import clocks, panel_shape
 
+CPU = torch.device("cpu")
 MB_64 = 64 * 2**20
 
 
@@ -146,7 +147,7 @@ def test_panels_of_a_gpu_stay_in_its_cache(l2_mb: int, half: int, full: int, mon
     monkeypatch.setattr(torch.version, "hip", None)
     device = torch.device("cuda", 90 + l2_mb)  # what is known of a device is kept
     for itemsize, side in ((2, half), (4, full)):
-        assert panel_shape(100 * side, 100 * side, 512, itemsize, device, MB_64) == (side, side)
+        assert panel_shape(100 * side, 100 * side, 255, itemsize, device, MB_64) == (side, side)
 
 
 def test_a_gpu_gets_few_panels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,9 +161,44 @@ def test_a_gpu_gets_few_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert panel_shape(4096, 4096, 64, 4, cpu, MB_64, symmetric=True) == (512, 512)
 
 
+@pytest.mark.parametrize("multiprocessors", [108, 132, 148, 304])
+@pytest.mark.parametrize("width", [256, 512, 768, 1152])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1031, 300_000), (4096, 4096), (65_536, 65_536), (200_000, 513)])
+def test_panels_of_wide_features_leave_few_multiprocessors_idle(
+    rows: int, cols: int, width: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip = SimpleNamespace(L2_cache_size=50 * 2**20, multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    device, workspace = torch.device("cuda", multiprocessors % 100), 256 * 2**20
+    m, n = panel_shape(rows, cols, width, 2, device, workspace)
+    assert (1 <= m <= rows, 1 <= n <= cols) == (True, True)
+    assert (m % 256 == 0 or m == rows, n % 256 == 0 or n == cols) == (True, True)
+    assert 2 * m * n <= workspace
+    assert 4 * width * max(m, n) <= workspace
+    assert math.ceil(rows / m) * math.ceil(cols / n) <= 2 * math.ceil(rows * cols / (2**27 - 2**20)) + 2
+    if rows == cols == 65_536:
+        share = 6 * rows * cols * width / 4096 / multiprocessors / clocks(rows, cols, width, m, n, multiprocessors)
+        squares = 6 * rows * cols * width / 4096 / multiprocessors
+        squares /= clocks(rows, cols, width, 4096, 4096, multiprocessors)
+        assert share > 1.2 * squares
+
+
+def test_a_workspace_that_somebody_set_binds_panels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = SimpleNamespace(L2_cache_size=50 * 2**20, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    device = torch.device("cuda", 88)
+    assert settings.workspace_bytes(device) == 256 * 2**20
+    for mb in (64, 1, 0.1, 1e-6):
+        with ssl_kernels.use_workspace(mb):
+            assert settings.workspace_bytes(device) == int(mb * 2**20)
+            m, n = panel_shape(65_536, 65_536, 768, 2, device, settings.workspace_bytes(device))
+        assert 2 * m * n <= max(2, mb * 2**20)
+        assert max(m, n) == 1 or 4 * 768 * max(m, n) <= mb * 2**20
+
+
 def test_the_environment_sets_the_defaults() -> None:
-    printed = "s.current_backend(), s.workspace_bytes(), s.tile_budget_bytes()"
-    code = f"from ssl_kernels import settings as s; print({printed})"
+    printed = "s.current_backend(), s.workspace_bytes(cpu), s.tile_budget_bytes()"
+    code = f"import torch; from ssl_kernels import settings as s; cpu = torch.device('cpu'); print({printed})"
     environment = {"SSL_KERNELS_WORKSPACE_MB": "2", "SSL_KERNELS_TILE_BUDGET_MB": "0"}
     result = run_python(code, SSL_KERNELS_BACKEND="eager", **environment)
     assert result.stdout.split() == ["eager", str(2 * 2**20), "0"], result.stderr
@@ -255,14 +291,14 @@ def test_blocks_are_of_their_own_thread_and_task() -> None:
 
 
 def test_defaults_are_those_of_all_threads() -> None:
-    before = (settings.current_backend(), settings.workspace_bytes() / 2**20, settings.tile_budget_bytes() / 2**20)
+    before = (settings.current_backend(), settings.workspace_bytes(CPU) / 2**20, settings.tile_budget_bytes() / 2**20)
     try:
         ssl_kernels.set_defaults(backend="eager", workspace_mb=2)
         with pytest.raises(ValueError, match="tile_budget_mb: expected a number of megabytes, at least 0, got -1"):
             ssl_kernels.set_defaults(backend="reference", tile_budget_mb=-1)
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(settings.current_backend).result() == "eager"
-            assert pool.submit(settings.workspace_bytes).result() == 2 * 2**20
+            assert pool.submit(settings.workspace_bytes, CPU).result() == 2 * 2**20
         with ssl_kernels.use_backend("auto"):
             assert settings.current_backend() == "auto"
         assert settings.tile_budget_bytes() / 2**20 == before[2]

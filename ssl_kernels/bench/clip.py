@@ -3,6 +3,7 @@ takes one more to form it again, which is spared for tiles that are kept within 
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 
 import torch
@@ -40,15 +41,31 @@ def inf_cl(width: int) -> Loss:
     return lambda x, y, scale: sum(fused(a, b, scale=scale, head_dim=head).mean() for a, b in ((x, y), (y, x))) / 2
 
 
-def cut_cross_entropy() -> Loss:
-    fused = pkgutil.resolve_name("cut_cross_entropy:linear_cross_entropy")
+def both_ways(of_rows: Loss) -> Loss:
+    """CLIP of a cross-entropy that multiplies features [B, D] by weights [B, D] itself, and takes labels [B]."""
 
     def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        # Without its filter, which leaves small probabilities out of the gradient.
         labels, sides = torch.arange(len(x), device=x.device), ((x, y), (y, x))
-        return sum(fused((scale * a).to(x.dtype), b, labels, filter_eps=None) for a, b in sides) / 2
+        return sum(of_rows((scale * a).to(x.dtype), b, labels) for a, b in sides) / 2
 
     return loss
+
+
+def cut_cross_entropy() -> Loss:
+    # Without its filter, which leaves small probabilities out of the gradient.
+    fused = pkgutil.resolve_name("cut_cross_entropy:linear_cross_entropy")
+    return both_ways(functools.partial(fused, filter_eps=None))
+
+
+def liger() -> Loss:
+    fused = pkgutil.resolve_name("liger_kernel.transformers:LigerFusedLinearCrossEntropyLoss")()
+    return both_ways(lambda features, weights, labels: fused(weights, features, labels))
+
+
+def torch_in_chunks() -> Loss:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise NotComparableError(f"torch {torch.__version__} has none")
+    return both_ways(functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()))
 
 
 SCALE = 10.0
@@ -69,6 +86,9 @@ def problem(batch: int, width: int, dtype: torch.dtype, device: torch.device) ->
         "memeff": memeff,
         "Inf-CL": lambda: inf_cl(width),
         "cut-cross-entropy": cut_cross_entropy,
+        "Liger": liger,
+        "quack": lambda: both_ways(pkgutil.resolve_name("quack.linear_cross_entropy:chunked_linear_cross_entropy")),
+        "torch, in chunks": torch_in_chunks,
     }
     return Problem(pairs(batch, width, dtype, device, SCALE), eager, providers, floor, not_by={"memeff": (2,)})
 

@@ -85,7 +85,8 @@ def barlow_twins_loss(
     grad = torch.is_grad_enabled()
     wanted = grad and za.requires_grad, grad and zb.requires_grad
     in_cpp = backend == "cpu"
-    loss: Tensor = _op(Arguments(za, zb, lambda_param, *wanted, workspace_bytes(), in_cpp, **over._asdict()))[0]
+    workspace = workspace_bytes(za.device)
+    loss: Tensor = _op(Arguments(za, zb, lambda_param, *wanted, workspace, in_cpp, **over._asdict()))[0]
     return loss
 
 

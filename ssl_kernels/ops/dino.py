@@ -290,7 +290,7 @@ def _dino_eager(a: Arguments, gradient: Tensor | None, scale: float, teacher_sum
     losses = temp.new_zeros(samples)
     slope = scale if a.students[0].dtype == torch.float16 else scale / temp
     held = _count(a.teachers) + 6  # matrices [step, K] at a time
-    step = max(1, workspace_bytes() // (held * width * temp.element_size()))
+    step = max(1, workspace_bytes(temp.device) // (held * width * temp.element_size()))
     for b in range(0, samples, step):
         part = slice(b, b + step)
         p = a.probabilities(part)

@@ -93,10 +93,9 @@ def fused_info_nce(
         return reference(query, positive, keys, scale, reduction, positive_is_key)
     _checks.check_transforms(query, positive, scale)
     want_mean = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
+    workspace = workspace_bytes(query.device)
     loss: Tensor = _op(
-        Arguments(
-            query, positive, keys, scale, positive_is_key, reduction, want_mean, workspace_bytes(), backend, *over
-        )
+        Arguments(query, positive, keys, scale, positive_is_key, reduction, want_mean, workspace, backend, *over)
     )[0]
     return loss
 

@@ -83,7 +83,7 @@ def fused_key_softmax(
     the query's others before it is cast."""
     _checks.check_transforms(query, scale)
     want_mean |= torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-    lse, mean = _op(Arguments(query, keys, scale, want_mean, dtype, workspace_bytes(), backend))
+    lse, mean = _op(Arguments(query, keys, scale, want_mean, dtype, workspace_bytes(query.device), backend))
     return lse, mean
 
 

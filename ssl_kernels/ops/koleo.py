@@ -106,7 +106,7 @@ def koleo_loss(
         _check_rows(x.shape[0])
         return reference(x, eps, reduction)
     _checks.check_transforms(x)
-    arguments = Arguments(x, eps, reduction, workspace_bytes(), backend)
+    arguments = Arguments(x, eps, reduction, workspace_bytes(x.device), backend)
     if over.group:
         wanted = torch.is_grad_enabled() and x.requires_grad
         shared: Tensor = _op_across(ArgumentsAcross(*arguments, wanted, **over._asdict()))[0]

@@ -10,79 +10,19 @@ Where Y is X, the tiles below the diagonal mirror those above it and are not vis
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ssl_kernels.ops.matmul import add_matmul
+from ssl_kernels.ops.panel_shape import panel_shape
 
 # (X_i [m, D], Y_j [n, D], stats of the rows [m, k], first row, first column) -> G [m, n], if a gradient is wanted; or
 # one G after the other, each with the features whose gradients it makes
 Tiles = Iterator[tuple[slice, Tensor]]
 PanelFunction = Callable[[Tensor, Tensor, Tensor, int, int], Tensor | Tiles | None]
-
-_SIDE_CPU = 1024  # 1024 x 1024 fp32 is 4 MB: in the last-level cache, with long enough inner products
-_L2_BYTES = 50 * 2**20  # of a GPU that does not say, as of an H100
-_GPU_MULTIPLE = 256  # a whole number of the tiles of every kernel
-_SYMMETRIC_PANELS = 8  # at least so many where size allows: tiles on the diagonal are visited whole, 1/8 of the work
-_LEAST_SYMMETRIC = {"cpu": 256, "cuda": 4096}  # but no smaller: on a GPU a launch costs the host more than the work
-
-
-def panel_shape(
-    rows: int,
-    cols: int,
-    width: int,
-    bytes_per_element: int,
-    device: torch.device,
-    workspace: int,
-    symmetric: bool = False,
-) -> tuple[int, int]:
-    """Rows and columns of a panel: square by preference, evened out over the matrix.
-
-    The tile fits a workspace of so many bytes, and so does a panel of ``width`` features in fp32, which a conversion or
-    a product may have to hold. A tile of no bytes is not written: what is written instead, by rows and columns of
-    blocks, takes about a byte per element at most.
-    """
-    limit = max(1, workspace // max(1, bytes_per_element))
-    longest = max(1, workspace // (4 * max(1, width)))
-    side = math.isqrt(limit)
-    if bytes_per_element:
-        side = min(side, _cached_side(device, bytes_per_element))
-    if symmetric:
-        side = min(side, max(_LEAST_SYMMETRIC.get(device.type, 256), rows // _SYMMETRIC_PANELS))
-    panel_rows = _even_split(rows, min(side, longest))
-    if symmetric:
-        return panel_rows, panel_rows
-    panel_cols = _even_split(cols, min(side * side // panel_rows, longest))
-    return panel_rows, panel_cols
-
-
-@functools.cache
-def _cached_side(device: torch.device, bytes_per_element: int) -> int:
-    """The side of a square tile that stays in cache until both gradients have been made of it.
-
-    On a GPU it has two thirds of the L2, 4096 x 4096 in 16 bits on an H100. A ROCm device tells of the L2 of one of its
-    dies, not of the cache of 256 MB behind them, so it gets what an H100 does.
-    """
-    if device.type == "cpu":
-        return _SIDE_CPU
-    l2 = _L2_BYTES
-    if device.type == "cuda" and torch.version.hip is None:
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size or l2
-    side = math.isqrt(l2 * 2 // 3 // bytes_per_element)
-    return max(side // _GPU_MULTIPLE, 1) * _GPU_MULTIPLE
-
-
-def _even_split(size: int, limit: int) -> int:
-    """The panel length, at most ``limit``, that cuts ``size`` into the fewest panels of nearly equal length."""
-    if size <= limit:
-        return size
-    even = -(-size // -(-size // limit))
-    return min(limit, -(-even // 16) * 16)
 
 
 def _cut(size: int, step: int, seam: int = 0) -> list[slice]:

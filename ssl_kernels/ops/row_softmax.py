@@ -208,7 +208,8 @@ def _softmax(
     keep_bytes = tile_budget_bytes() if any(needs_grad) and reduction != "none" else 0
     loss: Tensor = row_softmax(
         Arguments(
-            *call, None, needs_grad, lse, *rules, label_smoothing, reduction, workspace_bytes(), keep_bytes, backend,
+            *call, None, needs_grad, lse, *rules, label_smoothing, reduction, workspace_bytes(call.query.device),
+            keep_bytes, backend,
             what, *over,
         )
     )[0]  # fmt: skip

@@ -74,7 +74,7 @@ def sigmoid_contrastive_loss(
     Under autocast, ``x`` and ``y`` are cast as for a matrix product; the loss is still accumulated in float32. float32
     products follow ``torch.get_float32_matmul_precision()``. Between forward and backward, the gradients that are
     needed are kept, [M, D] and [N, D] in float32. A tile of similarities and a panel of features take at most
-    ``SSL_KERNELS_WORKSPACE_MB`` megabytes each, 64 by default; see :func:`ssl_kernels.use_workspace`.
+    ``SSL_KERNELS_WORKSPACE_MB`` megabytes each, 64 by default and 256 on a GPU; see :func:`ssl_kernels.use_workspace`.
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023, arXiv:2303.15343.
 
@@ -101,7 +101,8 @@ def sigmoid_contrastive_loss(
     _checks.check_transforms(x, y, scale, bias)
     grad = torch.is_grad_enabled()
     needs_grad = [grad and t.requires_grad for t in (x, y, scale, bias)]
-    arguments = Arguments(x, y, scale, bias, *pairs, None, reduction, needs_grad, workspace_bytes(), backend, *over)
+    workspace = workspace_bytes(x.device)
+    arguments = Arguments(x, y, scale, bias, *pairs, None, reduction, needs_grad, workspace, backend, *over)
     loss: Tensor = _op(arguments)[0]
     return loss
 

@@ -63,8 +63,8 @@ def softmax_contrastive(
     keep_bytes = tile_budget_bytes() if any(needs_grad) and reduction != "none" else 0
     loss, _, _, _, unpaired = _op(
         Arguments(
-            x, y, scale, *pairs, None, seam, label_smoothing, reduction, needs_grad, workspace_bytes(), keep_bytes,
-            backend, what, *over,
+            x, y, scale, *pairs, None, seam, label_smoothing, reduction, needs_grad, workspace_bytes(x.device),
+            keep_bytes, backend, what, *over,
         )
     )  # fmt: skip
     return loss, unpaired

@@ -103,7 +103,8 @@ def vicreg_loss(
     _checks.check_transforms(za, zb)
     grad = torch.is_grad_enabled()
     wanted = grad and za.requires_grad, grad and zb.requires_grad
-    arguments = Arguments(za, zb, *weights, eps, *wanted, workspace_bytes(), backend == "cpu", **over._asdict())
+    workspace = workspace_bytes(za.device)
+    arguments = Arguments(za, zb, *weights, eps, *wanted, workspace, backend == "cpu", **over._asdict())
     loss: Tensor = _op(arguments)[0]
     return loss
 

@@ -344,7 +344,7 @@ def test_guides_of_another_width_than_features_choose_what_fits(monkeypatch):
     options=[
         {},
         {"candidate_bias": True, "ids": True, "label_smoothing": 0.1, "weights": True},
-        {"dims": (4, 12), "normalize": True, "guide": True},
+        {"dims": (4, 12), "dim_weights": (0.5, 2.0), "normalize": True, "guide": True},
         {"hardness": 3.0, "reduction": "none"},
         {"lse": True, "candidate_bias": True},
     ],

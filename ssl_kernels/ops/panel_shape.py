@@ -1,0 +1,130 @@
+"""How many rows and columns a panel has.
+
+On a CPU a tile stays in the last-level cache until both gradients have been made of it. On a GPU the tile of wide
+features need not: with it in 16 bits, its products do D FLOP for each byte that they read of it, more than memory asks
+for from D = 256 on. There, panels are few and large, for each costs the host its launches, and of a shape whose
+products leave few multiprocessors idle in the last of their waves. For narrow features the tile stays in the L2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+_SIDE_CPU = 1024  # 1024 x 1024 fp32 is 4 MB: in the last-level cache, with long enough inner products
+_L2_BYTES = 50 * 2**20  # of a GPU that does not say, as of an H100
+_GPU_MULTIPLE = 256  # a whole number of the tiles of every kernel
+_SYMMETRIC_PANELS = 8  # at least so many where size allows: tiles on the diagonal are visited whole, 1/8 of the work
+_LEAST_SYMMETRIC = {"cpu": 256, "cuda": 4096}  # but no smaller: on a GPU a launch costs the host more than the work
+_WIDE = 256  # features
+_MOST_COLUMNS = 16_384
+_TILE = (128, 256)  # rows and columns of the products of a multiprocessor, and FLOP per clock of it, as on an H100
+_FLOP = 4096
+_LAUNCHES = 5 * 10_000  # clocks to launch what a panel takes
+
+
+def panel_shape(
+    rows: int,
+    cols: int,
+    width: int,
+    bytes_per_element: int,
+    device: torch.device,
+    workspace: int,
+    symmetric: bool = False,
+) -> tuple[int, int]:
+    """Rows and columns of a panel: square by preference, evened out over the matrix.
+
+    The tile fits a workspace of so many bytes, and so does a panel of ``width`` features in fp32, which a conversion or
+    a product may have to hold. A tile of no bytes is not written: what is written instead, by rows and columns of
+    blocks, takes about a byte per element at most.
+    """
+    limit = max(1, workspace // max(1, bytes_per_element))
+    longest = max(1, workspace // (4 * max(1, width)))
+    is_wide = device.type == "cuda" and width >= _WIDE
+    if is_wide and bytes_per_element and not symmetric and limit >= _GPU_MULTIPLE**2 and longest >= _GPU_MULTIPLE:
+        return _in_whole_waves(rows, cols, width, limit, longest, _multiprocessors(device))
+    side = math.isqrt(limit)
+    if bytes_per_element and not is_wide:
+        side = min(side, _cached_side(device, bytes_per_element))
+    if symmetric:
+        side = min(side, max(_LEAST_SYMMETRIC.get(device.type, 256), rows // _SYMMETRIC_PANELS))
+    panel_rows = _even_split(rows, min(side, longest))
+    if symmetric:
+        return panel_rows, panel_rows
+    panel_cols = _even_split(cols, min(side * side // panel_rows, longest))
+    return panel_rows, panel_cols
+
+
+@functools.cache
+def _cached_side(device: torch.device, bytes_per_element: int) -> int:
+    """The side of a square tile that stays in cache until both gradients have been made of it.
+
+    On a GPU it has two thirds of the L2, 4096 x 4096 in 16 bits on an H100. A ROCm device tells of the L2 of one of its
+    dies, not of the cache of 256 MB behind them, so it gets what an H100 does.
+    """
+    if device.type == "cpu":
+        return _SIDE_CPU
+    l2 = _L2_BYTES
+    if device.type == "cuda" and torch.version.hip is None:
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size or l2
+    side = math.isqrt(l2 * 2 // 3 // bytes_per_element)
+    return max(side // _GPU_MULTIPLE, 1) * _GPU_MULTIPLE
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=256)
+def _in_whole_waves(
+    rows: int, cols: int, width: int, limit: int, longest: int, multiprocessors: int
+) -> tuple[int, int]:
+    """The panel of at most ``limit`` elements that takes the fewest clocks by the model, the largest of equals."""
+    best = (math.inf, 0, 0)
+    for n in _lengths(cols, min(max(_MOST_COLUMNS, limit // rows), longest, limit // _GPU_MULTIPLE)):
+        for m in _lengths(rows, min(limit // n, longest)):
+            best = min(best, (clocks(rows, cols, width, m, n, multiprocessors), -m, -n))
+    _, m, n = best
+    return -m, -n
+
+
+def _lengths(size: int, most: int) -> list[int]:
+    """Multiples of 256 up to ``most``, and the whole if it fits."""
+    lengths = [*range(_GPU_MULTIPLE, min(size, most + 1), _GPU_MULTIPLE)][-24:]
+    return [*lengths, size] if size <= most else lengths
+
+
+def clocks(rows: int, cols: int, width: int, m: int, n: int, multiprocessors: int) -> float:
+    """What all panels of a loss with both gradients take, by waves of tiles and launches: a model, no measurement."""
+    return sum(
+        count_m * count_n * panel_clocks(part_m, part_n, width, multiprocessors)
+        for part_m, count_m in _parts(rows, m)
+        for part_n, count_n in _parts(cols, n)
+    )
+
+
+def panel_clocks(m: int, n: int, width: int, multiprocessors: int) -> float:
+    """Similarities [m, n], and the products with G that make the gradients [m, D] and, transposed, [D, n]."""
+
+    def product(rows: int, cols: int, depth: int) -> float:
+        tiles = math.ceil(rows / _TILE[0]) * math.ceil(cols / _TILE[1])
+        return math.ceil(tiles / multiprocessors) * 2 * _TILE[0] * _TILE[1] * depth / _FLOP
+
+    return product(m, n, width) + product(m, width, n) + product(width, n, m) + _LAUNCHES
+
+
+def _parts(size: int, step: int) -> list[tuple[int, int]]:
+    """The lengths of panels, and how many there are of each."""
+    whole, rest = divmod(size, step)
+    return [(length, count) for length, count in ((step, whole), (rest, 1)) if length * count]
+
+
+def _even_split(size: int, limit: int) -> int:
+    """The panel length, at most ``limit``, that cuts ``size`` into the fewest panels of nearly equal length."""
+    if size <= limit:
+        return size
+    even = -(-size // -(-size // limit))
+    return min(limit, -(-even // 16) * 16)
