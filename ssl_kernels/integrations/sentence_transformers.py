@@ -299,10 +299,12 @@ def _ranking_loss(
     prefixes: dict[str, Any] = {"dims": dims, "dim_weights": weights, "normalize": normalize}
     over: dict[str, Any] = {"group": group, "own_share": group is not None and current_backend() != "reference"}
     hardness = _hardness(options, embeddings, group)
-    if len(set(options.directions)) == 1:
-        return K.row_softmax_loss(query, torch.cat(list(embeddings[1:])), options.scale, **hardness, **prefixes, **over)
-    if hardness or dims is not None:
-        forth = K.row_softmax_loss(query, torch.cat(list(embeddings[1:])), options.scale, **hardness, **prefixes, **over)
+    both_ways = len(set(options.directions)) > 1
+    if hardness or dims is not None or not both_ways:
+        documents = torch.cat(list(embeddings[1:]))
+        forth = K.row_softmax_loss(query, documents, options.scale, **hardness, **prefixes, **over)
+        if not both_ways:
+            return forth
         return (forth + K.row_softmax_loss(positive, query, options.scale, **prefixes, **over)) / 2
     if normalize:
         embeddings = [fused_unit_rows(rows) for rows in embeddings]
