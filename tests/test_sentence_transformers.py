@@ -132,6 +132,7 @@ def model() -> Any:
 def guide() -> Any:
     """Another model, which knows the same tokens."""
     model = small_model()
+    torch.manual_seed(0)  # whichever test comes first
     with torch.no_grad():
         for parameter in model[0].auto_model.embeddings.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -150,7 +151,7 @@ def through_a_model(model: Any, columns: int, make: Callable[[Any], Any]) -> Non
         value.backward()
         found.append([value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert len(found[0]) > 14
-    assert sum(g.abs().max() > 1e-4 for g in found[1]) > 10
+    assert sum(g.abs().max() > 1e-5 for g in found[1]) > 10
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, theirs.abs().max().item()))
 
@@ -171,7 +172,7 @@ def test_texts_through_a_model(name: str, columns: int, model: Any) -> None:
     2,
     cached=(False, True),
     strategy=("absolute", "relative"),
-    margin=(0.0, 0.15, -0.1),
+    margin=(0.0, 0.02, -0.1),
     anchors=(True, False),
     positives=(True, False),
     columns=(2, 3),
@@ -190,14 +191,15 @@ def test_a_guide(
 
 def test_what_a_guide_leaves_out_and_what_it_keeps(model: Any, guide: Any) -> None:
     """The guide moves the loss; and a copy of a positive, whose score is the same, is no false negative."""
-    values, guides = embeddings(4), [t + 0.5 * torch.randn(37, 24) for t in embeddings(4)]
+    values, guides = embeddings(4), [torch.randn(37, 24) for _ in range(4)]  # some pairs have scores below 0
     for columns in (*values, *guides), (*guides, *values):
         columns[1][5] = columns[1][7]
     chunks = [list(t.split(8)) for t in guides]
-    for margin in (0.0, 0.1):
+    for margin, strategy in itertools.product((0.0, 0.3), ("absolute", "relative")):
         found = []
+        options = {"mini_batch_size": 8, "temperature": 0.1, "margin": margin, "margin_strategy": strategy}
         for whose in ("ours", "theirs"):
-            loss = module_of(whose).CachedGISTEmbedLoss(model, guide, mini_batch_size=8, temperature=0.1, margin=margin)
+            loss = module_of(whose).CachedGISTEmbedLoss(model, guide, **options)
             found.append(cached_results(loss, values, chunks))
         assert_same(*found)
     loss = module_of("ours").CachedGISTEmbedLoss(model, guide)
