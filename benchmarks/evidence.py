@@ -64,6 +64,10 @@ first pass; "ours, no tile kept" may keep none.
 N is the number of images, each of which is seen twice. Similarities are symmetric, so that ours computes half of the
 2N x 2N matrix.
 """,
+    "metric_learning": """\
+M rows with labels, and all pairs of them. Similarities are symmetric. pytorch-metric-learning's NT-Xent compares each
+positive with each negative pair, so that it takes no more rows.
+""",
     "row_softmax": """\
 M queries, and N candidates of which M are positives and the others hard negatives. Loss and gradients need three
 products of 2 M N D FLOP. Ours takes a fourth for each tile that it did not keep from its first pass. Five prefixes of

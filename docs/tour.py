@@ -25,9 +25,9 @@ from ssl_kernels import ClipLoss, SigLipLoss, use_backend
 from ssl_kernels.collapse import CollapseWarning
 from ssl_kernels.trainers import data, dino, moco, optim
 from ssl_kernels.trainers.clip import Clip
-from ssl_kernels.trainers.data import openmoji, views
+from ssl_kernels.trainers.data import image_data, openmoji
 from ssl_kernels.trainers.evaluation import image_text
-from ssl_kernels.trainers.evaluation.probes import nearest_classes
+from ssl_kernels.trainers.evaluation.classifiers import nearest_classes
 from ssl_kernels.trainers.evaluation.retrieval import plot_retrieval
 from ssl_kernels.trainers.models import image_tower, text_tower, tokenizer
 from ssl_kernels.trainers.self_supervised import Method
@@ -54,7 +54,7 @@ def save(figure, name):
 pairs_config = SigLipConfig(image_size=EMOJI_SIZE, label_captions=0.0)  # names, without words of their categories
 tokenize = tokenizer(pairs_config)
 pairs = data.load(pairs_config, tokenize, batch_size=BATCH, seed=0, workers=0)
-digits = views.load(moco.MoCoConfig(image_size=DIGIT_SIZE), batch_size=BATCH, seed=0, workers=0)
+digits = image_data.load(moco.MoCoConfig(image_size=DIGIT_SIZE), batch_size=BATCH, seed=0, workers=0)
 print(f"emoji:  {len(pairs.train)} to train on, {len(pairs.held_out)} held out")
 print(f"digits: {len(digits.train)} to train on, {len(digits.held_out)} held out")
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while the `ssl-kernels` command loads its modules, which takes seconds: a line instead of a traceback.
+"""Ctrl-C while `ssl-kernels`, or a trainer by `python -m`, loads its modules: a line instead of a traceback.
 
 In every other program, importing this does nothing.
 """
@@ -24,7 +24,8 @@ def over() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_is_command = any(os.path.basename(word) in ("ssl-kernels", "ssl_kernels.cli") for word in sys.orig_argv[1:4])
+_NAMES, _TRAINERS = ("ssl-kernels", "ssl_kernels.cli"), "ssl_kernels.trainers."
+_is_command = any(os.path.basename(word) in _NAMES or word.startswith(_TRAINERS) for word in sys.orig_argv[1:4])
 _in_main_thread = threading.current_thread() is threading.main_thread()
 if _is_command and _in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _exit)

@@ -78,7 +78,6 @@ def train(argv: Sequence[str]) -> int:
         got = f"got {argv[0]!r}" if argv else "got none"
         return _fail(f"train: expected one of the trainers {', '.join(TRAINERS)}, {got}")
     trainer = importlib.import_module(f"ssl_kernels.trainers.{argv[0]}")
-    _interrupt.over()
     code: int = trainer.main(argv[1:], prog=f"ssl-kernels train {argv[0]}")
     return code
 

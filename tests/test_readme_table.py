@@ -114,16 +114,43 @@ def sup_con() -> None:
     ours = integration("pytorch_metric_learning.SupConLoss")
     same(ours()(z, labels), theirs()(z, labels), z)
     same(S.SupConLoss(0.2)(F.normalize(z), labels), theirs(0.2)(z, labels), z)
-    assert ours()(z, torch.zeros(40, dtype=torch.int64)) == theirs()(z, torch.zeros(40, dtype=torch.int64)) == 0
-    for given in ({"indices_tuple": (labels,) * 3}, {"ref_emb": z, "ref_labels": labels}):
-        with pytest.raises(NotImplementedError, match=f"SupConLoss: {next(iter(given))}: only None is implemented"):
-            ours()(z, labels, **given)
 
     views, other = torch.arange(20).repeat(2), ~torch.eye(40, dtype=torch.bool)
     similarity = (F.normalize(z) @ F.normalize(z).t() / 0.1).exp()
     positive = (similarity * (views[:, None] == views) * other).sum(1)
     solo = -(positive / (similarity * other).sum(1)).log().mean()
     same(integration("solo.simclr_loss_func")(z, views), solo, z)
+
+
+@row("NT-Xent with labels")
+def nt_xent_with_labels() -> None:
+    z, labels = raw(40, 8), torch.cat([torch.arange(36) % 7, torch.arange(100, 104)])
+    modules = [
+        (integration(f"pytorch_metric_learning.{name}"), peer(f"pytorch_metric_learning.losses.{name}"))
+        for name in ("NTXentLoss", "SupConLoss", "CrossBatchMemory")
+    ]
+    same(*(loss()(z, labels) for loss in modules[0]), z)
+    for losses in modules[:2]:
+        memories = [memory(loss(), 8) for memory, loss in zip(modules[2], losses, strict=True)]
+        for _ in range(2):  # the second with what the first has left there
+            same(*(memory(z, labels) for memory in memories), z)
+
+
+@row("in-batch and hard negatives of retrieval")
+def retrieval() -> None:
+    queries, passages = raw(10, 8), raw(40, 8)
+    for name in ("SimpleContrastiveLoss", "DistributedContrastiveLoss", "EmbedderLoss"):
+        expected = F.cross_entropy(queries @ passages.t(), 4 * torch.arange(10))
+        same(integration(f"retrieval.{name}")()(queries, passages), expected, queries, passages)
+
+
+@row("sampled softmax of two-tower recommenders")
+def two_towers() -> None:
+    users, items, ids, log_q = raw(20, 8), raw(20, 8), torch.arange(20) % 8, torch.randn(20)
+    logits = F.normalize(users) @ F.normalize(items).t() / 0.05 - log_q
+    logits = logits.masked_fill((ids[:, None] == ids) & ~torch.eye(20, dtype=torch.bool), -torch.inf)
+    loss = integration("retrieval.TwoTowerLoss")()(users, items, ids, log_q=log_q)
+    same(loss, F.cross_entropy(logits, torch.arange(20)), users, items)
 
 
 def cross_entropy_over_queue(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:

@@ -363,7 +363,8 @@ def test_fifty_steps_of_its_trainer(name: str, tmp_path: Path) -> None:
             for whose in ("ours", "theirs")
         )  # fmt: skip
         assert len(ours) == 50
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        rounding = 1e-5 if name == "guided" else 0.0  # of logits of up to 100, where the loss is small
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=rounding)
         assert sum(ours[-5:]) < sum(ours[:5])
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_kernels import DINOHead, KeyQueue, KoLeoLoss, MoCoLoss, MoCoV3Loss, NTXentLoss
-from ssl_kernels.integrations.pytorch_metric_learning import SupConLoss
 from ssl_kernels.integrations.solo import mocov3_loss_func, simclr_loss_func
 from ssl_kernels.ops.unit_rows import fused_unit_rows
 
@@ -26,6 +25,14 @@ def queue(dtype: torch.dtype) -> KeyQueue:
     return KeyQueue(64, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def metric_learning(name: str) -> nn.Module:
+    pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
+    from ssl_kernels.integrations import pytorch_metric_learning
+
+    module: nn.Module = getattr(pytorch_metric_learning, name)(0.5)
+    return module
+
+
 MODULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "NTXentLoss": lambda a, b: NTXentLoss(0.5)(a, b),
     "NTXentLoss with a bank": lambda a, b: bank(a.dtype)(a, b),
@@ -33,7 +40,10 @@ MODULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "MoCoV3Loss": lambda a, b: MoCoV3Loss(0.5)(a, a, b, b),
     "solo-learn's MoCo v3": lambda a, b: mocov3_loss_func(a, b, 0.5),
     "solo-learn's SimCLR": lambda a, b: simclr_loss_func(torch.cat([a, b]), torch.arange(len(a)).repeat(2), 0.5),
-    "SupConLoss": lambda a, b: SupConLoss(0.5)(torch.cat([a, b]), torch.arange(len(a)).repeat(2)),
+    "SupConLoss": lambda a, b: metric_learning("SupConLoss")(torch.cat([a, b]), torch.arange(len(a)).repeat(2)),
+    "NTXentLoss of metric learning": lambda a, b: metric_learning("NTXentLoss")(
+        torch.cat([a, b]), torch.arange(len(a)).repeat(2)
+    ),
     "KoLeoLoss": lambda a, b: KoLeoLoss()(torch.cat([a, b])),
 }
 

@@ -10,6 +10,7 @@ from ssl_kernels.bench.ema import EMA, EMA_16_BITS
 from ssl_kernels.bench.ibot import WITH_CENTER, WITH_SINKHORN
 from ssl_kernels.bench.info_nce import INFO_NCE
 from ssl_kernels.bench.koleo import KOLEO
+from ssl_kernels.bench.metric_learning import METRIC_NT_XENT, METRIC_SUP_CON
 from ssl_kernels.bench.nt_xent import NT_XENT
 from ssl_kernels.bench.problem import Case
 from ssl_kernels.bench.queue import QUEUE
@@ -20,7 +21,8 @@ from ssl_kernels.bench.small import SMALL
 from ssl_kernels.bench.vicreg import BARLOW_TWINS, VICREG
 
 OPS = (
-    *(SIGMOID, CLIP, NT_XENT, ROW_SOFTMAX, ROW_PREFIXES, ROW_GUIDE, INFO_NCE, QUEUE),
+    *(SIGMOID, CLIP, NT_XENT, METRIC_NT_XENT, METRIC_SUP_CON, INFO_NCE, QUEUE),
+    *(ROW_SOFTMAX, ROW_PREFIXES, ROW_GUIDE),
     *(DINO, DINO_16_BITS, WITH_SINKHORN, WITH_CENTER, SINKHORN),
     *(KOLEO, VICREG, BARLOW_TWINS, EMA, EMA_16_BITS, SMALL),
 )

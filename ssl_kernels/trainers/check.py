@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssl_kernels.trainers.data import files, folders, tars, trees
+from ssl_kernels.trainers.data import files, folders, shard_names, tars, trees
 from ssl_kernels.trainers.data.faults import Fault, Faults, place
 from ssl_kernels.trainers.data.found import Found
 from ssl_kernels.trainers.data.inspection import Inspection
@@ -87,8 +87,8 @@ def check(config: CheckConfig, console: Console) -> Report:
 def _files(config: CheckConfig, report: Report) -> Sequence[Path] | Sequence[str]:
     """The images or the shards; `report` is told of rows and links that lead to none."""
     path = Path(os.path.expanduser(config.data))
-    if tars.is_shards(config.data):
-        names = tars.expand(config.data, "DATA")
+    if shard_names.is_shards(config.data):
+        names = shard_names.expand(config.data, "DATA")
         report.found.holds["shards"] = len(names)
         return names
     if not path.exists():

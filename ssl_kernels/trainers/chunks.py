@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ssl_kernels import grad_cache
-from ssl_kernels.trainers import loop
 from ssl_kernels.trainers.data import Batch
 from ssl_kernels.trainers.ranges import at_least, require
+from ssl_kernels.trainers.training import Step
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -40,7 +40,7 @@ class InParts(Protocol):
         """The loss of a batch's embeddings, and what is logged."""
 
 
-def in_chunks(fabric: Fabric, wrapped: nn.Module, model: InParts, chunk_size: int) -> loop.Step:
+def in_chunks(fabric: Fabric, wrapped: nn.Module, model: InParts, chunk_size: int) -> Step:
     """A step whose nets hold the activations of so many examples at a time."""
 
     def embed(batch: Batch, rows: Tensor) -> Any:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import ssl_kernels.functional as K
 from ssl_kernels import ClipLoss
 from ssl_kernels.distributed import world
-from ssl_kernels.trainers import command, two_towers
-from ssl_kernels.trainers.models import ImageTower
+from ssl_kernels.trainers import command, train_pairs
+from ssl_kernels.trainers.image_towers import ImageTower
 from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
 from ssl_kernels.trainers.two_towers import TwoTowerConfig, TwoTowerModel
 
@@ -86,7 +86,7 @@ def train(config: ClipConfig, console: Console) -> None:
         loss = ClipLoss(group=world())
         return Clip(image, text, loss, config.loss_backend, config.check_loss, config.label_smoothing)
 
-    two_towers.train("CLIP", model, config, console)
+    train_pairs.train("CLIP", model, config, console)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ssl_kernels.trainers.clip") -> int:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
+from ssl_kernels import _interrupt
 from ssl_kernels.trainers import checkpoints, config_files, run_folder, series
 from ssl_kernels.trainers.errors import (
     InterruptedRunError,
@@ -32,6 +33,7 @@ Config = TypeVar("Config", bound=LoopConfig)
 
 def run(kind: type[Config], train: Callable[[Config, Console], None], argv: Sequence[str] | None, prog: str) -> int:
     """Parse the arguments into a `kind`, train in its folder, and return the exit code."""
+    _interrupt.over()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files may be no text
             stream.reconfigure(errors="backslashreplace")

@@ -47,6 +47,11 @@ def _rescue(checkpoint: str | None) -> str:
     return f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
 
 
+def first_line(error: Exception) -> str:
+    """Of an error's message; of one without a message its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def one_line(error: UserError) -> str:
     """The message alone: an error from a loader's worker process arrives wrapped in that process's traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_kernels.trainers.checkpoints import checkpoint_path, load_checkpoint
 from ssl_kernels.trainers.errors import UserError, describe, one_line
+from ssl_kernels.trainers.image_towers import ImageTower
 from ssl_kernels.trainers.loop_config import LoopConfig
-from ssl_kernels.trainers.models import ImageTower
 
 FLAG = "--init-from"
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ssl_kernels.trainers import models
 from ssl_kernels.trainers.data.pixels import WHITE, Colour
-from ssl_kernels.trainers.models import BpeTokenizer, ImageTower, NGramTokenizer, NGramTower, TowerConfig
+from ssl_kernels.trainers.image_towers import ImageTower
+from ssl_kernels.trainers.models import TowerConfig
+from ssl_kernels.trainers.text_towers import BpeTokenizer, NGramTokenizer, NGramTower
 
 if TYPE_CHECKING:
     from ssl_kernels.trainers.self_supervised import Method

@@ -33,7 +33,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -44,14 +44,14 @@ import ssl_kernels.functional as K
 from ssl_kernels import KeyQueue, MoCoV3Loss
 from ssl_kernels.distributed import gather_rows, world
 from ssl_kernels.ops.unit_rows import unit_rows
-from ssl_kernels.trainers import batch_norm, command, self_supervised
+from ssl_kernels.trainers import batch_norm, command, train_images
 from ssl_kernels.trainers.data.batches import Batch
-from ssl_kernels.trainers.data.views import ImageData
+from ssl_kernels.trainers.data.image_data import ImageData
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.evaluation.probes import spread
 from ssl_kernels.trainers.processes import own_share
 from ssl_kernels.trainers.ranges import SHARE, Range, at_least, require
 from ssl_kernels.trainers.self_supervised import Encoder, Method, MomentumMethod, SelfSupervisedConfig, mlp
+from ssl_kernels.trainers.spread import spread
 
 
 @dataclass
@@ -175,23 +175,18 @@ def in_groups(net: nn.Module, images: Tensor, groups: int) -> Tensor:
 
 
 def make_method(config: MoCoConfig, data: ImageData, steps: int) -> Method:
+    schedule: dict[str, Any] = {"temperature": config.temperature, "momentum": config.momentum, "steps": steps}
     if config.version == 3:
         predictor = mlp(config.dim, config.hidden, config.dim, norm=True)
-        return MoCoV3(
-            Encoder(config, norm=True), predictor,
-            temperature=config.temperature, momentum=config.momentum, steps=steps,
-        )  # fmt: skip
+        return MoCoV3(Encoder(config, norm=True), predictor, **schedule)
     step, epoch = config.batch_size * config.accumulate, config.batch_size * len(data.batches)
     wanted = f"at least the {step} keys of a step and at most the {epoch} images of an epoch"
     require(config, Range(wanted, lambda size: step <= size <= epoch), "queue_size")
-    return MoCo(
-        Encoder(config), KeyQueue(config.queue_size, config.dim),
-        temperature=config.temperature, groups=config.groups, momentum=config.momentum, steps=steps,
-    )  # fmt: skip
+    return MoCo(Encoder(config), KeyQueue(config.queue_size, config.dim), groups=config.groups, **schedule)
 
 
 def train(config: MoCoConfig, console: Console) -> None:
-    self_supervised.train(f"MoCo v{config.version}", partial(make_method, config), config, console)
+    train_images.train(f"MoCo v{config.version}", partial(make_method, config), config, console)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ssl_kernels.trainers.moco") -> int:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import ssl_kernels.functional as K
 from ssl_kernels import SigLipLoss
 from ssl_kernels.distributed import world
-from ssl_kernels.trainers import command, two_towers
-from ssl_kernels.trainers.models import ImageTower
+from ssl_kernels.trainers import command, train_pairs
+from ssl_kernels.trainers.image_towers import ImageTower
 from ssl_kernels.trainers.two_towers import TwoTowerConfig, TwoTowerModel
 
 
@@ -68,7 +68,7 @@ def train(config: SigLipConfig, console: Console) -> None:
     def model(image: ImageTower, text: nn.Module) -> SigLip:
         return SigLip(image, text, SigLipLoss(group=world()), config.loss_backend, config.check_loss)
 
-    two_towers.train("SigLIP", model, config, console)
+    train_pairs.train("SigLIP", model, config, console)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ssl_kernels.trainers.siglip") -> int:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ssl_kernels import NTXentLoss
 from ssl_kernels.distributed import gather_rows, world
-from ssl_kernels.trainers import command, self_supervised
+from ssl_kernels.trainers import command, train_images
 from ssl_kernels.trainers.chunks import ChunkConfig
 from ssl_kernels.trainers.data.batches import Batch
-from ssl_kernels.trainers.evaluation.probes import spread
 from ssl_kernels.trainers.self_supervised import Encoder, Method, SelfSupervisedConfig
+from ssl_kernels.trainers.spread import spread
 
 
 @dataclass
@@ -67,7 +67,7 @@ class SimCLR(Method):
 
 
 def train(config: SimClrConfig, console: Console) -> None:
-    self_supervised.train(
+    train_images.train(
         "SimCLR", lambda data, steps: SimCLR(Encoder(config, norm=config.norm), config.temperature), config, console,
         chunk_size=config.chunk_size,
     )  # fmt: skip

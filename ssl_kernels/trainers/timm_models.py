@@ -14,7 +14,7 @@ from typing import Any, cast
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ssl_kernels.trainers.models import TinyResNet
+from ssl_kernels.trainers.trunks import TinyResNet
 
 NAME = "tiny_resnet"
 

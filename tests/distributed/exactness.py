@@ -71,6 +71,26 @@ def which_are_exact(rank: int, world: int) -> dict[str, float]:
     return found
 
 
+def local_losses_are_open_clip_s(rank: int, world: int) -> None:
+    """Each rank's value, with and without ``gather_with_grad``; where open_clip has all of the gradient, that too."""
+    values = []
+    for flags in ({"gather_with_grad": True}, {"gather_with_grad": False}):
+        results = []
+        for kind in (ClipLoss, open_clip.loss.ClipLoss):
+            leaves = [t.float().requires_grad_() for t in (*features(rank), torch.tensor(14.0))]
+            loss = kind(local_loss=True, rank=rank, world_size=world, **flags)(*leaves)
+            gradients = list(torch.autograd.grad(loss, leaves))
+            dist.all_reduce(gradients[-1])  # a rank's part of it is another one
+            results.append([loss, *gradients] if flags["gather_with_grad"] else [loss])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        values.append(results[0][0])
+    assert torch.equal(*values)
+    mean = values[0].detach().clone()
+    dist.all_reduce(mean)
+    assert abs(mean / world - values[0]) > 1e-3  # a share is not the loss
+
+
 def ours_are_exact(rank: int, world: int) -> None:
     found = which_are_exact(rank, world)
     if rank == 0:

@@ -20,7 +20,7 @@ import torch
 from processes import run_processes
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
-ON_ONE_SCREEN = ("siglip", "clip", "moco", "simclr", "dino")
+ON_ONE_SCREEN = ("siglip", "clip", "moco", "simclr", "dino", "two_tower")
 OF_PEERS = sorted({path.stem for path in FOLDER.glob("*.py")} - {*ON_ONE_SCREEN, "shapes"})
 
 
@@ -154,6 +154,13 @@ def test_held_out_captions_find_their_images(name: str) -> None:
 def test_distorted_digits_find_their_kind(name: str, steps: int) -> None:
     found = run(source_of(name), steps=steps)
     assert found["trained"] > max(0.7, found["pixels"] + 0.1, found["untrained"] + 0.1)
+
+
+def test_new_users_find_their_items() -> None:
+    found = run(source_of("two_tower"), steps=120)
+    assert found["corrected"] > found["most popular"] + 0.02
+    assert found["most popular"] > found["uncorrected"] + 0.1
+    assert abs(found["corrected"] - found["full catalogue"]) < 0.05
 
 
 # ---- all of them

@@ -148,10 +148,10 @@ def small(table: Path) -> list[str]:
 _HOLD = """
 import importlib, sys, time
 from pathlib import Path
-from ssl_kernels.trainers import loop
+from ssl_kernels.trainers import training
 
 trainer, step, gate = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-memory = loop.peak_memory_mb
+memory = training.peak_memory_mb
 
 def hold(device):  # asked for each line of the log
     hold.lines += 1
@@ -162,7 +162,7 @@ def hold(device):  # asked for each line of the log
     return memory(device)
 
 hold.lines = 0
-loop.peak_memory_mb = hold
+training.peak_memory_mb = hold
 sys.exit(importlib.import_module(f"ssl_kernels.trainers.{trainer}").main(sys.argv[4:]))
 """
 

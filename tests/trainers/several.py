@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ssl_kernels.trainers import batch_norm, loop, self_supervised, two_towers
+from ssl_kernels.trainers import batch_norm, train_images, training, two_towers
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data import images
-from ssl_kernels.trainers.data.pairs import ids_of_keys
-from ssl_kernels.trainers.dino import DINOConfig
+from ssl_kernels.trainers.data.identity import ids_of_keys
+from ssl_kernels.trainers.dino_config import DINOConfig
+from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.processes import Share
 
 
@@ -38,9 +39,9 @@ def train(rank: int, world: int, folder: Path) -> None:
 def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
     """A trainer's exit code; it is not evaluated, and in the step `stop` the first process has a signal."""
     module = importlib.import_module(f"ssl_kernels.trainers.{trainer}")
-    evaluate, optimizer_step, checked = self_supervised.evaluate, loop._Training.optimizer_step, two_towers.CHECKED
+    evaluate, optimizer_step, checked = train_images.evaluate, training.Training.optimizer_step, two_towers.CHECKED
 
-    def signalled(self: loop._Training, batches: object) -> dict[str, float]:
+    def signalled(self: training.Training, batches: object) -> dict[str, float]:
         metrics = optimizer_step(self, batches)  # type: ignore[arg-type]
         if self.config.strategy == "fsdp":
             check_shards(self.inner, self.optimizer)
@@ -48,20 +49,20 @@ def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
             os.kill(os.getpid(), 15)
         return metrics
 
-    self_supervised.evaluate = check_evaluated  # type: ignore[assignment]
+    train_images.evaluate = check_evaluated  # type: ignore[assignment]
     two_towers.CHECKED = 6  # of 8, four of which the first of two processes has
     images._SAMPLE = 0  # files that are tried before training: of so few it would be all
-    loop._Training.optimizer_step = signalled  # type: ignore[method-assign]
+    training.Training.optimizer_step = signalled  # type: ignore[method-assign]
     try:
         code: int = module.main(arguments)
     finally:
-        self_supervised.evaluate, two_towers.CHECKED = evaluate, checked
-        loop._Training.optimizer_step = optimizer_step  # type: ignore[method-assign]
+        train_images.evaluate, two_towers.CHECKED = evaluate, checked
+        training.Training.optimizer_step = optimizer_step  # type: ignore[method-assign]
     return code
 
 
 def check_evaluated(
-    _: object, trained: nn.Module, _initial: object, _data: object, config: loop.LoopConfig, _stages: object
+    _: object, trained: nn.Module, _initial: object, _data: object, config: LoopConfig, _stages: object
 ) -> list[Any]:
     """What would be evaluated is what was saved at the end."""
     saved = load_checkpoint(config.output_dir / "last.pt")["model"]

@@ -11,20 +11,14 @@ import torch
 from conftest import drawing, logged, patchworks, png, rows, same_state
 from rich.console import Console
 
-from ssl_kernels.trainers import loop, siglip, simclr
+from ssl_kernels.trainers import siglip, simclr, training
 from ssl_kernels.trainers.checkpoints import load_checkpoint
-from ssl_kernels.trainers.data import batches, images, views
-from ssl_kernels.trainers.data.faults import (
-    EVALUATION,
-    Fault,
-    FaultLog,
-    Faults,
-    ReadingConfig,
-    parse_share,
-    read_faults,
-)
+from ssl_kernels.trainers.data import batches, image_sets, images, views
+from ssl_kernels.trainers.data.fault_log import FaultLog, read_faults
+from ssl_kernels.trainers.data.faults import EVALUATION, Fault, Faults, ReadingConfig, parse_share, roots_of
 from ssl_kernels.trainers.data.files import read_table
-from ssl_kernels.trainers.data.pairs import Batches, ids_of_keys
+from ssl_kernels.trainers.data.identity import ids_of_keys
+from ssl_kernels.trainers.data.pairs import Batches
 from ssl_kernels.trainers.data.views import PhotoView, ViewBatches
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.processes import Share
@@ -114,26 +108,32 @@ def test_bad_images_are_told_once(
     assert logged(tmp_path / "run") == logged(finished)
 
 
+@pytest.mark.parametrize("has_moved", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_killed_run_resumes_bit_exactly_and_counts_on(
-    folder: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, has_moved: bool
 ) -> None:
-    run, take = tmp_path / "run", loop._Training.optimizer_step
+    """Also on a copy of the data that lies elsewhere."""
+    run, take = tmp_path / "run", training.Training.optimizer_step
 
     class Killed(BaseException):
         pass
 
-    def step(self: loop._Training, batches: object) -> dict[str, float]:
+    def step(self: training.Training, batches: object) -> dict[str, float]:
         if self.done == 10:
             raise Killed
         return take(self, batches)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop._Training, "optimizer_step", step)
+    monkeypatch.setattr(training.Training, "optimizer_step", step)
     with pytest.raises(Killed):
         siglip.main(arguments(folder, run))
     with (run / "left_out.jsonl").open("a") as file:
         file.write('{"where": "cut in tw')
-    monkeypatch.setattr(loop._Training, "optimizer_step", take)
-    assert siglip.main(["--resume", str(run), "--max-bad", "5%"]) == 0
+    monkeypatch.setattr(training.Training, "optimizer_step", take)
+    moved: list[str] = []
+    if has_moved:
+        there = shutil.copytree(folder, tmp_path / "moved")
+        moved = ["--data", str(there / "train.csv"), "--held-out-data", str(there / "held_out.csv")]
+    assert siglip.main(["--resume", str(run), "--max-bad", "5%", *moved]) == 0
     assert logged(run) == logged(finished)
     a, b = (load_checkpoint(path / "last.pt") for path in (run, finished))
     assert all(same_state(a[part], b[part]) for part in ("model", "optimizer", "rng"))
@@ -305,7 +305,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def views_of(photos: Path, **options: object) -> ViewBatches:
     values = {"size": 16, "batch_size": 12, "seed": 0, "crops": (1, 8), **options}
-    return ViewBatches(views.read_folder(photos), PhotoView(), **values)  # type: ignore[arg-type]
+    return ViewBatches(image_sets.read_folder(photos), PhotoView(), **values)  # type: ignore[arg-type]
 
 
 def test_all_views_of_a_bad_image_are_of_one_other(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +372,27 @@ def test_a_place_is_counted_once_and_the_most_frequent_reason_comes_first() -> N
         "5 empty file: b.jpg, c.jpg, d.jpg and 2 more", "3 lost: 0.tar", "1 cut short: a.jpg",
     ]  # fmt: skip
     assert faults.lines(EVALUATION) == ["3 lost: 0.tar"]
+
+
+def test_what_is_left_out_has_a_name_within_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/sub", "b", "c"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for data in ("a/pairs.csv", str(tmp_path / "a"), f"{tmp_path}/a/*.tar", "a/"):
+        faults = Faults(roots=roots_of(data, f"{tmp_path}/b/pairs.csv", "::", "pipe:cat x"))
+        for where, name in (
+            (f"{tmp_path}/a/sub/1.png", "sub/1.png"),
+            (f"{tmp_path}/b/1.png", "1:1.png"),
+            ("/else/a/1.png", None),
+            (f"{tmp_path}/a/pairs.csv:7 ({tmp_path}/a/gone.png)", "pairs.csv:7 (gone.png)"),
+            (f"{tmp_path}/ab/1.png", None),
+            ("s3://a/1.tar:2", None),
+        ):
+            assert faults.named(Fault(where, "bad")).name == (name or where)
+    faults = Faults(roots=roots_of("a/pairs.csv"))
+    assert faults.named(Fault(f"a/pairs.csv:7 ({tmp_path}/a/x.png)", "bad")).name == "pairs.csv:7 (x.png)"
+    assert Faults().named(Fault("x/y", "bad", name="y")).name == Faults().named(Fault("y", "bad")).name == "y"
+    assert Faults(roots=roots_of("")).named(Fault("/x", "bad")).name == "/x"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ ODD = {
     "deep.png": "of more than 8 bits: scaled",
     "red.bmp": "of one colour",
     "moving.webp": "of several frames: the first is taken",
-    "turned.jpg": "with an EXIF orientation, which is not applied",
+    "turned.jpg": "lying on its side or mirrored: turned as EXIF says",
 }
 
 
@@ -147,7 +147,7 @@ def test_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["/nowhere"], "DATA: expected a table, a folder of images or shards, got /nowhere"),
-        (["{folder}"], "no images in {folder}"),
+        (["{folder}"], "DATA: no images in {folder}"),
         (["{folder}/*.tar"], "DATA: no shard is named like {folder}/*.tar"),
         (["{table}", "--workers", "-1"], "--workers: expected at least 0, got -1"),
         (["{table}", "--image-column", "photo"], "has no column 'photo'"),

@@ -221,12 +221,17 @@ while True:
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments"), [("torch", ["--help"]), ("tyro", ["train", "siglip"])], ids=["torch", "a trainer"]
-)
+    ("module", "arguments"),
+    [
+        ("torch", ["ssl_kernels.cli", "--help"]), ("tyro", ["ssl_kernels.cli", "train", "siglip"]),
+        ("tyro", ["ssl_kernels.trainers.siglip"]),
+    ],
+    ids=["torch", "a trainer", "a trainer alone"],
+)  # fmt: skip
 def test_an_interrupt_while_modules_are_loaded_is_one_line(tmp_path: Path, module: str, arguments: list[str]) -> None:
     (tmp_path / f"{module}.py").write_text(_ENDLESS)
     package = str(Path(ssl_kernels.__file__).parents[1])
-    process = start_command(["-m", "ssl_kernels.cli", *arguments], path=f"{tmp_path}:{package}")
+    process = start_command(["-m", *arguments], path=f"{tmp_path}:{package}")
     assert process.stdout is not None
     assert process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)

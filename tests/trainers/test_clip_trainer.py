@@ -22,8 +22,9 @@ from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.clip import Clip, ClipConfig
 from ssl_kernels.trainers.data.pairs import make_batch
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.models import ImageTower, NGramTokenizer, NGramTower
+from ssl_kernels.trainers.image_towers import ImageTower
 from ssl_kernels.trainers.siglip import SigLipConfig
+from ssl_kernels.trainers.text_towers import NGramTokenizer, NGramTower
 
 
 def config(table: Path, folder: Path, kind: type[ClipConfig] | type[SigLipConfig] = ClipConfig, **options: object):  # type: ignore[no-untyped-def]

@@ -14,11 +14,12 @@ import torch
 from conftest import drawing, png, rows, write_shard
 from PIL import Image
 
-from ssl_kernels.trainers.data import DataConfig, files, load, shards, splits
+from ssl_kernels.trainers.data import DataConfig, files, load, shard_pairs, shards, splits
 from ssl_kernels.trainers.data.batches import Batch
-from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs, jitter, link, make_batch
+from ssl_kernels.trainers.data.identity import Fingerprints, link
+from ssl_kernels.trainers.data.pairs import Batches, ImageTextPairs, jitter, make_batch
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.models import NGramTokenizer
+from ssl_kernels.trainers.text_towers import NGramTokenizer
 
 TOKENIZE = NGramTokenizer(buckets=512)
 
@@ -270,7 +271,7 @@ def test_shards_continue_in_mid_epoch(shards: str, workers: int, start: int) -> 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_worker_whose_shards_are_held_out_takes_others(shards: str) -> None:
-    from ssl_kernels.trainers.data.shards import read_all
+    from ssl_kernels.trainers.data.shard_pairs import read_all
 
     _, marks = read_all(shards.replace("{000..003}", "003"), 16)
     sizes = [len(batch["images"]) for batch in stream(shards, marks, workers=4).batches(0)]
@@ -299,7 +300,7 @@ def test_held_out_samples_of_shards_are_not_trained_on(tmp_path: Path, shards: s
 
 
 def files_or_shards(path: Path) -> tuple[ImageTextPairs, Fingerprints]:
-    return shards.read_all(str(path), 16)
+    return shard_pairs.read_all(str(path), 16)
 
 
 def test_missing_and_broken_shards_are_named(tmp_path: Path) -> None:

@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from ssl_kernels.trainers import dino
 from ssl_kernels.trainers.checkpoints import load_checkpoint
-from ssl_kernels.trainers.data.views import DrawingView, Images, PhotoView, ViewBatches
-from ssl_kernels.trainers.dino import DINO, DINOConfig, DINOv2, MaskedStudent, Student
+from ssl_kernels.trainers.data.image_sets import Images
+from ssl_kernels.trainers.data.views import DrawingView, PhotoView, ViewBatches
+from ssl_kernels.trainers.dino import DINO, DINOv2
+from ssl_kernels.trainers.dino_config import DINOConfig
+from ssl_kernels.trainers.dino_students import MaskedStudent, Student
 from ssl_kernels.trainers.evaluation import features
+from ssl_kernels.trainers.image_towers import ImageTower
 from ssl_kernels.trainers.masking import block_masks
-from ssl_kernels.trainers.models import ImageTower, TinyResNet
 from ssl_kernels.trainers.optim import parameter_groups
+from ssl_kernels.trainers.trunks import TinyResNet
 
 BATCH, PROTOTYPES, STEPS = 6, 10, 20
 SETTINGS = DINOConfig(

@@ -18,6 +18,7 @@ from ssl_kernels.trainers import inputs
 from ssl_kernels.trainers.optim import make_optimizer
 from ssl_kernels.trainers.use import finetune
 from ssl_kernels.trainers.use.classifier import Classifier, LabelledBatches
+from ssl_kernels.trainers.use.command import ReadConfig
 from ssl_kernels.trainers.use.items import Item, images_of
 from ssl_kernels.trainers.use.labelled import Part
 from ssl_kernels.trainers.use.pixels import to_pixels
@@ -107,7 +108,7 @@ def test_a_frozen_trunk_has_no_part_in_the_optimizer() -> None:
 
 
 def labelled(shapes: Path) -> Part:
-    items = images_of(str(shapes), 16)
+    items = images_of(str(shapes), 16, ReadConfig(run=shapes))
     assert items.labels is not None
     return Part(list(items.read()), torch.empty(0), items.labels)
 

@@ -13,11 +13,12 @@ from cases import folders as cases
 from cases.folders import CLASSES, Expected
 
 from ssl_kernels.trainers import simclr
-from ssl_kernels.trainers.data import folders, views
+from ssl_kernels.trainers.data import folders, image_data, views
 from ssl_kernels.trainers.data.faults import Faults
 from ssl_kernels.trainers.data.found import Found
+from ssl_kernels.trainers.data.image_data import ImageConfig, ImageData
 from ssl_kernels.trainers.data.image_sets import Images, read_folder
-from ssl_kernels.trainers.data.views import ImageConfig, ImageData, ViewBatches
+from ssl_kernels.trainers.data.views import ViewBatches
 from ssl_kernels.trainers.errors import UserError
 
 STILL = views.DrawingView(degrees=0, scale=1, shift=0, shear=0)
@@ -83,7 +84,7 @@ def test_many_links_to_nothing_stop_the_run(tmp_path: Path) -> None:
 
 def loaded(folder: Path, **options: object) -> ImageData:
     config = ImageConfig(data=str(folder), image_size=16, **options)  # type: ignore[arg-type]
-    return views.load(config, batch_size=4, seed=0, workers=0)
+    return image_data.load(config, batch_size=4, seed=0, workers=0)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.pairs import TEMPLATES, ImageTextPairs
 from ssl_kernels.trainers.evaluation import image_text
+from ssl_kernels.trainers.evaluation.baseline import TfidfPixels
 
 
 def test_recall_of_known_similarities() -> None:
@@ -75,7 +76,7 @@ def emoji() -> tuple[ImageTextPairs, ImageTextPairs]:
 
 def test_figures_of_a_perfect_model_and_of_the_baseline(emoji: tuple[ImageTextPairs, ImageTextPairs]) -> None:
     train, held_out = emoji
-    baseline = image_text.TfidfPixels(train, held_out, 16)
+    baseline = TfidfPixels(train, held_out, 16)
     perfect = encode(held_out.captions)
     tone = image_text.skin_tone(perfect, encode, held_out, baseline)
     assert tone.model == 1
@@ -100,7 +101,7 @@ def test_figures_of_a_perfect_model_and_of_the_baseline(emoji: tuple[ImageTextPa
 
 def test_wrong_models_score_what_they_deserve(emoji: tuple[ImageTextPairs, ImageTextPairs]) -> None:
     train, held_out = emoji
-    baseline = image_text.TfidfPixels(train, held_out, 16)
+    baseline = TfidfPixels(train, held_out, 16)
     one_tone = encode(["boy light skin tone"] * len(held_out))
     assert image_text.skin_tone(one_tone, encode, held_out, baseline).model == pytest.approx(0.2)
     swapped = encode(["Objects" if c == "Flags" else "Flags" for c in held_out.categories or []])
@@ -114,8 +115,8 @@ def test_a_model_cannot_gain_on_the_baseline_by_copying_training_pairs(
 ) -> None:
     """The baseline goes by way of training pairs only: shuffling the held-out captions must break it."""
     train, held_out = emoji
-    right = image_text.TfidfPixels(train, held_out, 16)
+    right = TfidfPixels(train, held_out, 16)
     assert isinstance(held_out.images, Tensor)
-    wrong = image_text.TfidfPixels(train, ImageTextPairs(held_out.images.flip(0), held_out.captions), 16)
+    wrong = TfidfPixels(train, ImageTextPairs(held_out.images.flip(0), held_out.captions), 16)
     assert image_text.recall(right.text_to_image(), 1) > 0.6 > 0.3 > image_text.recall(wrong.text_to_image(), 1)
     assert image_text.recall(right.image_to_text(), 1) > image_text.recall(wrong.image_to_text(), 1)

@@ -19,9 +19,10 @@ from ssl_kernels.trainers import checkpoints
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, UserError
 from ssl_kernels.trainers.fabric import make_fabric
-from ssl_kernels.trainers.loop import Result, fit
+from ssl_kernels.trainers.loop import fit
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.optim import cosine, make_optimizer, parameter_groups
+from ssl_kernels.trainers.training import Result
 
 PAIRS, DIM = 24, 3
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_kernels.trainers.masking import PatchMask, block_masks
-from ssl_kernels.trainers.models import tiny_vit
+from ssl_kernels.trainers.trunks import tiny_vit
 
 
 @given(

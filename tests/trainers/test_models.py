@@ -8,17 +8,11 @@ from memory import saved_bytes
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from ssl_kernels.trainers import models
+from ssl_kernels.trainers import image_towers, text_towers
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.models import (
-    ImageTower,
-    NGramTokenizer,
-    NGramTower,
-    TowerConfig,
-    image_tower,
-    text_tower,
-    tokenizer,
-)
+from ssl_kernels.trainers.image_towers import ImageTower
+from ssl_kernels.trainers.models import TowerConfig, image_tower, text_tower, tokenizer
+from ssl_kernels.trainers.text_towers import NGramTokenizer, NGramTower
 
 
 @pytest.mark.parametrize(
@@ -52,7 +46,7 @@ def test_dinotxt_embeds_the_class_token_beside_the_mean_of_the_patches(monkeypat
         trunk = nn.Module()
         trunk.num_features, trunk.num_prefix_tokens = 8, prefix  # type: ignore[assignment]
         trunk.cls_token = nn.Parameter(torch.zeros(1)) if has_class else None  # type: ignore[assignment]
-        head = models.DinoTxtHead(trunk, 5)
+        head = image_towers.DinoTxtHead(trunk, 5)
         patches = tokens[:, prefix:].mean(1)
         expected = torch.cat([tokens[:, 0], patches], 1) if has_class else patches
         assert torch.allclose(head(tokens), expected @ head.projection.weight.T, atol=1e-6), name
@@ -118,7 +112,7 @@ def test_a_configuration_names_its_image_tower() -> None:
         config.check_towers()
         tower = image_tower(config, 32, inverted=True)
         assert tower.locked == locked
-        assert isinstance(tower.head, models.DinoTxtHead)
+        assert isinstance(tower.head, image_towers.DinoTxtHead)
         assert tower.mean.mean() == 1
         assert any(p.requires_grad for p in tower.trunk.parameters()) != locked
 
@@ -209,6 +203,6 @@ def test_bad_values_are_named(options: dict[str, float], flag: str) -> None:
 
 
 def test_the_pieces_of_a_caption_are_cached() -> None:
-    models._bag.cache_clear()
+    text_towers._bag.cache_clear()
     NGramTokenizer()(["one", "two", "one"])
-    assert models._bag.cache_info().hits == 1
+    assert text_towers._bag.cache_info().hits == 1

@@ -21,9 +21,9 @@ from ssl_kernels.trainers import dino, fabric, init_from, loggers, moco, siglip,
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data.fingerprint import names_within
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.image_towers import ImageTower
 from ssl_kernels.trainers.loop import fit
 from ssl_kernels.trainers.loop_config import LoopConfig, absolute, plain
-from ssl_kernels.trainers.models import ImageTower
 from ssl_kernels.trainers.optim import cosine, make_optimizer, parameter_groups
 from ssl_kernels.trainers.self_supervised import Encoder
 from ssl_kernels.trainers.simclr import SimClrConfig

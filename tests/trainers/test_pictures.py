@@ -13,7 +13,7 @@ from PIL import Image
 
 from ssl_kernels.trainers.data.pairs import ImageTextPairs
 from ssl_kernels.trainers.evaluation import curves, drawing, fonts, retrieval
-from ssl_kernels.trainers.evaluation.image_text import PairFigure
+from ssl_kernels.trainers.evaluation.figures import PairFigure
 from ssl_kernels.trainers.use.items import Item
 from ssl_kernels.trainers.use.sheet import Cell, draw_sheet
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ssl_kernels.trainers.data.images import (
     MOST_PIXELS,
@@ -120,11 +120,39 @@ def test_opaque_images_are_what_pillow_converts_them_to(mode: str) -> None:
         assert np.array_equal(shown(image, kind), np.asarray(written.convert("RGB")))
 
 
-def test_an_exif_orientation_is_left_alone() -> None:
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "AVIF"])
+def test_photographs_are_turned_upright(kind: str, orientation: int, tmp_path: Path) -> None:
+    """By the same amount from a file, in evaluation and in an image of Pillow that a user has opened."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[:2, :3], pixels[2:, :3] = (255, 0, 0), (0, 255, 0)
+    options = (
+        {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": "4:4:4"} if kind == "AVIF" else {}
+    )
+    (tmp_path / "a.jpg").write_bytes(encoded(Image.fromarray(pixels), kind, exif=exif, **options))
+    turns = {2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1], 5: lambda x: x.swapaxes(0, 1),
+             6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90}  # fmt: skip
+    expected = turns.get(orientation, lambda x: x)(pixels).astype(int)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        for image in (open_image(tmp_path / "a.jpg"), to_rgb(opened)):
+            assert image.size == expected.shape[1::-1]
+            assert np.abs(np.asarray(image) - expected).max() <= 8
+        assert opened.format == kind
+    assert centre_crop(open_image(tmp_path / "a.jpg"), 4).shape == (3, 4, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_deep_images_are_turned_too_and_damaged_exif_does_no_harm() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    content = encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)
-    assert ImageOps.exif_transpose(Image.open(io.BytesIO(content))).size == (4, 6)
+    values = (RAMP * 4369).astype(np.uint16)
+    assert np.array_equal(shown(Image.fromarray(values), exif=exif)[..., 0], np.rot90(RAMP * 17, -1))
+    older = Image.fromarray(np.full((2, 2), 200, np.int32))  # what older Pillows make of a PNG of 16 bits
+    older.format, older.getexif()[0x0112] = "PNG", 6
+    assert np.asarray(to_rgb(older)).max() == 1
+    content = encoded(Image.new("RGB", (6, 4)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
     assert open_image(content).size == (6, 4)
 
 
@@ -187,7 +215,7 @@ def test_why_an_image_cannot_be_read_is_named(tmp_path: Path, content: bytes, re
         with pytest.raises(BadImageError) as error:
             open_image(source, where=where)
         assert error.value.reason == reason
-        assert str(error.value) == f"--data: cannot read the image {where or tmp_path / 'a.jpg'}: {reason}"
+        assert str(error.value) == f"cannot read the image {where or tmp_path / 'a.jpg'}: {reason}"
 
 
 @pytest.mark.filterwarnings("ignore:Image size")

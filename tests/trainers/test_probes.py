@@ -14,9 +14,12 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ssl_kernels.trainers.data.views import DrawingView, Images
-from ssl_kernels.trainers.evaluation import probes
-from ssl_kernels.trainers.loop import Result
+from ssl_kernels.trainers.data.image_sets import Images
+from ssl_kernels.trainers.data.views import DrawingView
+from ssl_kernels.trainers.evaluation import classifiers, probes
+from ssl_kernels.trainers.evaluation.figures import print_features
+from ssl_kernels.trainers.spread import spread
+from ssl_kernels.trainers.training import Result
 
 VIEW = DrawingView(degrees=10, scale=1.1, shift=0.05, shear=0.05)
 
@@ -39,7 +42,7 @@ def test_neighbours_vote_as_they_do_by_hand(seed: int, n: int, k: int, temperatu
     generator = torch.Generator().manual_seed(seed)
     queries, gallery = (torch.randn(rows, 4, generator=generator).double() for rows in (7, n))
     labels = torch.randint(0, 3, (n,), generator=generator)
-    guess = probes.nearest_classes(queries, gallery, labels, k, temperature)
+    guess = classifiers.nearest_classes(queries, gallery, labels, k, temperature)
     assert guess.tolist() == [by_hand(query, gallery, labels, k, temperature) for query in queries]
 
 
@@ -47,9 +50,9 @@ def test_one_more_vote_beats_any_closeness() -> None:
     gallery = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.1], [-1.0, 0.1], [-1.0, 0.1]])
     labels = torch.tensor([0, 0, 1, 1, 1])
     query = torch.tensor([[1.0, 0.0]])
-    assert probes.nearest_classes(query, gallery, labels, 5).item() == 1
-    assert probes.nearest_classes(query, gallery, labels, 4).item() == 0
-    assert probes.nearest_classes(query, gallery, labels, 5, temperature=0.07).item() == 0
+    assert classifiers.nearest_classes(query, gallery, labels, 5).item() == 1
+    assert classifiers.nearest_classes(query, gallery, labels, 4).item() == 0
+    assert classifiers.nearest_classes(query, gallery, labels, 5, temperature=0.07).item() == 0
 
 
 def test_the_linear_probe_is_logistic_regression() -> None:
@@ -63,34 +66,34 @@ def test_the_linear_probe_is_logistic_regression() -> None:
     for weight_decay in (1e-3, 1.0):  # sklearn sums the loss over samples and has C on it
         peer = LogisticRegression(C=1 / (200 * weight_decay), tol=1e-6, max_iter=1000)
         expected = peer.fit(standard[:200].numpy(), labels[:200].numpy()).predict(standard[200:].numpy())
-        ours = probes.linear_probe(x[200:], x[:200], labels[:200], weight_decay)
+        ours = classifiers.linear_probe(x[200:], x[:200], labels[:200], weight_decay)
         assert (ours.numpy() == expected).all()
         assert 0.6 < (ours == labels[200:]).float().mean() < 1
 
 
 def test_instance_recall() -> None:
     eye = torch.eye(5)
-    assert probes.instance_recall(eye, eye) == 1
-    assert probes.instance_recall(eye, eye.flip(0)) == pytest.approx(0.2)  # the middle one is its own mirror image
-    assert probes.instance_recall(torch.ones(5, 3), torch.ones(5, 3)) == pytest.approx(0.2)
-    assert probes.instance_recall(eye, eye * torch.nan) == 0
+    assert classifiers.instance_recall(eye, eye) == 1
+    assert classifiers.instance_recall(eye, eye.flip(0)) == pytest.approx(0.2)  # the middle one is its own mirror image
+    assert classifiers.instance_recall(torch.ones(5, 3), torch.ones(5, 3)) == pytest.approx(0.2)
+    assert classifiers.instance_recall(eye, eye * torch.nan) == 0
     # A second copy of the gallery finds what the first does not; all of an image's copies count as that image.
-    assert probes.instance_recall(eye, torch.cat([eye.flip(0), eye]), copies=2) == pytest.approx(3 / 5)
-    assert probes.instance_recall(eye, torch.cat([0 * eye, eye]), copies=2) == 1
+    assert classifiers.instance_recall(eye, torch.cat([eye.flip(0), eye]), copies=2) == pytest.approx(3 / 5)
+    assert classifiers.instance_recall(eye, torch.cat([0 * eye, eye]), copies=2) == 1
 
 
 def test_spread_tells_full_from_collapsed() -> None:
     torch.manual_seed(0)
-    full = probes.spread(torch.randn(4096, 16))
+    full = spread(torch.randn(4096, 16))
     assert full["embedding_std"].item() == pytest.approx(1, abs=0.01)
     assert full["embedding_rank"].item() == pytest.approx(16, abs=0.1)
-    plane = probes.spread(torch.randn(4096, 2) @ torch.eye(2, 16))
+    plane = spread(torch.randn(4096, 2) @ torch.eye(2, 16))
     assert plane["embedding_rank"].item() == pytest.approx(2, abs=0.01)
     for collapsed in (torch.ones(64, 16), torch.randn(1, 16).expand(64, 16), torch.randn(1, 16)):
-        metrics = probes.spread(collapsed)
+        metrics = spread(collapsed)
         assert metrics["embedding_std"].item() < 1e-4
         assert metrics["embedding_rank"].item() == 0
-    near = probes.spread(torch.ones(64, 16) + 1e-2 * torch.randn(64, 16))
+    near = spread(torch.ones(64, 16) + 1e-2 * torch.randn(64, 16))
     assert 0 < near["embedding_std"].item() < 0.05
 
 
@@ -100,13 +103,13 @@ def test_spread_is_that_of_the_normalised_embeddings(scale: float, seed: int) ->
     centred = F.normalize(z.double(), dim=1) - F.normalize(z.double(), dim=1).mean(0)
     values = torch.linalg.svdvals(centred)
     shares = values / values.sum()
-    metrics = probes.spread(scale * z)
+    metrics = spread(scale * z)
     assert metrics["embedding_rank"].item() == pytest.approx(math.exp(-(shares * shares.log()).sum()), rel=1e-4)
     assert metrics["embedding_std"].item() == pytest.approx(math.sqrt(5 * float(centred.square().mean())), rel=1e-5)
 
 
 def test_spread_passes_on_what_is_not_finite() -> None:
-    assert all(bool(value.isnan()) for value in probes.spread(torch.full((4, 3), torch.nan)).values())
+    assert all(bool(value.isnan()) for value in spread(torch.full((4, 3), torch.nan)).values())
 
 
 def stripes(n: int, seed: int, labelled: bool = True) -> Images:
@@ -178,7 +181,7 @@ def test_the_table_has_every_figure_beside_its_baselines() -> None:
     first = {"step": 1, "loss": 4.5, "embedding_std": 0.25, "embedding_rank": 3.0}
     last = {"step": 9, "loss": 1.25, "embedding_std": 0.875, "embedding_rank": 40.0}
     figure = probes.FeatureFigure("clean query, 5-NN", 0.911, 0.822, 0.733, 0.744, 0.155, "a note")
-    probes.print_table(console, "MoCo on mnist, seed 7", Result([first, last], 9, 3.0, 100.0), [figure], 5.0)
+    print_features(console, "MoCo on mnist, seed 7", Result([first, last], 9, 3.0, 100.0), [figure], 5.0)
     text = console.export_text()
     for phrase in ("seed 7", "0.911", "0.822", "0.733", "0.744", "0.155", "a note", "1.250", "4.500", "0.875", "40",
                    "collapsed", "raw + aug", "3 / 5"):  # fmt: skip

@@ -12,8 +12,9 @@ from conftest import patchworks
 from rich.console import Console
 from torch import Tensor
 
+from ssl_kernels.trainers.data.image_sets import Images, read_folder
 from ssl_kernels.trainers.data.images import open_image
-from ssl_kernels.trainers.data.views import DrawingView, Images, PhotoView, read_folder
+from ssl_kernels.trainers.data.views import DrawingView, PhotoView
 from ssl_kernels.trainers.evaluation import probes, progress
 from ssl_kernels.trainers.evaluation.progress import Stages
 

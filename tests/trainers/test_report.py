@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ssl_kernels.trainers.evaluation import image_text, report
-from ssl_kernels.trainers.evaluation.image_text import PairFigure
-from ssl_kernels.trainers.loop import Result
+from ssl_kernels.trainers.evaluation import report
+from ssl_kernels.trainers.evaluation.figures import PairFigure, print_pairs
+from ssl_kernels.trainers.training import Result
 
 RECORDS = [
     {"step": 1, "epoch": 0, "loss": 10.0, "loss_check": 2.0, "loss_reference": 2.0, "lr": 0.1, "elapsed_s": 0.1},
@@ -27,7 +27,7 @@ FIGURES = [
 
 def printed(result: Result, figures: list[PairFigure]) -> list[list[str]]:
     out = io.StringIO()
-    image_text.print_table(Console(file=out, width=130), "A title", result, figures, 75.6)
+    print_pairs(Console(file=out, width=130), "A title", result, figures, 75.6)
     lines = out.getvalue().splitlines()
     assert lines[0].strip() == "A title"
     return [
@@ -44,6 +44,13 @@ def test_the_closing_table_sets_each_figure_beside_its_baselines() -> None:
     assert rows["same loss by the reference"][0] == "2.0e-01"
     assert rows["seconds"][0] == "61 / 76"
     assert rows["peak memory, MB"][0] == "512"
+
+
+def test_a_table_without_baselines_explains_none() -> None:
+    for figures, is_explained in ((FIGURES, True), (FIGURES[2:], False), ([], False)):
+        out = io.StringIO()
+        print_pairs(Console(file=out, width=130), "A title", RESULT, figures, 75.6)
+        assert ("TF-IDF" in out.getvalue()) is is_explained
 
 
 def test_the_closing_table_needs_neither_figures_nor_records() -> None:

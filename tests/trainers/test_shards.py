@@ -9,7 +9,9 @@ import json
 import shutil
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ import torch
 from conftest import drawing, png, rows
 from PIL import Image
 
-from ssl_kernels.trainers.data import tars
+from ssl_kernels.trainers.data import DataConfig, load, shard_names, tars
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.faults import EVALUATION, Fault, Faults
+from ssl_kernels.trainers.data.identity import Fingerprints
 from ssl_kernels.trainers.data.images import centre_crop
-from ssl_kernels.trainers.data.pairs import Fingerprints
-from ssl_kernels.trainers.data.shards import ShardBatches, read_all
+from ssl_kernels.trainers.data.shard_pairs import read_all
+from ssl_kernels.trainers.data.shards import ShardBatches
 from ssl_kernels.trainers.errors import UserError
 
 PICTURES = [png(drawing(*pair)) for pair in rows(12)]
@@ -52,7 +55,7 @@ def write(path: Path, content: Members) -> Path:
 def read(path: Path | str, **options: Any) -> tuple[list[tuple[bytes, str]], list[Fault]]:
     """Images and captions of a shard, and what is left out of it."""
     found: list[Fault] = []
-    return [(sample.image, sample.caption) for sample in tars.samples(str(path), found, **options)], found
+    return [(sample.image, sample.captions[0]) for sample in tars.samples(str(path), found, **options)], found
 
 
 EXPECTED = list(zip(PICTURES[:6], CAPTIONS[:6], strict=True))
@@ -122,7 +125,7 @@ def change(key: str, ending: str, content: bytes | None) -> Callable[[], Members
 def test_an_incomplete_sample_is_left_out_and_named(tmp_path: Path, make: Callable[[], Members], reason: str) -> None:
     shard = write(tmp_path / "0.tar", make())
     found, faults = read(shard)
-    ((where, why, lost, _),) = faults
+    ((where, why, lost, *_),) = faults
     assert (why, lost) == (reason, 1)
     key = where.removeprefix(f"{shard}:")
     assert found == [EXPECTED[i] for i in range(3 if "json" in reason else 6) if f"{i:03}" != key]
@@ -140,6 +143,25 @@ def test_captions_may_have_another_encoding(tmp_path: Path) -> None:
     assert "caf\xe9" in pairs.captions
     assert len(list(data.batches(0))) == 1
     assert not data.faults
+
+
+def test_the_option_encoding_reaches_the_captions_of_shards(tmp_path: Path) -> None:
+    """In those to train on as in those held out."""
+    for folder, caption in (("train", b"caf\xe9 %d"), ("held_out", b"th\xe9 %d")):
+        (tmp_path / folder).mkdir()
+        first = 8 * (folder == "held_out")
+        content = [(name, caption % int(name[:3]) if "txt" in name else data) for name, data in members(12)]
+        write(tmp_path / folder / "0.tar", content[2 * first : 24 if first else 16])
+    data, held_out = (str(tmp_path / folder) for folder in ("train", "held_out"))
+    config = DataConfig(data=data, held_out_data=held_out, encoding="latin-1", image_size=16)
+    loaded = load(config, lambda c: {"captions": list(c)}, batch_size=8, seed=0, workers=0)  # type: ignore[arg-type, dict-item]
+    (batch,) = loaded.batches.batches(0)
+    assert sorted(batch["text"]["captions"]) == [f"caf\xe9 {i}" for i in range(8)]
+    assert loaded.held_out is not None
+    assert loaded.held_out.captions == [f"th\xe9 {i}" for i in range(8, 12)]
+    assert not loaded.faults
+    with pytest.raises(UserError, match=r"--held-out-data: .*: 4 with a caption that is not UTF-8"):
+        load(replace(config, encoding="utf-8"), lambda c: {}, batch_size=8, seed=0, workers=0)
 
 
 def test_a_name_that_returns_is_left_out_and_named(tmp_path: Path) -> None:
@@ -176,7 +198,7 @@ def test_a_shard_that_is_cut_short_loses_the_rest_and_says_so(
 def test_a_compressed_shard_that_is_cut_short_says_so(tmp_path: Path) -> None:
     packed = gzip.compress(write(tmp_path / "whole.tar", members(12)).read_bytes())
     (tmp_path / "0.tgz").write_bytes(packed[: len(packed) // 2])
-    found, ((_, reason, lost, _),) = read(tmp_path / "0.tgz", expected=12)
+    found, ((_, reason, lost, *_),) = read(tmp_path / "0.tgz", expected=12)
     assert 0 < len(found) < 12
     assert (reason, lost) == ("lost from a shard that is cut short", 12 - len(found))
 
@@ -254,9 +276,9 @@ def test_shards_are_found_by_folder_glob_and_braces(
     monkeypatch.setenv("HOME", str(folder.parent))
     for root in (str(folder), "~/with space"):
         text = root + name.replace("::{}", f"::{folder}")
-        assert tars.is_shards(text)
-        assert tars.expand(text) == [str(folder / each) for each in expected]
-    assert sum(len(read(each)[0]) for each in tars.expand(str(folder))) == 24
+        assert shard_names.is_shards(text)
+        assert shard_names.expand(text) == [str(folder / each) for each in expected]
+    assert sum(len(read(each)[0]) for each in shard_names.expand(str(folder))) == 24
 
 
 @pytest.mark.parametrize(
@@ -269,7 +291,7 @@ def test_shards_are_found_by_folder_glob_and_braces(
 )  # fmt: skip
 def test_shards_that_are_not_there_are_named(folder: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=f"--held-out-data: .*{message}") as error:
-        tars.expand(f"{folder}{name}", "--held-out-data")
+        shard_names.expand(f"{folder}{name}", "--held-out-data")
     assert "\n" not in str(error.value)
 
 
@@ -277,16 +299,16 @@ def test_what_is_no_shard(tmp_path: Path) -> None:
     write(tmp_path / "0.tar", members())
     (tmp_path / "photos").mkdir()
     for name in ("pairs.csv", "openmoji", str(tmp_path / "photos"), "https://x/pairs.csv"):
-        assert not tars.is_shards(name)
+        assert not shard_names.is_shards(name)
     for name in (str(tmp_path), "a.tar", "a.tgz", "https://x/0.tar?token=1", "s3://b/0.tar", "pipe:cat 0.tar"):
-        assert tars.is_shards(name)
+        assert shard_names.is_shards(name)
     with pytest.raises(UserError, match=r"--data: cannot read s3://b/0.tar: expected a file, one of http://"):
-        tars.expand("s3://b/0.tar")
+        shard_names.expand("s3://b/0.tar")
 
 
 def test_commands_are_shards(tmp_path: Path) -> None:
     shard = write(tmp_path / "0.tar", members())
-    assert tars.expand(f"pipe:cat {shard}") == [f"pipe:cat {shard}"]
+    assert shard_names.expand(f"pipe:cat {shard}") == [f"pipe:cat {shard}"]
     assert read(f"pipe:cat {shard}") == (EXPECTED, [])
     reason = "lost from a shard that cannot be read (its command failed with status 3)"
     assert read("pipe:exit 3", expected=60) == ([], [Fault("pipe:exit 3", reason, 60)])
@@ -307,8 +329,8 @@ def url(folder: Path) -> Iterator[str]:
 
 def stream(folder: Path | str, **options: object) -> ShardBatches:
     values = {"size": 16, "batch_size": 5, "seed": 0, "workers": 0, "augment": False, "epoch_pairs": 0, **options}
-    held_out = Fingerprints()
-    return ShardBatches(str(folder), lambda c: {"captions": list(c)}, held_out=held_out, **values)  # type: ignore[arg-type, dict-item]
+    values.setdefault("held_out", Fingerprints())
+    return ShardBatches(str(folder), lambda c: {"captions": list(c)}, **values)  # type: ignore[arg-type, dict-item]
 
 
 @pytest.fixture
@@ -383,6 +405,53 @@ def test_a_picture_that_cannot_be_decoded_is_replaced_with_its_caption(tmp_path:
     assert twice is None or len(set(twice["ids"].tolist())) == 5  # positives of each other
 
 
+def several(folder: Path, count: int = 12) -> dict[str, list[str]]:
+    """A shard whose samples have three captions each, by the first of them."""
+    captions = {caption: [caption, f"{caption} again", f"a {caption}"] for caption in CAPTIONS[:count]}
+    content = members(count)
+    for i, own in enumerate(captions.values()):
+        content[2 * i + 1] = (f"{i:03}.json", dumps({"caption": [*own, own[0], " ", None]}))  # each once, none empty
+    write(folder / "0.tar", content)
+    return captions
+
+
+def test_of_several_captions_each_epoch_draws_one(tmp_path: Path) -> None:
+    expected = several(tmp_path)
+    found: list[Fault] = []
+    assert [sample.captions for sample in tars.samples(str(tmp_path / "0.tar"), found)] == [*expected.values()]
+    shown = {png.tobytes(): own for png, own in zip(
+        (centre_crop(Image.open(io.BytesIO(p)), 16).numpy() for p in PICTURES), expected.values(), strict=True
+    )}  # fmt: skip
+    data, drawn = stream(tmp_path, batch_size=6), Counter[str]()
+    assert data.several == 12
+    for epoch in range(20):
+        for batch in data.batches(epoch):
+            for image, caption in zip(batch["images"], batch["text"]["captions"], strict=True):
+                assert caption in shown[image.numpy().tobytes()]
+                drawn[caption] += 1
+    assert len(drawn) == 36
+    assert all(60 < sum(drawn[own[place]] for own in expected.values()) < 100 for place in range(3))  # of 240, a third
+    whole = [batch["text"]["captions"] for batch in data.batches(3)]
+    assert [batch["text"]["captions"] for batch in stream(tmp_path, batch_size=6).batches(3, start=1)] == whole[1:]
+
+
+def test_held_out_pairs_have_the_first_caption_and_all_of_them_are_kept_from_training(tmp_path: Path) -> None:
+    expected = several(tmp_path)
+    pairs, marks = read_all(str(tmp_path), 16)
+    assert pairs.captions == [*expected]
+    for i, own in enumerate(expected.values()):
+        assert all(marks.match(["other", caption], b"") for caption in own)
+        assert not marks.match([f"other {i}"], b"")
+    (tmp_path / "train").mkdir()
+    content = [("0.png", b"x"), ("0.json", dumps({"caption": ["new", f"a {CAPTIONS[2]}"]}))]
+    train = write(
+        tmp_path / "train" / "0.tar",
+        [*content, ("1.png", PICTURES[0]), ("1.txt", b"new"), ("2.png", b"y"), ("2.txt", b"z")],
+    )
+    data = stream(train, batch_size=1, held_out=marks)
+    assert (data.epoch_pairs, data.leaking, data.several) == (1, 2, 1)
+
+
 def test_too_much_that_is_lost_stops_the_run_at_its_start(broken: Path) -> None:
     assert stream(broken, faults=Faults(max_bad=0.02)).epoch_pairs == 45
     (broken / "2.tar").write_bytes(b"")
@@ -411,7 +480,7 @@ def test_held_out_shards_are_evaluated_without_what_is_bad(broken: Path) -> None
     assert {fault.where: (fault.reason, fault.of) for fault in faults} == {
         where: (reason, EVALUATION) for where, (reason, _) in known(broken).items()
     }
-    assert marks.match(CAPTIONS[5], b"")
+    assert marks.match([CAPTIONS[5]], b"")
     with pytest.raises(UserError, match=r"cannot read .*0.tar:0-005: without caption"):
         read_all(str(broken), 16)
     for shard in range(4):
@@ -424,8 +493,8 @@ def test_held_out_shards_are_evaluated_without_what_is_bad(broken: Path) -> None
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads URLs by curl")
 def test_urls_are_shards(folder: Path, url: str) -> None:
-    assert tars.expand(f"{url}/0000{{0,3}}.tar") == [f"{url}/00000.tar", f"{url}/00003.tar"]
+    assert shard_names.expand(f"{url}/0000{{0,3}}.tar") == [f"{url}/00000.tar", f"{url}/00003.tar"]
     found, faults = read(f"{url}/00000.tar")
     assert ([caption for _, caption in found], faults) == (CAPTIONS[:6], [])
-    ((_, reason, lost, _),) = read(f"{url}/00004.tar", expected=6)[1]
+    ((_, reason, lost, *_),) = read(f"{url}/00004.tar", expected=6)[1]
     assert (reason, lost) == ("lost from a shard that cannot be read (its command failed with status 22)", 6)

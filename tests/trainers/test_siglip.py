@@ -15,11 +15,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ssl_kernels import SigLipLoss
-from ssl_kernels.trainers import siglip, two_towers
+from ssl_kernels.trainers import siglip, train_pairs
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data.pairs import make_batch
-from ssl_kernels.trainers.models import ImageTower, NGramTokenizer, NGramTower
+from ssl_kernels.trainers.image_towers import ImageTower
 from ssl_kernels.trainers.siglip import SigLip, SigLipConfig
+from ssl_kernels.trainers.text_towers import NGramTokenizer, NGramTower
 
 
 def config(table: Path, folder: Path, **options: object) -> SigLipConfig:
@@ -88,7 +89,7 @@ def test_gradients_reach_both_towers_scale_and_bias() -> None:
 
 def groups_of(model: SigLip, **options: object) -> dict[str, tuple[float, float]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = two_towers.parameter_groups(model, SigLipConfig(lr=0.1, weight_decay=0.2, **options))  # type: ignore[arg-type]
+    groups = train_pairs.parameter_groups(model, SigLipConfig(lr=0.1, weight_decay=0.2, **options))  # type: ignore[arg-type]
     listed = [(names[id(p)], g["lr"], g["weight_decay"]) for g in groups for p in g["params"]]  # type: ignore[attr-defined]
     assert len(listed) == len({name for name, *_ in listed})
     return {name: (lr, decay) for name, lr, decay in listed}  # type: ignore[misc]

@@ -236,9 +236,10 @@ def test_names_that_are_no_text_are_written_and_found_again(
 
 
 def test_fingerprints_take_any_name() -> None:
+    from ssl_kernels.trainers.data.image_sets import Images
     from ssl_kernels.trainers.data.pairs import Batches, ImageTextPairs
-    from ssl_kernels.trainers.data.views import Images, PhotoView, ViewBatches
-    from ssl_kernels.trainers.models import NGramTokenizer
+    from ssl_kernels.trainers.data.views import PhotoView, ViewBatches
+    from ssl_kernels.trainers.text_towers import NGramTokenizer
 
     paths = [Path(os.fsdecode(name)) for name in (b"gr\xfcn.png", b"gr\xfbn.png")]
     prints = set()

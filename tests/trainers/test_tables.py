@@ -20,7 +20,7 @@ from ssl_kernels.trainers.data.found import Found
 from ssl_kernels.trainers.data.pairs import Batches, ImageTextPairs
 from ssl_kernels.trainers.data.tables import STRAY_MARK
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.models import NGramTokenizer
+from ssl_kernels.trainers.text_towers import NGramTokenizer
 
 TOKENIZE = NGramTokenizer(buckets=512)
 

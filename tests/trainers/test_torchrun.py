@@ -20,14 +20,16 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ssl_kernels.trainers import moco, processes, self_supervised
 from ssl_kernels.trainers.checkpoints import load_checkpoint
-from ssl_kernels.trainers.data.faults import read_faults
+from ssl_kernels.trainers.data.fault_log import read_faults
 from ssl_kernels.trainers.data.files import read_table
-from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs, shared_ids
+from ssl_kernels.trainers.data.identity import Fingerprints, shared_ids
+from ssl_kernels.trainers.data.image_sets import Images, read_folder
+from ssl_kernels.trainers.data.pairs import Batches, ImageTextPairs
 from ssl_kernels.trainers.data.shards import ShardBatches
-from ssl_kernels.trainers.data.views import DrawingView, Images, PhotoView, ViewBatches, read_folder
+from ssl_kernels.trainers.data.views import DrawingView, PhotoView, ViewBatches
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.models import NGramTokenizer
 from ssl_kernels.trainers.processes import ALONE, Share
+from ssl_kernels.trainers.text_towers import NGramTokenizer
 
 Job = tuple[str, list[str], int]  # a trainer, its arguments, and the step in which it has a signal, or 0
 FSDP = ["--strategy", "fsdp"]
@@ -333,17 +335,17 @@ OPTIONS: dict[str, Any] = {"temperature": 0.2, "groups": 4, "momentum": 0.9, "st
 
 LOSE = """
 import os, signal, sys
-from ssl_kernels.trainers import loop, siglip, two_towers
+from ssl_kernels.trainers import siglip, training, two_towers
 
 two_towers.CHECKED = 6
-take = loop._Training.optimizer_step
+take = training.Training.optimizer_step
 
 def lose(self, batches):
     if self.done == 4 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return take(self, batches)
 
-loop._Training.optimizer_step = lose
+training.Training.optimizer_step = lose
 sys.exit(siglip.main())
 """
 
@@ -392,16 +394,16 @@ def test_twenty_steps_of_the_embedded_data(tmp_path: Path, trainer: str) -> None
 
 STOP = """
 import os, signal, sys
-from ssl_kernels.trainers import loop, siglip
+from ssl_kernels.trainers import siglip, training
 
-take = loop._Training.optimizer_step
+take = training.Training.optimizer_step
 
 def stop(self, batches):
     if self.done == 2 and os.environ["LOCAL_RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return take(self, batches)
 
-loop._Training.optimizer_step = stop
+training.Training.optimizer_step = stop
 sys.exit(siglip.main())
 """
 

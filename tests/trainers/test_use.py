@@ -16,7 +16,9 @@ from ssl_kernels import ClipLoss, SigLipLoss
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers import inputs
 from ssl_kernels.trainers.clip import Clip
-from ssl_kernels.trainers.dino import DINO, DINOConfig, DINOv2, MaskedStudent, Student
+from ssl_kernels.trainers.dino import DINO, DINOv2
+from ssl_kernels.trainers.dino_config import DINOConfig
+from ssl_kernels.trainers.dino_students import MaskedStudent, Student
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.moco import MoCoConfig, MoCoV3
 from ssl_kernels.trainers.models import TowerConfig, image_tower, text_tower, tokenizer

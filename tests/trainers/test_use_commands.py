@@ -94,6 +94,9 @@ def test_embed_takes_captions_tables_and_shards(
 ) -> None:
     (tmp_path / "captions.txt").write_text("red square\n\nblue bar\n")
     write_shard(tmp_path / "s.tar", [(png(drawing("red", "dot", 0)), "red dot"), (b"no image", "blue dot")])
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "latin1.csv").write_bytes(f"where,words\n{trained.images[0]},caf".encode() + b"\xe9\n")
+    named = ["--image-column", "where", "--caption-column", "words"]
     cases: list[tuple[list[object], list[str], torch.Tensor]] = [
         (
             [tmp_path / "captions.txt", "--text"],
@@ -103,6 +106,8 @@ def test_embed_takes_captions_tables_and_shards(
         ([tmp_path / "s.tar", "--text"], ["red dot", "blue dot"], model.encode_text(["red dot", "blue dot"])),
         ([tmp_path / "s.tar"], [], model.encode_image(drawing("red", "dot", 0))),
         ([table], [str(table.parent / f"{i}.png") for i in range(96)], torch.empty(0)),
+        ([tmp_path / "latin1.txt", "--text", "--encoding", "latin-1"], ["caf\xe9"], torch.empty(0)),
+        ([tmp_path / "latin1.csv", "--text", *named, "--encoding", "latin-1"], ["caf\xe9"], torch.empty(0)),
         ([table, "--text"], [], torch.empty(0)),
     ]
     for i, (arguments, names, expected) in enumerate(cases):
@@ -328,6 +333,10 @@ def test_probe_of_pixels_is_that_of_pixels(trained: TrainedRun, model: Trained, 
         (["embed", "nowhere", "x", "--out", "v.npy"], "RUN: no checkpoint at nowhere; expected a run's folder"),
         (["embed", "RUN", "PHOTOS", "--out", "v.csv"], "--out: expected a file that ends in .npy or .parquet"),
         (["embed", "RUN", "nowhere", "--out", "v.npy"], "DATA: expected a folder of images, a list, a table"),
+        (["embed", "RUN", "EMPTY", "--out", "v.npy"], "DATA: no images in "),
+        (["embed", "RUN", "SPLIT", "--out", "v.npy"], "DATA: the folders of "),
+        (["probe", "RUN", "SPLIT", "--held-out-data", "EMPTY"], "DATA: the folders of "),
+        (["probe", "RUN", "PHOTOS", "--held-out-data", "EMPTY"], "--held-out-data: no images in "),
         (["embed", "RUN", "PHOTOS", "--out", "v.npy", "--on-error", "stop"], "(--on-error skip leaves it out)"),
         (["embed", "RUN", "PHOTOS", "--out", "v.npy", "--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["embed", "RUN", "PHOTOS", "--out", "v.npy", "--device", "abacus"], "--device: cannot use 'abacus'"),
@@ -358,7 +367,17 @@ def test_a_mistake_is_one_line_that_names_the_argument(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "twice.txt").write_text("a\na\n")
-    places = {"RUN": str(trained.folder), "PHOTOS": str(photos), "TWICE": "twice.txt"}
+    for folder in ("empty", "split/train", "split/test"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("train", "test"):
+        shutil.copy(photos / "0.png", tmp_path / "split" / folder)
+    places = {
+        "RUN": str(trained.folder),
+        "PHOTOS": str(photos),
+        "TWICE": "twice.txt",
+        "EMPTY": "empty",
+        "SPLIT": "split",
+    }
     assert run(*(places.get(word, word) for word in arguments)) == 2
     err = capsys.readouterr().err.strip()
     assert err.startswith(f"ssl-kernels {arguments[0]}: error: ")

@@ -10,8 +10,10 @@ import torch
 from conftest import COLOURS, drawing, rows
 from torch import Tensor
 
-from ssl_kernels.trainers.data import digits, views
-from ssl_kernels.trainers.data.views import DrawingView, ImageConfig, Images, PhotoView, ViewBatches
+from ssl_kernels.trainers.data import digits, image_data
+from ssl_kernels.trainers.data.image_data import ImageConfig
+from ssl_kernels.trainers.data.image_sets import Images, read_folder
+from ssl_kernels.trainers.data.views import DrawingView, PhotoView, View, ViewBatches
 from ssl_kernels.trainers.errors import UserError
 
 STILL = DrawingView(degrees=0, scale=1, shift=0, shear=0)
@@ -61,8 +63,8 @@ def images_of(data: Images) -> set[bytes]:
 
 @pytest.mark.parametrize("name", ["mnist", "openmoji"])
 def test_validation_images_are_never_the_held_out_ones(name: str) -> None:
-    final = views.load(ImageConfig(data=name, image_size=16), batch_size=8, seed=0, workers=0)
-    tuning = views.load(ImageConfig(name, 16, evaluate_on="validation"), batch_size=8, seed=0, workers=0)
+    final = image_data.load(ImageConfig(data=name, image_size=16), batch_size=8, seed=0, workers=0)
+    tuning = image_data.load(ImageConfig(name, 16, evaluate_on="validation"), batch_size=8, seed=0, workers=0)
     share = {"mnist": 0.2, "openmoji": 0.1}[name]
     assert len(final.held_out) == pytest.approx(share * (len(final.train) + len(final.held_out)), rel=0.05)
     assert len(tuning.held_out) == pytest.approx(0.2 * len(final.train), abs=1)
@@ -72,15 +74,15 @@ def test_validation_images_are_never_the_held_out_ones(name: str) -> None:
 
 
 def test_a_folder_is_labelled_by_its_subfolders(folder: Path) -> None:
-    images = views.read_folder(folder)
+    images = read_folder(folder)
     assert isinstance(images.images, list)
     assert images.labels is not None
     names = sorted(COLOURS)
     assert [path.parent.name for path in images.images] == [names[i] for i in images.labels]
-    data = views.load(ImageConfig(data=str(folder), image_size=16, held_out=0.25), batch_size=4, seed=0, workers=0)
+    data = image_data.load(ImageConfig(data=str(folder), image_size=16, held_out=0.25), batch_size=4, seed=0, workers=0)
     assert data.held_out.labels is not None
     assert data.held_out.labels.bincount().tolist() == [3] * 4
-    flat = views.read_folder(folder / "red")
+    flat = read_folder(folder / "red")
     assert flat.labels is None
     assert len(flat) == 12
 
@@ -90,7 +92,7 @@ def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         drawing("red", "dot", 0).save(tmp_path / name)
-    images = views.read_folder(tmp_path)
+    images = read_folder(tmp_path)
     assert images.images == [tmp_path / name for name in names[:3]]
     assert images.labels is not None
     assert images.labels.tolist() == [0, 0, 1]
@@ -101,16 +103,16 @@ def test_folders_of_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True)
         drawing("red", "dot", 0).save(tmp_path / name)
     with pytest.raises(UserError, match=r"--data: the folders of .* are splits, not classes \(train, val\)"):
-        views.read_folder(tmp_path)
+        read_folder(tmp_path)
 
 
 def test_bad_data_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--data: expected mnist, openmoji or a folder of images, got 'cifar'"):
-        views.load(ImageConfig(data="cifar"), batch_size=4, seed=0, workers=0)
+        image_data.load(ImageConfig(data="cifar"), batch_size=4, seed=0, workers=0)
     with pytest.raises(UserError, match="--data: no images in"):
-        views.read_folder(tmp_path)
+        read_folder(tmp_path)
     with pytest.raises(UserError, match="--batch-size: 99 is more than the 44 training images"):
-        views.load(ImageConfig(data=str(folder)), batch_size=99, seed=0, workers=0)
+        image_data.load(ImageConfig(data=str(folder)), batch_size=99, seed=0, workers=0)
     for options, flag in (({"held_out": 1.0}, "--held-out"), ({"image_size": 7}, "--image-size")):
         with pytest.raises(UserError, match=flag):
             ImageConfig(**options).check_data()  # type: ignore[arg-type]
@@ -139,8 +141,8 @@ def test_a_drawing_moves_over_its_ground() -> None:
 
 
 @pytest.mark.parametrize("view", [LIVELY, PhotoView()], ids=["drawing", "photo"])
-def test_views_come_from_their_generator_alone(view: views.View, folder: Path) -> None:
-    images = random_images() if isinstance(view, DrawingView) else views.read_folder(folder)
+def test_views_come_from_their_generator_alone(view: View, folder: Path) -> None:
+    images = random_images() if isinstance(view, DrawingView) else read_folder(folder)
     before = torch.get_rng_state()
     one, same, other = (view(images, range(4), 16, np.random.default_rng(seed)) for seed in (5, 5, 6))
     assert torch.equal(before, torch.get_rng_state())
@@ -153,7 +155,7 @@ def test_views_come_from_their_generator_alone(view: views.View, folder: Path) -
 
 def test_batches_are_a_function_of_seed_epoch_and_number(folder: Path) -> None:
     def batches(seed: int, workers: int = 0) -> ViewBatches:
-        return ViewBatches(views.read_folder(folder), PhotoView(), size=16, batch_size=8, seed=seed, workers=workers)
+        return ViewBatches(read_folder(folder), PhotoView(), size=16, batch_size=8, seed=seed, workers=workers)
 
     whole = [batch["views"] for batch in batches(0).batches(epoch=2)]
     assert len(whole) == len(batches(0)) == 6
@@ -184,7 +186,7 @@ def test_the_fingerprint_tells_data_apart(folder: Path) -> None:
     def fingerprint(images: Images) -> str:
         return ViewBatches(images, STILL, size=16, batch_size=4, seed=0).fingerprint
 
-    images, files = random_images(), views.read_folder(folder)
+    images, files = random_images(), read_folder(folder)
     prints = [fingerprint(x) for x in (images, images.select(range(11)), files, files.select(range(1, 48)))]
     assert len(set(prints)) == 4
     assert fingerprint(random_images()) == prints[0]

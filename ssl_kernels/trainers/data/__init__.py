@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ssl_kernels.trainers.data import files, openmoji, shards, splits, tars
+from ssl_kernels.trainers.data import files, openmoji, shard_names, shard_pairs, shards, splits
 from ssl_kernels.trainers.data.batches import Batch
 from ssl_kernels.trainers.data.faults import EVALUATION, TRAINING, Faults, ReadingConfig, place
 from ssl_kernels.trainers.data.found import Found
+from ssl_kernels.trainers.data.identity import Fingerprints
 from ssl_kernels.trainers.data.images import try_some
-from ssl_kernels.trainers.data.pairs import Batches, Fingerprints, ImageTextPairs, Tokenize
+from ssl_kernels.trainers.data.pairs import Batches, ImageTextPairs, Tokenize
 from ssl_kernels.trainers.data.pixels import parse_colour
 from ssl_kernels.trainers.data.text_files import check_encoding
 from ssl_kernels.trainers.errors import UserError
@@ -69,7 +70,7 @@ class DataConfig(ReadingConfig):
         """Refuse files that are not there, before anything that takes long."""
         for flag, name in (("--data", self.data), ("--held-out-data", self.held_out_data)):
             if _is_shards(name):
-                tars.expand(name, flag)
+                shard_names.expand(name, flag)
             elif name not in ("openmoji", ""):
                 files.table_path(name, flag)
 
@@ -90,7 +91,7 @@ def load(
     config: DataConfig, tokenize: Tokenize, *, batch_size: int, seed: int, workers: int, share: Share = ALONE
 ) -> Data:
     """The data that a configuration names, split into what is trained on and what is held out."""
-    size, faults, found = config.image_size, config.faults(), Found(place(config.data))
+    size, faults, found = config.image_size, config.faults(config.data, config.held_out_data), Found(place(config.data))
     if _is_shards(config.data):
         held_out, marks = _read_held_out(config, faults, found)
         stream = shards.ShardBatches(
@@ -99,6 +100,7 @@ def load(
             background=parse_colour(config.background), encoding=config.encoding,
         )  # fmt: skip
         found.holds = {"shards": len(stream.names), "pairs an epoch": stream.epoch_pairs}
+        found.tell_of_several_captions(stream.several)
         splits.tell_of_leaks(stream.leaking, stream.epoch_pairs, len(held_out or ()), found)
         found.check("--data", allow=config.allow_suspicious)
         found.uses = {"held out": len(held_out or ())}
@@ -116,12 +118,7 @@ def load(
     else:
         train, held_out = _read_tables(config, faults, found)
     found.uses = {"training pairs": len(train), "held out": len(held_out)}
-    if len(train) < batch_size:
-        reasons = "; ".join(found.reasons(faults))
-        raise UserError(
-            f"--batch-size: {batch_size} is more than the {len(train)} training pairs of --data {config.data}"
-            + (f" (left out: {reasons})" if reasons else "")
-        )
+    found.check_size(len(train), "training pairs", batch_size, faults)
     _try_some(train, held_out, faults)
     batches = Batches(
         train, tokenize, size=size, batch_size=batch_size, seed=seed,
@@ -139,7 +136,7 @@ def _try_some(train: ImageTextPairs | None, held_out: ImageTextPairs | None, fau
 
 
 def _is_shards(name: str) -> bool:
-    return tars.is_shards(name)
+    return shard_names.is_shards(name)
 
 
 def _read_tables(config: DataConfig, faults: Faults, found: Found) -> tuple[ImageTextPairs, ImageTextPairs]:
@@ -176,7 +173,7 @@ def _read_held_out(
     found.held_out = Found(place(config.held_out_data))
     if _is_shards(config.held_out_data):
         background = parse_colour(config.background)
-        pairs, marks = shards.read_all(
+        pairs, marks = shard_pairs.read_all(
             config.held_out_data, config.image_size, faults=faults, background=background, encoding=config.encoding
         )  # fmt: skip
         found.held_out.holds = {"pairs": len(pairs)}

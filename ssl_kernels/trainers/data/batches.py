@@ -102,7 +102,9 @@ class ShuffledBatches(Dataset[Batch], ABC):
             else:
                 indices[place] = other
                 return picture
-        raise UserError(f"--data: {found[0].where} cannot be read, nor can {_SPARES} others that were drawn instead")
+        raise UserError(
+            f"{self.faults.flag}: {found[0].where} cannot be read, nor can {_SPARES} others that were drawn instead"
+        )
 
 
 def with_faults(batch: Batch, found: list[Fault]) -> Batch:

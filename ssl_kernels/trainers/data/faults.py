@@ -6,22 +6,18 @@ of a run are told of it, so that they count alike and stop in the same step.
 
 from __future__ import annotations
 
-import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
-
 from ssl_kernels.trainers.data.pixels import parse_colour
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.processes import everyones
 
-LEFT_OUT = "left_out.jsonl"  # of a run's folder: a line to each fault
 FORGIVEN = 10  # of any data, however small, unless --max-bad is 0
 TRAINING, EVALUATION = "training", "evaluation"
-_SHOWN = 10  # faults that are named on the console as they are found
 
 
 class Fault(NamedTuple):
@@ -31,6 +27,7 @@ class Fault(NamedTuple):
     reason: str  # one of few, by which faults are counted: "cut short", "no caption"
     lost: int = 1  # examples; more than one where a shard cannot be read
     of: str = TRAINING  # or EVALUATION: what it was to be used for
+    name: str = ""  # the same as `where`, but within the data, so that a copy that lies elsewhere has it too
 
 
 @dataclass(kw_only=True)
@@ -51,9 +48,9 @@ class ReadingConfig:
         parse_share(self.max_bad)
         parse_colour(self.background)
 
-    def faults(self) -> Faults:
-        """None yet, with these limits."""
-        return Faults(stop=self.on_error == "stop", max_bad=parse_share(self.max_bad))
+    def faults(self, *data: str) -> Faults:
+        """None yet in these data, with these limits."""
+        return Faults(stop=self.on_error == "stop", max_bad=parse_share(self.max_bad), roots=roots_of(*data))
 
 
 def parse_share(text: str) -> float:
@@ -72,13 +69,26 @@ def place(path: Path | str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
+def roots_of(*data: str) -> dict[str, str]:
+    """The folders of data that a user names, each with what stands for it in the names of faults."""
+    roots: dict[str, str] = {}
+    files = (name for name in data if not name.startswith("pipe:") and "://" not in name)
+    for number, part in enumerate(part for name in files for part in name.split("::") if part):
+        for path in (part, os.path.abspath(os.path.expanduser(part))):
+            folder = path.rstrip("/") if os.path.isdir(path) else os.path.dirname(path)
+            roots.setdefault(place(folder), f"{number}:" if number else "")
+    return roots
+
+
 @dataclass
 class Faults:
     """What was found to be unusable, each place once, and how much of it may be."""
 
     stop: bool = False  # at the first
     max_bad: float = 0.01  # share of the training examples
-    found: dict[str, Fault] = field(default_factory=dict)  # by where they are
+    flag: str = "--data"  # how the user calls the data
+    roots: dict[str, str] = field(default_factory=dict)  # as `roots_of` has them
+    found: dict[str, Fault] = field(default_factory=dict)  # by their names
     seen: dict[str, int] = field(default_factory=dict)  # examples of each use, good ones among them
 
     def __len__(self) -> int:
@@ -93,10 +103,20 @@ class Faults:
 
     def update(self, faults: Iterable[Fault]) -> None:
         """Count several. Raises `UserError` with the first new one if the run is to stop for it."""
-        for fault in faults:
-            if self.stop and fault.where not in self.found:
-                raise UserError(f"--data: cannot read {fault.where}: {fault.reason} (--on-error skip goes on without)")
-            self.found.setdefault(fault.where, fault)
+        for fault in map(self.named, faults):
+            if self.stop and fault.name not in self.found:
+                raise UserError(
+                    f"{self.flag}: cannot read {fault.where}: {fault.reason} (--on-error skip goes on without)"
+                )
+            self.found.setdefault(fault.name, fault)
+
+    def named(self, fault: Fault) -> Fault:
+        """The fault with its name, which an earlier run on these data, lying elsewhere, may have given it."""
+        roots = "|".join(re.escape(root) for root in sorted(self.roots, key=len, reverse=True) if root)
+        if fault.name or not roots:
+            return fault._replace(name=fault.name or fault.where)
+        inside = rf"(?<![^(])({roots})/"  # at the start, or in brackets
+        return fault._replace(name=re.sub(inside, lambda found: self.roots[found[1]], fault.where))
 
     def lost(self, of: str = "") -> int:
         """How many examples are left out, of all or of those for training or evaluation."""
@@ -128,76 +148,3 @@ class Faults:
                 f"--max-bad {100 * self.max_bad:.4g}%: {lost:,} of {max(lost, seen):,} {of} examples cannot be used,"
                 f" and at most {allowed:,} may be left out: {'; '.join(self.lines(of))}"
             )
-
-
-class FaultLog:
-    """Names what is left out as it is found, on the console, and all of it in a file of the run's folder.
-
-    A run that is resumed knows what it had written there. Around what may end the run, it writes what is new by then.
-    """
-
-    def __init__(
-        self, faults: Faults, folder: Path, console: Console, *, resume: Path | None = None, writes: bool = True
-    ) -> None:
-        self.faults, self.path, self.console, self.writes = faults, folder / LEFT_OUT, console, writes
-        known = read_faults(resume if resume.is_dir() else resume.parent) if resume and writes else []
-        faults.found.update({fault.where: fault for fault in everyones(known, "what was left out")})
-        self.told = len(faults)  # what is known by now is told with the data
-        self.named = 0  # on the console
-        self.written: int | None = None  # in the file, which may yet be another run's
-
-    def __enter__(self) -> FaultLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.written is not None:
-            self.tell()
-
-    def tell(self, step: int = 0) -> None:
-        """Name what is new, once the folder is this run's."""
-        if not self.writes or self.written == len(self.faults):
-            return
-        faults = list(self.faults)
-        for fault in faults[self.told :]:
-            self.named += 1
-            if self.named <= _SHOWN:
-                self._print(f"left out: {fault.where}: {fault.reason}")
-            elif self.named == _SHOWN + 1:
-                self._print(f"left out: more, which {self.path} names")
-        self.told = len(faults)
-        try:
-            self._write(faults)
-        except OSError as error:  # a full disk ends the run where it matters
-            self._print(f"cannot write {self.path}: {error.strerror}")
-        self.written = len(faults)
-
-    def _write(self, faults: list[Fault]) -> None:
-        if not faults:
-            self.path.unlink(missing_ok=True)
-            return
-        with open(self.path, "w" if self.written is None else "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(fault._asdict()) + "\n" for fault in faults[self.written or 0 :])
-
-    def sum_up(self) -> None:
-        """Say at the end of a run how much of what was left out."""
-        self.tell()
-        if self.writes and self.faults:
-            uses = ((self.faults.lost(of), of) for of in (TRAINING, EVALUATION))
-            counts = " and ".join(f"{count:,} {of}" for count, of in uses if count)
-            self._print(f"left out: {counts} examples, which {self.path} names")
-            for line in self.faults.lines():
-                self._print(f"  {line}")
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def read_faults(folder: Path) -> list[Fault]:
-    """What a run has written of its faults; a last line that a kill cut short is left out."""
-    path, faults = folder / LEFT_OUT, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            faults.append(Fault(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return faults

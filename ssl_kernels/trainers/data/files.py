@@ -153,6 +153,4 @@ def _tell(found: Found, pairs: ImageTextPairs, table: tables.Table, own: columns
         found.holds["categories"] = len({category for category in pairs.categories if category})
     assert own is not None
     found.remarks.append(f"{table.kind}; images from the column {own.image!r}, captions from {own.caption!r}")
-    if pairs.others:
-        several = sum(map(bool, pairs.others))
-        found.remarks.append(f"{several:,} images have several captions, of which each epoch draws one")
+    found.tell_of_several_captions(sum(map(bool, pairs.others or [])))

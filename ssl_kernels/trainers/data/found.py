@@ -52,6 +52,11 @@ class Found:
         """Count something that is not used and is no fault of the data's."""
         self.left_out.setdefault(what, Tally()).add(count, where)
 
+    def tell_of_several_captions(self, images: int) -> None:
+        """Note how many images have more than one caption."""
+        if images:
+            self.remarks.append(f"{images:,} images have several captions, of which each epoch draws one")
+
     def suspect(self, why: str) -> None:
         """Note something that makes the data look wrong as a whole."""
         self.suspicions.append(why)
@@ -60,6 +65,15 @@ class Found:
         """Raise `UserError` if the data look wrong, unless that is allowed."""
         if self.suspicions and not allow:
             raise UserError(f"{flag} {self.source}: {'; '.join(self.suspicions)} (--allow-suspicious goes on)")
+
+    def check_size(self, count: int, what: str, batch_size: int, faults: Faults) -> None:
+        """Raise `UserError` if there are too few examples for a batch."""
+        if count < batch_size:
+            reasons = "; ".join(self.reasons(faults))
+            raise UserError(
+                f"--batch-size: {batch_size} is more than the {count} {what} of --data {self.source}"
+                + (f" (left out: {reasons})" if reasons else "")
+            )
 
     def reasons(self, faults: Faults | None = None) -> list[str]:
         """What is left out and why, a phrase to each reason."""

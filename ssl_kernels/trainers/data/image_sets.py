@@ -74,7 +74,9 @@ def read_folder(folder: Path, found: Found | None = None, faults: Faults | None 
     parts = _parts(folder, found, faults)
     if len(parts) > 1:
         names = ", ".join(part.split for part in parts)
-        raise UserError(f"--data: the folders of {place(folder)} are splits, not classes ({names}); name one of them")
+        raise UserError(
+            f"{faults.flag}: the folders of {place(folder)} are splits, not classes ({names}); name one of them"
+        )
     return parts[0]
 
 
@@ -122,7 +124,7 @@ def _parts(folder: Path, found: Found, faults: Faults) -> list[Images]:
     if not tree.files:
         reasons = "; ".join(found.reasons(faults))
         raise UserError(
-            f"--data: no images in {place(folder)}; expected files such as {', '.join(SUFFIXES[:3])}"
+            f"{faults.flag}: no images in {place(folder)}; expected files such as {', '.join(SUFFIXES[:3])}"
             + (f" ({reasons})" if reasons else "")
         )
     faults.check(len(tree.files) + faults.lost())

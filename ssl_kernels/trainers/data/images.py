@@ -47,7 +47,7 @@ class BadImageError(UserError):
         super().__init__(where, reason)
 
     def __str__(self) -> str:
-        return f"--data: cannot read the image {self.where}: {self.reason}"
+        return f"cannot read the image {self.where}: {self.reason}"
 
 
 def open_image(

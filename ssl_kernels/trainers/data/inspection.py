@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from ssl_kernels.trainers.data.batches import loader
 from ssl_kernels.trainers.data.faults import Fault, place
 from ssl_kernels.trainers.data.images import STRIP, BadImageError, open_image
+from ssl_kernels.trainers.data.pixels import orientation_of
 from ssl_kernels.trainers.data.tars import samples
 
 SMALL, LARGE = 16, 50_000_000  # pixels a side, and in all
@@ -21,7 +22,6 @@ _ENDINGS = {
     "WEBP": (".webp",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "GIF": (".gif",), "AVIF": (".avif",),
     "HEIF": (".heic", ".heif"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "JPEG2000": (".jp2",),
 }  # fmt: skip
-_ORIENTATION = 0x0112  # EXIF's tag
 
 
 @dataclass
@@ -92,5 +92,5 @@ def _oddities(image: Image.Image, ending: str) -> Iterator[str]:
         yield "transparent: laid over --background"
     elif image.mode not in ("RGB", "L", "P", "1", "RGBX"):
         yield f"{image.mode}: converted to RGB"
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        yield "with an EXIF orientation, which is not applied"
+    if orientation_of(image) != 1:
+        yield "lying on its side or mirrored: turned as EXIF says"

@@ -5,18 +5,22 @@
   image's least to its largest finite number; where all are equal it becomes a middle grey.
 - **Transparent images**, and palettes with transparent entries, are laid over the background.
 - **Of animations and documents** the first frame or page is taken.
-- EXIF orientation and colour profiles are left alone, as torchvision's and open_clip's loaders do.
+- **Photographs** are turned upright, as their EXIF orientation says. Colour profiles are left alone.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import ExifTags, Image, ImageColor, ImageOps
 
 from ssl_kernels.trainers.errors import UserError
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
+
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 _DEEP_FORMATS = ("PNG", "PPM")  # whose mode "I" are 16 bits
 
@@ -33,7 +37,8 @@ def parse_colour(text: str) -> Colour:
 
 
 def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
-    """The image in RGB; an opaque one of 8 bits is what Pillow's `convert` makes of it."""
+    """The image in RGB and upright; an opaque one of 8 bits is what Pillow's `convert` makes of it."""
+    image = _upright(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray(_from_16_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("I", "F"):
@@ -46,6 +51,22 @@ def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
         image = image.convert("LA")
     over = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", over.size, (*background, 255)), over).convert("RGB")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """How an image lies in its file, by EXIF: 1 is upright. What cannot be read of EXIF says nothing."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF is no fault of the image's, and each part of Pillow has its own errors for it
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if orientation_of(image) not in range(2, 9):
+        return image
+    kind, turned = image.format, ImageOps.exif_transpose(image)
+    turned.format = kind  # which tells how deep an image is
+    return turned
 
 
 def _from_16_bits(values: np.ndarray) -> np.ndarray:

@@ -14,51 +14,19 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_kernels.trainers.data.batches import Batch, loader, with_faults, without_faults
-from ssl_kernels.trainers.data.faults import EVALUATION, Fault, Faults
+from ssl_kernels.trainers.data.faults import Fault, Faults
 from ssl_kernels.trainers.data.fingerprint import names_within
+from ssl_kernels.trainers.data.identity import Fingerprints, keys_of
 from ssl_kernels.trainers.data.images import BadImageError, centre_crop, image_seeds, open_image, random_crop
-from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, Tokenize, keys_of, make_batch
+from ssl_kernels.trainers.data.pairs import Tokenize, make_batch
 from ssl_kernels.trainers.data.pixels import WHITE, Colour
-from ssl_kernels.trainers.data.tars import Losses, Sample, expand, samples
+from ssl_kernels.trainers.data.shard_names import expand
+from ssl_kernels.trainers.data.tars import Losses, Sample, samples
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.processes import ALONE, Share
 
 _BUFFER = 1000  # samples that are shuffled among each other, on top of the shuffled shards
 _SPARES = 32  # samples that have passed, to take the place of one that cannot be decoded
-
-
-def read_all(
-    urls: str,
-    size: int,
-    flag: str = "--held-out-data",
-    *,
-    faults: Faults | None = None,
-    background: Colour = WHITE,
-    encoding: str = "utf-8",
-) -> tuple[ImageTextPairs, Fingerprints]:
-    """The pairs of held-out shards in memory, one for each caption and image, and what marks them."""
-    faults = Faults(stop=True) if faults is None else faults
-    images, captions, marks, losses = [], [], Fingerprints(), Losses()
-    for name in expand(urls, flag):
-        found: list[Fault] = []
-        bad: list[Fault] = []
-        count = 0
-        for image, caption, where in samples(name, found, of=EVALUATION, encoding=encoding):
-            count += 1
-            try:
-                if not marks.match(caption, image):
-                    images.append(centre_crop(open_image(image, background, where), size))
-                    captions.append(caption)
-            except BadImageError as error:
-                bad.append(Fault(where, error.reason, of=EVALUATION))
-            else:
-                marks.add(caption, image)
-        faults.update([*bad, *losses.of(found, count)])
-    faults.update(losses.of_parts())
-    if not images:
-        reasons = "; ".join(faults.lines(EVALUATION))
-        raise UserError(f"{flag}: {urls} holds no pairs" + (f" that can be used: {reasons}" if reasons else ""))
-    return ImageTextPairs(torch.stack(images), captions), marks
 
 
 class ShardBatches(IterableDataset[Batch]):
@@ -87,7 +55,8 @@ class ShardBatches(IterableDataset[Batch]):
         self.background, self.encoding = background, encoding
         self.faults = Faults() if faults is None else faults
         self.expected = epoch_pairs // len(self.names)  # samples of a shard
-        self.leaking = 0  # samples that share a caption or an image with the held-out pairs, once they are counted
+        # Samples that share a caption or an image with held-out pairs, and those of several captions, once counted.
+        self.leaking = self.several = 0
         self.epoch_pairs = epoch_pairs or self._count()
         if self.epoch_pairs < batch_size:
             reasons = "; ".join(self.faults.lines())
@@ -105,7 +74,8 @@ class ShardBatches(IterableDataset[Batch]):
             before, own = total, list[Fault]()
             for sample in samples(name, own, encoding=self.encoding):
                 total += 1
-                fresh += not self.held_out.match(sample.caption, sample.image)
+                fresh += not self.held_out.match(sample.captions, sample.image)
+                self.several += len(sample.captions) > 1
             found += losses.of(own, total - before)
         self.expected = losses.expected
         found += losses.of_parts()
@@ -155,7 +125,7 @@ class ShardBatches(IterableDataset[Batch]):
                 for i in np.random.default_rng((self.seed, self.epoch, again)).permutation(len(self.names))
             ]
             chance = random.Random(f"{self.seed} {self.epoch} {again} {place}")
-            fresh = (s for s in self._read(names[place::places], found) if not self.held_out.match(s.caption, s.image))
+            fresh = (s for s in self._read(names[place::places], found) if not self.held_out.match(s.captions, s.image))
             for sample in wds.filters.shuffle(_BUFFER, rng=chance)(fresh):
                 fruitless = 0
                 yield sample
@@ -177,7 +147,9 @@ class ShardBatches(IterableDataset[Batch]):
             sample, picture = self._readable(sample, [*passed, *batch], spare, found)
             taken.append(sample)
             images.append(random_crop(picture, self.size, crop) if self.augment else centre_crop(picture, self.size))
-        captions, sources = [sample.caption for sample in taken], [sample.image for sample in taken]
+        draws = zip(taken, rng.random(len(taken)).tolist(), strict=True)  # as in tables, of several captions one
+        captions = [sample.captions[int(draw * len(sample.captions))] for sample, draw in draws]
+        sources = [sample.image for sample in taken]
         made = make_batch(torch.stack(images), captions, sources, self.tokenize)
         if self.share.world > 1:
             made["ids"] = keys_of(captions, sources)

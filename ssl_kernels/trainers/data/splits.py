@@ -15,7 +15,8 @@ import numpy as np
 
 from ssl_kernels.trainers.data import contents
 from ssl_kernels.trainers.data.found import Found
-from ssl_kernels.trainers.data.pairs import Fingerprints, ImageTextPairs, link
+from ssl_kernels.trainers.data.identity import Fingerprints, link
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
 
 MOST_HELD_OUT = 5_000  # evaluation compares every held-out image with every held-out caption
 SHARED = 5  # images: a caption of so many says nothing of one of them
@@ -50,10 +51,14 @@ def _images_by_caption(pairs: ImageTextPairs) -> Counter[str]:
 
 def _captions(pairs: ImageTextPairs) -> Iterator[tuple[int, str]]:
     """Every caption with the number of its pair, in order."""
-    for i, caption in enumerate(pairs.captions):
-        yield i, caption
-        for other in pairs.others[i] if pairs.others else ():
-            yield i, other
+    for i in range(len(pairs)):
+        for caption in _own(pairs, i):
+            yield i, caption
+
+
+def _own(pairs: ImageTextPairs, i: int) -> tuple[str, ...]:
+    """The captions of a pair."""
+    return (pairs.captions[i], *(pairs.others[i] if pairs.others else ()))
 
 
 def contents_of(pairs: ImageTextPairs) -> list[int]:
@@ -145,12 +150,12 @@ def with_classes(pairs: ImageTextPairs) -> ImageTextPairs:
 def fingerprints(pairs: ImageTextPairs, *, by_class: bool = False) -> Fingerprints:
     """What marks the pairs of a held-out table: captions and images, or images alone where captions name classes."""
     marks, paths = Fingerprints(), _paths(pairs)
-    for i, caption in _captions(pairs):
+    for i, path in enumerate(paths):
         try:
-            image = paths[i].read_bytes()
+            image = path.read_bytes()
         except OSError:  # the evaluation will say so
             image = b""
-        marks.add(None if by_class else caption, image)
+        marks.add(() if by_class else _own(pairs, i), image)
     return marks
 
 
@@ -159,10 +164,11 @@ def without(pairs: ImageTextPairs, held_out: Fingerprints, found: Found | None =
     found = Found("") if found is None else found
     paths, leaking = _paths(pairs), set()
     shared: Counter[str] = Counter()
-    for i, caption in _captions(pairs):
-        if held_out.match(caption, paths[i]):
+    for i, path in enumerate(paths):
+        own = _own(pairs, i)
+        if held_out.match(own, path):
             leaking.add(i)
-            shared[caption] += caption in held_out.captions
+            shared.update(held_out.captions.intersection(own))
     if leaking:
         found.leave_out(LEAKING, len(leaking))
     for caption, count in shared.most_common(1):

@@ -1,86 +1,32 @@
 """The samples in WebDataset shards: tar files in which the members of a sample have one name and different endings.
 
 The name ends at the first dot after the last slash. A sample has an image of any ending in `images.SUFFIXES` and a
-caption: the first that is not empty of its members `.txt`, `.text`, `.caption`, `.json` (its "caption") and `.cls`.
+captions: the first that is not empty of its members `.txt`, `.text`, `.caption`, `.json` (its "caption", a text or a
+list of them) and `.cls`.
 Members of a sample need not follow each other; where they do not, what is still incomplete waits in memory.
 """
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import webdataset as wds
-
+from ssl_kernels.trainers.data.cells import captions_of
 from ssl_kernels.trainers.data.faults import TRAINING, Fault, place
 from ssl_kernels.trainers.data.images import SUFFIXES
 from ssl_kernels.trainers.data.tar_members import CutShortError, members
-from ssl_kernels.trainers.errors import UserError
 
-ENDINGS = (".tar", ".tgz", ".tar.gz")
 CAPTIONS = ("txt", "text", "caption", "json", "cls")
 _IMAGES = {suffix[1:] for suffix in SUFFIXES}
 _READ = _IMAGES | {*CAPTIONS}
-_SCHEMES = ("http://", "https://", "gs://")  # that webdataset opens by programs such as curl
 
 
 class Sample(NamedTuple):
     image: bytes  # encoded
-    caption: str
+    captions: list[str]  # one or several; by the first it is evaluated
     where: str  # the shard and the name in it
-
-
-def is_shards(name: str) -> bool:
-    """Whether the name is one of shards: of files, by a pattern; of a folder that has some; or of a stream."""
-    path = os.path.expanduser(name)
-    if os.path.isdir(path):
-        return bool(_in_folder(path))
-    is_url = "://" in name and any(ending in name.lower() for ending in ENDINGS)
-    return name.startswith("pipe:") or is_url or name.lower().endswith(ENDINGS)
-
-
-def _in_folder(path: str) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(e.path for e in entries if e.name.lower().endswith(ENDINGS) and not e.name.startswith("."))
-
-
-def expand(name: str, flag: str = "--data") -> list[str]:
-    """The shards of a folder, a glob or a pattern such as "shards-{000..099}.tar"; local ones must exist."""
-    path = os.path.expanduser(name)
-    if os.path.isdir(path):
-        return _in_folder(path)
-    try:
-        every = [name] if name.startswith("pipe:") else wds.shardlists.expand_urls(path)
-    except ValueError as error:  # braces that do not close
-        raise UserError(f"{flag}: {name}: {error}") from None
-    names: list[str] = []
-    for each in every:
-        if each.startswith(("pipe:", *_SCHEMES)):
-            names.append(each)
-        elif "://" in each:
-            raise UserError(
-                f"{flag}: cannot read {each}: expected a file, one of {', '.join(_SCHEMES)}, or pipe:COMMAND,"
-                " such as pipe:aws s3 cp s3://bucket/0.tar -"
-            )
-        else:
-            names += _files(each, flag)
-    return names
-
-
-def _files(name: str, flag: str) -> list[str]:
-    found = [name] if os.path.lexists(name) else sorted(glob.glob(name))
-    if not found and glob.has_magic(name):
-        raise UserError(f"{flag}: no shard is named like {name}")
-    for each in found or [name]:
-        try:
-            open(each, "rb").close()
-        except OSError as error:
-            raise UserError(f"{flag}: cannot read the shard {place(each)}: {error.strerror}") from None
-    return found
 
 
 def samples(
@@ -135,16 +81,16 @@ class _Shard:
         own = self.waiting.get(key, {})
         image = next((own[ending] for ending in own if ending in _IMAGES), None)
         try:
-            caption = _caption(own, self.encoding)
+            captions = _captions(own, self.encoding)
         except UnicodeDecodeError:
             self.leave_out(key, f"with a caption that is not {self.encoding.upper()}")
         except ValueError:
             self.leave_out(key, "with a .json that is none")
         else:
-            if image is None or not caption:
+            if image is None or not captions:
                 return
             if image:
-                yield Sample(image, caption, f"{self.name}:{place(key)}")
+                yield Sample(image, captions, f"{self.name}:{place(key)}")
             else:
                 self.leave_out(key, "with an empty image")
         self.given.add(key)
@@ -159,23 +105,17 @@ class _Shard:
         self.found.append(Fault(f"{self.name}:{place(key)}", reason, 1, self.of))
 
 
-def _caption(members: dict[str, bytes], encoding: str) -> str:
-    """The first that is not empty."""
+def _captions(members: dict[str, bytes], encoding: str) -> list[str]:
+    """Of the first member that has any."""
     for ending in CAPTIONS:
-        text = members.get(ending, b"").decode(encoding if ending != "json" else "utf-8").removeprefix("\ufeff")
-        if ending == "json" and text.strip():
-            text = _text_in(json.loads(text))
-        if text.strip():
-            return text.strip()
-    return ""
-
-
-def _text_in(content: Any) -> str:
-    """The caption in a .json; the first of several."""
-    caption = content.get("caption") if isinstance(content, dict) else None
-    if isinstance(caption, list) and caption:
-        caption = caption[0]
-    return caption if isinstance(caption, str) else ""
+        text = members.get(ending, b"").decode(encoding if ending != "json" else "utf-8").removeprefix("\ufeff").strip()
+        content = json.loads(text) if ending == "json" and text else {}
+        captions = captions_of(content.get("caption")) if isinstance(content, dict) else []
+        if ending != "json" and text:
+            captions = [text]
+        if captions:
+            return captions
+    return []
 
 
 class Losses:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from ssl_kernels.trainers.data.faults import place
-from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.errors import UserError, first_line
 
 _MARKS = {  # the longer ones first: that of UTF-32 begins like that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
@@ -43,8 +43,7 @@ def told(path: Path, flag: str) -> Iterator[None]:
             " --encoding names another encoding, such as latin-1, which files of older Windows and Excel have"
         ) from None
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{flag}: cannot read {place(path)}: {reason}") from None
+        raise UserError(f"{flag}: cannot read {place(path)}: {first_line(error)}") from None
 
 
 def _undecodable(path: Path, error: UnicodeDecodeError) -> tuple[str, int]:

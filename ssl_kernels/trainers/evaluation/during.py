@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.trainers.data.faults import Faults
+from ssl_kernels.trainers.data.image_sets import Images
 from ssl_kernels.trainers.data.pairs import ImageTextPairs
-from ssl_kernels.trainers.data.views import Images, View
+from ssl_kernels.trainers.data.views import View
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.evaluation.image_text import Embedder, recall
-from ssl_kernels.trainers.evaluation.probes import Encode, instance_recall, nearest_classes
+from ssl_kernels.trainers.evaluation.classifiers import instance_recall, nearest_classes
+from ssl_kernels.trainers.evaluation.embedder import Embedder
+from ssl_kernels.trainers.evaluation.image_text import recall
+from ssl_kernels.trainers.evaluation.probes import Encode
 
 MOST_TRAIN, MOST_HELD_OUT = 5000, 1000  # images
 _BATCH = 256

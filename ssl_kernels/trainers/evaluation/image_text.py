@@ -9,95 +9,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers.data import openmoji
 from ssl_kernels.trainers.data.faults import Faults
-from ssl_kernels.trainers.data.pairs import TEMPLATES, ImageTextPairs, Tokenize
-from ssl_kernels.trainers.evaluation import report
-from ssl_kernels.trainers.evaluation.progress import Stages
-from ssl_kernels.trainers.loop import Result
+from ssl_kernels.trainers.data.pairs import TEMPLATES, ImageTextPairs
+from ssl_kernels.trainers.evaluation.baseline import TfidfPixels
+from ssl_kernels.trainers.evaluation.embedder import Embedder
+from ssl_kernels.trainers.evaluation.figures import PairFigure
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
-_COLUMNS = ("model", "baseline", "chance", "majority")
-_CAPTION = "baseline, where no other is remarked: captions matched by TF-IDF to training images, and those to pixels"
 _SUPERVISED = ", supervised by category words"
 
 EncodeTexts = Callable[[Sequence[str]], Tensor]
-
-
-class TwoTowers(Protocol):
-    """What evaluation asks of a model: normalised embeddings of either side."""
-
-    def encode_image(self, images: Tensor) -> Tensor: ...
-
-    def encode_text(self, text: dict[str, Tensor]) -> Tensor: ...
-
-    def eval(self) -> Any: ...
-
-
-class Embedder:
-    """A model's normalised embeddings [N, D] of images and texts, in fp32 on the CPU, in evaluation mode."""
-
-    def __init__(
-        self, fabric: Fabric, model: TwoTowers, tokenize: Tokenize, size: int, batch_size: int = 256,
-        stages: Stages | None = None,
-    ) -> None:  # fmt: skip
-        self.fabric, self.model, self.tokenize, self.stages = fabric, model, tokenize, stages or Stages()
-        model.eval()
-        self.size, self.batch_size = size, batch_size
-
-    def images(self, pairs: ImageTextPairs, faults: Faults) -> tuple[Tensor, ImageTextPairs]:
-        """Embeddings of the images that can be read, and the pairs of these; `faults` is told of the others."""
-        kept: list[int] = []
-
-        def encode(part: range) -> Tensor:
-            images, own = pairs.load_readable(part, self.size, faults)
-            kept.extend(own)
-            return self.model.encode_image(self._put(images)) if own else torch.empty(0)
-
-        embedded = self._encode("images", len(pairs), encode)
-        return embedded, pairs if len(kept) == len(pairs) else pairs.select(kept)
-
-    def texts(self, captions: Sequence[str]) -> Tensor:
-        def encode(part: range) -> Tensor:
-            return self.model.encode_text(self._put(self.tokenize([captions[i] for i in part])))
-
-        return self._encode("captions", len(captions), encode)
-
-    def _put(self, data: Any) -> Any:
-        return self.fabric.to_device(data)
-
-    def _encode(self, what: str, n: int, encode: Callable[[range], Tensor]) -> Tensor:
-        parts = [range(start, min(start + self.batch_size, n)) for start in range(0, n, self.batch_size)]
-        self.stages.plan(len(parts))
-        encoded = []
-        with torch.no_grad(), self.fabric.autocast():
-            for part in parts:
-                self.stages.begin(what)
-                encoded.append(encode(part).float().cpu())
-        return torch.cat([part for part in encoded if len(part)] or [torch.empty(0, 0)])
-
-
-@dataclass
-class PairFigure:
-    """One line of the closing table: what the model reaches, and what is to be had without it."""
-
-    name: str
-    model: float
-    baseline: float | None
-    chance: float
-    majority: float | None = None
-    note: str = ""
 
 
 def recall(similarity: Tensor, k: int, queries: Tensor | None = None) -> float:
@@ -118,46 +45,6 @@ def zero_shot(
     prompts = encode_texts([template.format(name) for name in classes for template in templates])
     means = prompts.view(len(classes), len(templates), -1).mean(1)
     return images @ unit_rows(means).T
-
-
-def colour_histograms(images: Tensor) -> Tensor:
-    """Square roots of 8 x 8 x 8 colour counts [N, 512] of uint8 images, normalised: their products compare colours."""
-    bins = (images.long() // 32).flatten(2)
-    index = (bins[:, 0] * 8 + bins[:, 1]) * 8 + bins[:, 2]
-    counts = torch.zeros(len(images), 512).scatter_add_(1, index, torch.ones(index.shape))
-    return unit_rows(counts.sqrt())
-
-
-class TfidfPixels:
-    """The trivial baseline between the training pairs and the held-out pairs."""
-
-    def __init__(self, train: ImageTextPairs, held_out: ImageTextPairs, size: int) -> None:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
-        self.train, self.held_out, self.size = train, held_out, size
-        vectorizer = TfidfVectorizer()  # bigrams and character n-grams are weaker
-        train_texts = vectorizer.fit_transform(train.captions)
-        held_out_texts = vectorizer.transform(held_out.captions)
-        self.texts = torch.from_numpy((held_out_texts @ train_texts.T).toarray()).float()  # [held out, train]
-
-        train_pixels, pixels = (p.load(range(len(p)), size).flatten(1).float() / 255 for p in (train, held_out))
-        mean = train_pixels.mean(0)
-        train_pixels, pixels = (unit_rows(p - mean) for p in (train_pixels, pixels))
-        self.pixels = pixels @ train_pixels.T  # [held out, train]
-        self.nearest = self.pixels.argmax(1)
-
-    def text_to_image(self) -> Tensor:
-        return self.pixels[:, self.texts.argmax(1)].T
-
-    def image_to_text(self) -> Tensor:
-        return self.texts[:, self.nearest].T
-
-    def tones_by_colour(self, indices: Sequence[int]) -> Tensor:
-        """The tone of the training image with the nearest histogram of colours, for each held-out image."""
-        named = [(i, tone) for i, c in enumerate(self.train.captions) if (tone := openmoji.tone_of(c)) is not None]
-        known = colour_histograms(self.train.load([i for i, _ in named], self.size))
-        nearest = (colour_histograms(self.held_out.load(indices, self.size)) @ known.T).argmax(1)
-        return torch.tensor([tone for _, tone in named])[nearest]
 
 
 def retrieval(
@@ -269,26 +156,3 @@ def report_card(
     if baseline is not None:
         figures.append(flags(images, embedder.texts, held_out, baseline, supervised))
     return figures, texts @ images.T, held_out
-
-
-def print_table(console: Console, title: str, result: Result, figures: Sequence[PairFigure], total_s: float) -> None:
-    """What the run reached, each figure beside what needs no learning to reach."""
-    rows = []
-    for figure in figures:
-        numbers = (figure.model, figure.baseline, figure.chance, figure.majority)
-        rows.append((figure.name, ["" if n is None else f"{n:.3f}" for n in numbers], figure.note))
-    training: list[report.Row] = []
-    if result.records:
-        first, last = result.records[0]["loss"], result.records[-1]["loss"]
-        training.append(("training loss", [f"{first:.2f} -> {last:.2f}"], "first -> last step"))
-        worst = report.loss_difference(result)
-        if worst is not None:
-            steps = sum("loss_reference" in record for record in result.records)
-            remark = f"relative difference, worst of {steps} steps"
-            training.append(("same loss by the reference", [f"{worst:.1e}"], remark))
-        for name in ("image", "text"):
-            end = result.records[-1]
-            if f"{name}_std" in end:
-                cells = [f"{end[f'{name}_std']:.3g}, {end[f'{name}_rank']:.3g}"]
-                training.append((f"spread of {name}s, directions", cells, "1: spread evenly, 0: collapsed"))
-    report.closing_table(console, title, _CAPTION, _COLUMNS, rows, training, result, total_s)

@@ -7,22 +7,20 @@ augmentation as the trained net, so what it reaches is owed to knowing the augme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
-from ssl_kernels.ops.unit_rows import unit_rows
 from ssl_kernels.trainers.data.faults import Faults
+from ssl_kernels.trainers.data.image_sets import Images
 from ssl_kernels.trainers.data.images import image_seeds, open_image, resize
-from ssl_kernels.trainers.data.views import Images, PhotoView, View
-from ssl_kernels.trainers.evaluation import report
+from ssl_kernels.trainers.data.views import PhotoView, View
+from ssl_kernels.trainers.evaluation.classifiers import cosines, instance_recall, linear_probe, nearest_classes, vote
+from ssl_kernels.trainers.evaluation.figures import FeatureFigure
 from ssl_kernels.trainers.evaluation.progress import Stages
-from ssl_kernels.trainers.loop import Result
 
 Encode = Callable[[Tensor], Tensor]  # uint8 images [n, 3, S, S] to features [n, D]
 
@@ -30,107 +28,6 @@ LABELLED, DRAWS, COPIES = 10, 10, 10  # labels a class; random choices of them; 
 _SPACES, STAGES = ("trained net", "untrained net", "raw pixels", "raw pixels and copies"), 3  # in each of them
 _BATCH, _FILES = 256, 25  # images in memory, and in files, of a stage
 _RAW_SIZE, _MOST_TRAIN, _MOST_HELD_OUT = 32, 5000, 1000  # pixels a side, and images, of the largest comparison
-_CAPTION = (
-    "initial: the same net before training; raw: centred pixels; raw + aug: with distorted copies in the gallery too;"
-    " chance: always the largest class, or any image"
-)
-_WATCHED = (
-    ("embedding_std", "1: spread evenly, 0: collapsed"),
-    ("embedding_rank", "directions in use"),
-    ("teacher_entropy_share", "of ln K, of an image; 1: teaches nothing, 0: one-hot"),
-    ("marginal_entropy_share", "of ln K, of the batch's mean; 0: all images alike"),
-    ("center_norm", "of the teacher's centre"),
-    ("kl", "from the teacher to the student"),
-)
-
-
-def nearest_classes(
-    queries: Tensor, gallery: Tensor, labels: Tensor, k: int, temperature: float | None = None
-) -> Tensor:
-    """The class [n] that the k nearest of the gallery vote for; rows are compared by their cosine.
-
-    Without `temperature` each has one vote, and of classes with as many the one whose voters are nearer wins; with it
-    a neighbour of similarity s votes with exp(s / temperature), as in Wu 2018, arXiv 1805.01978.
-    """
-    return vote(cosines(queries, gallery), labels, k, temperature)
-
-
-def cosines(queries: Tensor, gallery: Tensor) -> Tensor:
-    """The cosine [n, N] of each query [n, D] and each of the gallery [N, D]."""
-    return unit_rows(queries) @ unit_rows(gallery).T
-
-
-def vote(similarity: Tensor, labels: Tensor, k: int, temperature: float | None = None) -> Tensor:
-    """`nearest_classes` of queries whose cosines [n, N] with the gallery are known."""
-    nearest, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
-    # k cosines lie between -k and k: divided by 3 k they decide between equal votes, and never against one vote more.
-    weight = 1 + nearest / (3 * k) if temperature is None else ((nearest - 1) / temperature).exp()
-    votes = similarity.new_zeros(len(similarity), int(labels.max()) + 1)
-    return votes.scatter_add_(1, labels[index], weight.to(votes.dtype)).argmax(1)
-
-
-def linear_probe(
-    queries: Tensor, gallery: Tensor, labels: Tensor, weight_decay: float = 1e-4, iterations: int = 100
-) -> Tensor:
-    """The class [n] that multinomial logistic regression on the standardised features predicts."""
-    std, mean = torch.std_mean(gallery, 0)
-    queries, gallery = ((x - mean) / std.clamp(min=1e-3 * float(std.max()) + 1e-12) for x in (queries, gallery))
-    weight = gallery.new_zeros(int(labels.max()) + 1, gallery.shape[1], requires_grad=True)
-    bias = gallery.new_zeros(len(weight), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(gallery, weight, bias), labels) + weight_decay * weight.square().sum() / 2
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return F.linear(queries, weight, bias).argmax(1).detach()
-
-
-def instance_recall(queries: Tensor, gallery: Tensor, copies: int = 1) -> float:
-    """How often the nearest of the gallery, by cosine, is the query's own image; row i of `copies` x [n, D] shows
-    image i modulo n. Ties are broken at random, and the expected value is returned."""
-    n = len(queries)
-    similarity = unit_rows(queries) @ unit_rows(gallery).T
-    best = similarity.view(n, copies, n).amax(1)  # of every image's copies
-    right = best.diagonal()[:, None]
-    ahead, tied = (best > right).any(1), (best == right).sum(1)
-    return float((~ahead / tied.clamp(min=1) * (tied > 0)).mean())  # NaN equals nothing, itself included
-
-
-@torch.no_grad()
-def spread(z: Tensor) -> dict[str, Tensor]:
-    """How far embeddings [B, D] are from having collapsed, as metrics to log.
-
-    `embedding_std`: the standard deviation of the normalised embeddings times sqrt(D); 1 where they fill the sphere
-    evenly, 0 where all are equal. `embedding_rank`: their effective rank, the exponential of the entropy of the centred
-    singular values (Roy & Vetterli 2007; as RankMe, Garrido 2022, arXiv 2210.02885); at most min(B - 1, D).
-    """
-    z = unit_rows(z.float())
-    centred = z - z.mean(0)
-    std = centred.square().mean().sqrt() * z.shape[1] ** 0.5
-    if not bool(torch.isfinite(std)):  # the loop reports it; an SVD would only raise
-        return {"embedding_std": std, "embedding_rank": std}
-    # A collapsed batch has rounding errors for singular values: they are no directions.
-    values = torch.linalg.svdvals(centred) if len(z) > 1 else z.new_zeros(1)
-    values = values * (values > 1e-5)
-    shares = values / values.sum().clamp(min=1e-12)
-    return {"embedding_std": std, "embedding_rank": torch.special.entr(shares).sum().exp() * (values.sum() > 0)}
-
-
-@dataclass
-class FeatureFigure:
-    """One line of the closing table; the baselines are those of the module's docstring."""
-
-    name: str
-    model: float
-    initial: float
-    raw: float
-    raw_augmented: float | None
-    chance: float
-    note: str = ""
 
 
 @dataclass
@@ -283,21 +180,3 @@ def _is_grey(images: Tensor) -> bool:
 
 def _pixels(size: int, *, grey: bool) -> Encode:
     return lambda images: resize(images[:, :1] if grey else images, size).flatten(1).float() / 255
-
-
-def print_table(console: Console, title: str, result: Result, figures: Sequence[FeatureFigure], total_s: float) -> None:
-    """What the run reached, each figure beside its baselines."""
-    columns = ("model", "initial", "raw", "raw + aug", "chance")
-    rows = [
-        (figure.name, ["" if score is None else f"{score:.3f}" for score in
-                       (figure.model, figure.initial, figure.raw, figure.raw_augmented, figure.chance)], figure.note)
-        for figure in figures
-    ]  # fmt: skip
-    training: list[report.Row] = []
-    if result.records:
-        first, last = result.records[0], result.records[-1]
-        training.append(("training loss", [f"{last['loss']:.3f}", f"{first['loss']:.3f}"], "last, first step"))
-        for name, note in _WATCHED:
-            if name in last:
-                training.append((name.replace("_", " "), [f"{last[name]:.3g}", f"{first[name]:.3g}"], note))
-    report.closing_table(console, title, _CAPTION, columns, rows, training, result, total_s)

@@ -1,10 +1,11 @@
-"""The closing table and the summary of a run."""
+"""The report on a finished run: its closing table, its summary and its curves."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from rich.table import Table
 from ssl_kernels.trainers.checkpoints import BEST, CHECKPOINT, write_atomically
 from ssl_kernels.trainers.data.faults import EVALUATION, TRAINING, Faults
 from ssl_kernels.trainers.data.found import Found
+from ssl_kernels.trainers.evaluation import curves
 from ssl_kernels.trainers.loggers import METRICS
-from ssl_kernels.trainers.loop import Result
+from ssl_kernels.trainers.training import Result
 
 Row = tuple[str, Sequence[str], str]  # a name, the cells of the first columns, and a remark
 
@@ -25,7 +27,9 @@ def closing_table(
     result: Result, total_s: float,
 ) -> None:  # fmt: skip
     """Print what the run reached, a line to each figure, and below how it got there: by what training, time, memory."""
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", caption=caption or None, caption_justify="left"
+    )
     table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -46,22 +50,47 @@ def closing_table(
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def run_name(folder: Path) -> str:
-    """How pictures name a run: by the last two parts of its folder."""
-    return "/".join(folder.parts[-2:])
+@dataclass
+class Report:
+    """What is left of a finished run: in its folder pictures and a summary, on the console what these leave out."""
 
+    console: Console
+    folder: Path
+    title: str
+    result: Result
+    begun: float  # by `time.perf_counter`
+    pictures: list[str] = field(default_factory=list)  # besides the curves
 
-def print_remark(console: Console, picture: str, remark: str) -> None:
-    """Say what a picture leaves out, if anything."""
-    if remark:
-        console.print(f"{picture}: {remark}", highlight=False, markup=False, soft_wrap=True)
+    @property
+    def picture_title(self) -> str:
+        """The title, and before it the last two parts of the run's folder."""
+        return f"{'/'.join(self.folder.parts[-2:])}: {self.title}"
 
+    def draw_curves(self, figures: Sequence[Any] | None = None) -> None:
+        """The curves of training, with the figures of the evaluation once there are any."""
+        if self.result.records:  # whose file may be lost
+            remark = curves.plot_curves(
+                self.folder / "curves.png", self.result.records, self.picture_title, figures or ()
+            )
+            if figures is not None:
+                self.remark("curves.png", remark)
 
-def print_written(console: Console, folder: Path, *pictures: str) -> None:
-    """Name the files of a finished run, `pictures` among them."""
-    files = (CHECKPOINT, BEST, METRICS, "config.json", "tensorboard", "curves.png", "summary.json", *pictures)
-    written = [folder / file for file in files if (folder / file).exists()]
-    console.print("written:", *map(str, written), highlight=False, soft_wrap=True)
+    def remark(self, picture: str, what: str) -> None:
+        """Say what a picture leaves out, if anything."""
+        if what:
+            self.console.print(f"{picture}: {what}", highlight=False, markup=False, soft_wrap=True)
+
+    def summarise(self, figures: Sequence[Any], faults: Faults | None = None, found: Found | None = None) -> float:
+        """Write the summary; returns how many seconds the run has taken in all."""
+        total_s = time.perf_counter() - self.begun
+        write_summary(self.folder / "summary.json", self.result, figures, total_s, faults, found)
+        return total_s
+
+    def name_files(self) -> None:
+        """Name the files of the run."""
+        files = (CHECKPOINT, BEST, METRICS, "config.json", "tensorboard", "curves.png", "summary.json", *self.pictures)
+        written = [self.folder / file for file in files if (self.folder / file).exists()]
+        self.console.print("written:", *map(str, written), highlight=False, soft_wrap=True)
 
 
 def loss_difference(result: Result) -> float | None:

@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ssl_kernels.trainers.evaluation import report
-from ssl_kernels.trainers.evaluation.probes import linear_probe
-from ssl_kernels.trainers.loop import Result
+from ssl_kernels.trainers.evaluation.classifiers import linear_probe
+from ssl_kernels.trainers.training import Result
 from ssl_kernels.trainers.use.command import UseConfig
 from ssl_kernels.trainers.use.embedding import all_images
 from ssl_kernels.trainers.use.items import Items

@@ -22,7 +22,7 @@ from ssl_kernels.trainers.data.pairs import TEMPLATES
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.evaluation.image_text import zero_shot
 from ssl_kernels.trainers.use import command
-from ssl_kernels.trainers.use.command import UseConfig
+from ssl_kernels.trainers.use.command import ReadConfig
 from ssl_kernels.trainers.use.embedding import Vectors, all_images
 from ssl_kernels.trainers.use.items import Items, images_of
 from ssl_kernels.trainers.use.loading import device_of, load_run
@@ -32,7 +32,7 @@ _SHOWN = 20  # lines
 
 
 @dataclass(kw_only=True)
-class ClassifyConfig(UseConfig):
+class ClassifyConfig(ReadConfig):
     """Say which of some labels fits each image. Where the images lie in folders with the labels' names, say how often
     that is right."""
 
@@ -102,7 +102,7 @@ def accuracy(items: Items, kept: Tensor, guess: Tensor, labels: Sequence[str]) -
 def work(options: ClassifyConfig, console: Console) -> None:
     model = load_run(options.run, device_of(options.device))
     labels = labels_of(options.labels, model)
-    items = images_of(options.data, model.size)
+    items = images_of(options.data, model.size, options)
     items.tell(console)
     found, chances = probabilities(model, items, labels, options, console)
     best, guess = chances.max(1)

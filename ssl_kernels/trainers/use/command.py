@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional
 
+from ssl_kernels.trainers.data.text_files import check_encoding
 from ssl_kernels.trainers.errors import UserError, one_line
 from ssl_kernels.trainers.ranges import at_least, require
 
@@ -45,6 +46,23 @@ class UseConfig:
     def check(self) -> None:
         """Refuse values that cannot work."""
         require(self, at_least(1), "batch_size", "workers")
+
+
+@dataclass(kw_only=True)
+class ReadConfig(UseConfig):
+    """The options of those that also read tables, lists and shards."""
+
+    image_column: str = ""
+    """Column of a table that holds the image's path, relative to the table; by default found by its usual names."""
+    caption_column: str = ""
+    """Column of a table that holds the caption; by default found by its usual names."""
+    encoding: str = "utf-8"
+    """Encoding of a table or list that does not begin with a mark of its own, or of captions in shards, such as
+    latin-1."""
+
+    def check(self) -> None:
+        super().check()
+        check_encoding(self.encoding)
 
 
 def run(kind: type[Options], work: Callable[[Options, Console], None], argv: Sequence[str] | None, prog: str) -> int:

@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.use import command
-from ssl_kernels.trainers.use.command import UseConfig
+from ssl_kernels.trainers.use.command import ReadConfig
 from ssl_kernels.trainers.use.embedding import image_parts, stop_for, text_parts
 from ssl_kernels.trainers.use.items import captions_of, images_of
 from ssl_kernels.trainers.use.loading import device_of, load_run
@@ -27,7 +27,7 @@ SUFFIXES = (".npy", ".parquet")
 
 
 @dataclass(kw_only=True)
-class EmbedConfig(UseConfig):
+class EmbedConfig(ReadConfig):
     """Write the embeddings of images or captions to a file. After a kill the same command goes on where it stopped."""
 
     data: Positional[str]
@@ -54,7 +54,7 @@ def work(options: EmbedConfig, console: Console) -> None:
     if options.out.exists() and not options.overwrite:
         raise UserError(f"--out: {options.out} is there already; --overwrite replaces it")
     model = load_run(options.run, device_of(options.device))
-    items = captions_of(options.data) if options.text else images_of(options.data, model.size)
+    items = captions_of(options.data, options) if options.text else images_of(options.data, model.size, options)
     items.tell(console)
     if options.text:
         model.tokenize("")  # or say that there is no text tower

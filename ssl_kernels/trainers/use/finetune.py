@@ -21,9 +21,10 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from ssl_kernels.trainers import batch_norm, command, inputs, loop, sharding, speed
-from ssl_kernels.trainers.data.faults import FaultLog, Faults
+from ssl_kernels.trainers.data.fault_log import FaultLog
+from ssl_kernels.trainers.data.faults import Faults, roots_of
 from ssl_kernels.trainers.errors import UserError
-from ssl_kernels.trainers.evaluation import curves, report
+from ssl_kernels.trainers.evaluation.report import Report
 from ssl_kernels.trainers.fabric import make_fabric
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.optim import make_optimizer, parameter_groups
@@ -120,7 +121,9 @@ def train(config: FinetuneConfig, console: Console) -> None:
     batches = LabelledBatches(
         data, size=base.size, batch_size=config.batch_size, seed=config.seed, augment=config.augment,
         mirror=config.mirror, workers=config.workers, share=own_share(), background=base.background,
-        faults=Faults(stop=config.on_error == "stop"),
+        faults=Faults(
+            stop=config.on_error == "stop", flag="DATA", roots=roots_of(config.data, config.held_out_data)
+        ),
     )  # fmt: skip
     said = {
         "method": f"{base.method} fine-tuned", "image": inputs.of_image(net.tower, background=base.background),
@@ -147,18 +150,12 @@ def train(config: FinetuneConfig, console: Console) -> None:
     if model is None:
         return
     figures = evaluate(model, base, data, test, console)
-    total_s = time.perf_counter() - begun
-    folder = config.output_dir
-    title = f"{base.name} fine-tuned on {config.data}"
-    if result.records:
-        remark = curves.plot_curves(
-            folder / "curves.png", result.records, f"{report.run_name(folder)}: {title}", figures
-        )
-        report.print_remark(console, "curves.png", remark)
-    report.write_summary(folder / "summary.json", result, figures, total_s)
-    print_table(console, title, result, figures, total_s)
+    end = Report(console, config.output_dir, f"{base.name} fine-tuned on {config.data}", result, begun)
+    end.draw_curves(figures)
+    total_s = end.summarise(figures)
+    print_table(console, end.title, result, figures, total_s)
     left_out.sum_up()
-    report.print_written(console, folder)
+    end.name_files()
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "ssl-kernels finetune") -> int:

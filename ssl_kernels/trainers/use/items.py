@@ -12,12 +12,14 @@ from typing import NamedTuple
 from rich.console import Console
 from torch import Tensor
 
-from ssl_kernels.trainers.data import digits, files, openmoji, tars, trees
+from ssl_kernels.trainers.data import digits, files, openmoji, shard_names, tars, trees
 from ssl_kernels.trainers.data.faults import Fault, Faults, place
 from ssl_kernels.trainers.data.found import Found
 from ssl_kernels.trainers.data.image_sets import Images, read_folder
+from ssl_kernels.trainers.data.pairs import ImageTextPairs
 from ssl_kernels.trainers.data.text_files import open_text, told
 from ssl_kernels.trainers.errors import UserError
+from ssl_kernels.trainers.use.command import ReadConfig
 
 DRAWN = ("openmoji", "mnist")  # data that come as packages
 LeftOut = list[tuple[str, str]]  # names of what cannot be used, and why
@@ -66,27 +68,27 @@ class Items:
             self.found.print(console)
 
 
-def images_of(data: str, size: int) -> Items:
+def images_of(data: str, size: int, options: ReadConfig) -> Items:
     """The images that an argument names: a folder, a .txt list, a table, shards, an image, or built-in data."""
-    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1)
+    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1, flag="DATA")
     if data == "openmoji":
         pairs = openmoji.load(size * 3 // 2, size)  # as training and evaluation have them
         return Items.listed(pairs.captions, list(pairs.images))
     if data == "mnist":
         return of_images(digit_images(), data)
-    if tars.is_shards(data):
-        return _shards(data, caption=False)
+    if shard_names.is_shards(data):
+        return _shards(data, options.encoding, caption=False)
     if path.is_dir():
         return of_images(read_folder(path, found, faults), data).told(found, faults)
     if not path.is_file():
         kinds = f"a folder of images, a list, a table, shards or {' or '.join(DRAWN)}"
         raise UserError(f"DATA: expected {kinds}, got {data!r}")
     if path.suffix.lower() == ".txt":
-        listed = [_placed(line, path.parent) for line in _lines(path)]
+        listed = [_placed(line, path.parent) for line in _lines(path, options.encoding)]
         return Items.listed([str(file) for file in listed], listed)
     if path.suffix.lower() in trees.endings():
         return Items.listed([data], [path])
-    pairs = files.read_table(path, flag="DATA", faults=faults, found=found)
+    pairs = _pairs(path, options, faults, found)
     return of_images(Images(pairs.images), str(path.parent)).told(found, faults)
 
 
@@ -107,40 +109,47 @@ def digit_images() -> Images:
     return Images(*digits.load(), classes=[str(digit) for digit in range(10)])
 
 
-def captions_of(data: str) -> Items:
+def captions_of(data: str, options: ReadConfig) -> Items:
     """The captions that an argument names: the lines of a .txt file, the captions of a table, of shards or of emoji."""
-    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1)
-    if tars.is_shards(data):
-        return _shards(data, caption=True)
+    path, found, faults = Path(data).expanduser(), Found(place(data)), Faults(max_bad=1, flag="DATA")
+    if shard_names.is_shards(data):
+        return _shards(data, options.encoding, caption=True)
     if data == "openmoji":
         captions = openmoji.load(32, 32).captions
     elif path.suffix.lower() == ".txt" and path.is_file():
-        captions = _lines(path)
+        captions = _lines(path, options.encoding)
     elif path.exists():
-        captions = files.read_table(files.table_path(data, "DATA"), flag="DATA", faults=faults, found=found).captions
+        captions = _pairs(files.table_path(data, "DATA"), options, faults, found).captions
     else:
         kinds = "a .txt file of captions, a table, shards or openmoji"
         raise UserError(f"DATA: expected with --text {kinds}, got {data!r}")
     return Items.listed(captions, captions).told(found, faults)
 
 
-def _shards(data: str, *, caption: bool) -> Items:
-    names = tars.expand(data, "DATA")
+def _pairs(path: Path, options: ReadConfig, faults: Faults, found: Found) -> ImageTextPairs:
+    return files.read_table(
+        path, options.image_column, options.caption_column, "DATA",
+        encoding=options.encoding, faults=faults, found=found,
+    )  # fmt: skip
+
+
+def _shards(data: str, encoding: str, *, caption: bool) -> Items:
+    names = shard_names.expand(data, "DATA")
 
     def read() -> Iterator[Item]:
         items.missing.clear()
         for shard in names:
             found: list[Fault] = []
-            for image, text, where in tars.samples(shard, found):
-                yield Item(text, text) if caption else Item(where, image)
+            for image, captions, where in tars.samples(shard, found, encoding=encoding):
+                yield Item(captions[0], captions[0]) if caption else Item(where, image)
             items.missing.extend((fault.where, fault.reason) for fault in found)
 
     items = Items(read, None, hashlib.sha256("\0".join(names).encode()).hexdigest())
     return items
 
 
-def _lines(path: Path) -> list[str]:
-    with told(path, "DATA"), open_text(path, "utf-8") as file:
+def _lines(path: Path, encoding: str) -> list[str]:
+    with told(path, "DATA"), open_text(path, encoding) as file:
         lines = [line.strip() for line in file if line.strip()]
     if not lines:
         raise UserError(f"DATA: {path} is empty; expected a line to each item")

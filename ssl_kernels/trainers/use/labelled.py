@@ -39,16 +39,16 @@ def read_parts(
     These are data of their own, or those that the folders of `data` hold out, or else a share of each class. Equal
     images are on one side.
     """
-    found, faults = Found(place(data)), Faults(max_bad=1)
+    found, faults = Found(place(data)), Faults(max_bad=1, flag="DATA")
     if held_out_data:
-        both = ((data, "DATA"), (held_out_data, "--held-out-data"))
-        train, test = (_images(name, flag, console) for name, flag in both)
+        train, test = _images(data, "DATA", console), _images(held_out_data, "--held-out-data", console)
     elif data == "mnist":
         train, test = image_sets.split(digit_images(), held_out, seed)
     else:
         train, test = image_sets.read_parts(_folder(data, "DATA"), held_out, seed, found, faults)
         found.print(console, faults)
-    train, test = (_labelled(images, name) for images, name in ((train, data), (test, held_out_data or data)))
+    test_name, test_flag = (held_out_data, "--held-out-data") if held_out_data else (data, "DATA")
+    train, test = _labelled(train, data, "DATA"), _labelled(test, test_name, test_flag)
     if len(test) == 0 or len(train) == 0:
         raise UserError(
             f"--held-out: {held_out} of each class of {data} leaves nothing to train or nothing to test on; it has"
@@ -56,7 +56,7 @@ def read_parts(
         )
     parts = (
         _part(model, images, name, train.classes, encode, options, console)
-        for images, name in ((train, data), (test, held_out_data or data))
+        for images, name in ((train, data), (test, test_name))
     )
     return (list(train.classes), *parts)  # type: ignore[return-value]
 
@@ -64,7 +64,7 @@ def read_parts(
 def _images(data: str, flag: str, console: Console) -> Images:
     if data == "mnist":
         return digit_images()
-    found, faults = Found(place(data)), Faults(max_bad=1)
+    found, faults = Found(place(data)), Faults(max_bad=1, flag=flag)
     images = image_sets.read_folder(_folder(data, flag), found, faults)
     found.print(console, faults)
     return images
@@ -77,9 +77,9 @@ def _folder(name: str, flag: str) -> Path:
     return path
 
 
-def _labelled(images: Images, data: str) -> Images:
+def _labelled(images: Images, data: str, flag: str) -> Images:
     if images.labels is None and len(images):
-        raise UserError(f"DATA: {data} has no labels; expected a folder with a subfolder to each class, or mnist")
+        raise UserError(f"{flag}: {data} has no labels; expected a folder with a subfolder to each class, or mnist")
     return images.labelled()
 
 

@@ -20,7 +20,8 @@ from tyro.conf import Positional
 from ssl_kernels.trainers import inputs
 from ssl_kernels.trainers.checkpoints import write_atomically
 from ssl_kernels.trainers.data.images import resize
-from ssl_kernels.trainers.evaluation.probes import STAGES, FeatureFigure, Space, classification
+from ssl_kernels.trainers.evaluation.figures import FeatureFigure
+from ssl_kernels.trainers.evaluation.probes import STAGES, Space, classification
 from ssl_kernels.trainers.evaluation.progress import Stages
 from ssl_kernels.trainers.ranges import SHARE_BELOW_ONE, at_least, require
 from ssl_kernels.trainers.use import command

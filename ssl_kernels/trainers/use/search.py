@@ -16,7 +16,7 @@ from ssl_kernels.trainers.errors import UserError
 from ssl_kernels.trainers.ranges import at_least, require
 from ssl_kernels.trainers.use import command
 from ssl_kernels.trainers.use.cache import cached_images
-from ssl_kernels.trainers.use.command import UseConfig
+from ssl_kernels.trainers.use.command import ReadConfig
 from ssl_kernels.trainers.use.items import Item, images_of
 from ssl_kernels.trainers.use.loading import device_of, load_run
 from ssl_kernels.trainers.use.sheet import Cell, draw_sheet
@@ -26,7 +26,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 @dataclass(kw_only=True)
-class SearchConfig(UseConfig):
+class SearchConfig(ReadConfig):
     """Find the images that lie nearest to a text or to an image. Embeddings are kept in the run's folder, so that a
     second search among the same files is quick."""
 
@@ -69,7 +69,7 @@ def query_of(model: Trained, options: SearchConfig) -> Tensor:
 def work(options: SearchConfig, console: Console) -> None:
     model = load_run(options.run, device_of(options.device))
     query = query_of(model, options)
-    items = images_of(options.data, model.size)
+    items = images_of(options.data, model.size, options)
     gallery = cached_images(model, items, options.data, options, console)
     similarities, places = nearest(query, gallery.vectors, options.top)
     for rank, (similarity, place) in enumerate(zip(similarities, places, strict=True), 1):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ssl_kernels.trainers import models
+from ssl_kernels.trainers import text_towers
 from ssl_kernels.trainers.use.formats.towers import Tower, towers
 from ssl_kernels.trainers.use.formats.written import Written, compared
 
@@ -40,7 +40,7 @@ def write(model: Trained, folder: Path) -> Written:
         assert program is not None
         program.save(str(files[-1]))
         pairs[f"{name} tower"] = tower.expected(), _run(files[-1], tower)
-    if isinstance(model.text, models.NGramTower):
+    if isinstance(model.text, text_towers.NGramTower):
         files.append(folder / TOKENIZER)
         files[-1].write_text(tokenizer_source(model.inputs["text"]["buckets"]), encoding="utf-8")
     return Written(files, compared("onnx", pairs), _usage(model, folder.name))
@@ -55,7 +55,7 @@ def _run(path: Path, tower: Tower) -> torch.Tensor:
 
 def tokenizer_source(buckets: int) -> str:
     """A module whose `tokenize(captions)` gives what the exported n-gram tower takes."""
-    bag = inspect.getsource(models._bag.__wrapped__).partition("\n")[2]  # without the cache
+    bag = inspect.getsource(text_towers._bag.__wrapped__).partition("\n")[2]  # without the cache
     return (
         '"""The tokens that text.onnx takes: `tokenize(captions)` gives int64 [N, L]."""\n\n'
         "import itertools\nimport zlib\n\nimport numpy as np\n\n\n"
@@ -71,14 +71,22 @@ def tokenizer_source(buckets: int) -> str:
 
 def _usage(model: Trained, folder: str) -> str:
     lines = [
-        "```python", "import onnxruntime", "",
+        "```python", "import numpy as np", "import onnxruntime", "",
         f'image = onnxruntime.InferenceSession("{folder}/image.onnx")',
-        f'(embedding,) = image.run(None, {{"images": pixels}})  # uint8 [N, 3, {model.size}, {model.size}]',
+        f"pixels = np.zeros((1, 3, {model.size}, {model.size}), dtype=np.uint8)  # your images, not normalised",
+        '(embedding,) = image.run(None, {"images": pixels})',
     ]  # fmt: skip
+    if isinstance(model.text, text_towers.NGramTower):
+        lines += ["import sys", f'sys.path.append("{folder}")', f"from {TOKENIZER.removesuffix('.py')} import tokenize"]
+    elif model.text is not None:
+        length = model.inputs["text"]["context_length"]
+        lines += [
+            "from open_clip.tokenizer import SimpleTokenizer",
+            f"tokenize = lambda texts: SimpleTokenizer(context_length={length})(texts).numpy()",
+        ]
     if model.text is not None:
-        what = f"tokenize of {TOKENIZER}" if isinstance(model.text, models.NGramTower) else "CLIP's byte-pair tokenizer"
         lines += [
             f'text = onnxruntime.InferenceSession("{folder}/text.onnx")',
-            f'(embedding,) = text.run(None, {{"tokens": tokens}})  # int64, by {what}',
+            '(text_embedding,) = text.run(None, {"tokens": tokenize(["a red circle"])})',
         ]
     return "\n".join([*lines, "```", ""])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssl_kernels.trainers.models import BUILT_IN
+from ssl_kernels.trainers.trunks import BUILT_IN
 from ssl_kernels.trainers.use.formats.timm import architecture, normalise
 from ssl_kernels.trainers.use.formats.written import TEXTS, Written, compared, sample_images, save_tensors
 

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ssl_kernels.trainers import models
+from ssl_kernels.trainers import timm_models, trunks
 from ssl_kernels.trainers.use.formats.written import Written, compared, sample_images, save_tensors
 
 if TYPE_CHECKING:
     from ssl_kernels.trainers.use.trained import Trained
+
+
+REGISTER = f"import {timm_models.__name__}"  # what tells timm of tiny_resnet
 
 
 def refusal(model: Trained) -> str | None:
@@ -31,13 +34,11 @@ def refusal(model: Trained) -> str | None:
 def architecture(model: Trained) -> tuple[str, dict[str, Any]]:
     """timm's name of the trunk, and the arguments that build one of its sizes."""
     image = model.inputs["image"]
-    if image["model"] == models.TINY:
-        from ssl_kernels.trainers import timm_models
-
+    if image["model"] == trunks.TINY:
         return timm_models.NAME, {"img_size": image["size"]}
     any_size = {"dynamic_img_size": True} if image["any_size"] else {}
-    if image["model"] == models.TINY_VIT:
-        return "vit_tiny_patch16_224", {**models.TINY_VIT_SIZES, "img_size": image["size"], **any_size}
+    if image["model"] == trunks.TINY_VIT:
+        return "vit_tiny_patch16_224", {**trunks.TINY_VIT_SIZES, "img_size": image["size"], **any_size}
     name = image["model"].split(".")[0]  # without the name of pretrained weights
     return name, image["options"]
 
@@ -90,8 +91,9 @@ def config(model: Trained) -> dict[str, Any]:
         "num_classes": len(model.classes), "classifier": _classifier(model),
     }  # fmt: skip
     names = {"label_names": model.classes} if model.classes else {}
+    needs = {"requires": REGISTER} if name == timm_models.NAME else {}  # which timm passes over, and people read
     return {
-        "architecture": name, "num_classes": len(model.classes), "num_features": model.image.width, **names,
+        "architecture": name, **needs, "num_classes": len(model.classes), "num_features": model.image.width, **names,
         "model_args": arguments, "pretrained_cfg": about,
     }  # fmt: skip
 
@@ -108,21 +110,22 @@ def _classifier(model: Trained) -> Any:
 
 def _usage(model: Trained) -> str:
     name, arguments = architecture(model)
-    register = "import ssl_kernels.trainers.timm_models  # tells timm of tiny_resnet\n" if name == "tiny_resnet" else ""
     options = "".join(f", {key}={value}" for key, value in arguments.items())
     what = "net" if model.classes else "trunk"
-    head = ""
+    lines = [
+        "```python", "import timm", "import torch", "from PIL import Image", "from safetensors.torch import load_file",
+        *([f"{REGISTER}  # {name} is not timm's own"] if name == timm_models.NAME else []), "",
+        f'{what} = timm.create_model("{name}", num_classes={len(model.classes)},'
+        f' checkpoint_path="model.safetensors"{options}).eval()',
+        '# or, by the name of this folder: timm.create_model("local-dir:FOLDER", pretrained=True)',
+        f"transform = timm.data.create_transform(input_size=(3, {model.size}, {model.size}), crop_pct=1.0,",
+        f'    interpolation="bilinear", mean={model.inputs["image"]["mean"]}, std={model.inputs["image"]["std"]})',
+        'images = transform(Image.open("photo.jpg").convert("RGB"))[None]',
+        f"output = {what}(images)  # {'logits of the classes' if model.classes else 'features'}",
+    ]  # fmt: skip
     if model.inputs["image"]["head"] == "linear":
-        head = (
-            '\nhead = load_file("head.safetensors")["weight"]\n'
-            "embedding = torch.nn.functional.normalize(trunk(images) @ head.T)\n"
-        )
-    return (
-        f"```python\nimport timm\nimport torch\nfrom safetensors.torch import load_file\n{register}\n"
-        f'{what} = timm.create_model("{name}", num_classes={len(model.classes)}, '
-        f'checkpoint_path="model.safetensors"{options}).eval()\n'
-        f'# the same: timm.create_model("local-dir:FOLDER", pretrained=True)\n'
-        f"transform = timm.data.create_transform(input_size=(3, {model.size}, {model.size}), crop_pct=1.0,\n"
-        f'    interpolation="bilinear", mean={model.inputs["image"]["mean"]}, std={model.inputs["image"]["std"]})\n'
-        f"images = transform(image)[None]  # of Pillow\n{head}```\n"
-    )
+        lines += [
+            'head = load_file("head.safetensors")["weight"]',
+            "embedding = torch.nn.functional.normalize(output @ head.T)",
+        ]
+    return "\n".join([*lines, "```", ""])

@@ -34,7 +34,8 @@ def _usage(model: Trained, folder: str) -> str:
     lines = [
         "```python", "import torch", "",
         f'image = torch.export.load("{folder}/image.pt2").module()',
-        f"embedding = image(pixels)  # uint8 [N, 3, {model.size}, {model.size}]: nothing is left to normalise",
+        f"pixels = torch.zeros(1, 3, {model.size}, {model.size}, dtype=torch.uint8)  # your images, not normalised",
+        "embedding = image(pixels)",
     ]  # fmt: skip
     if model.text is not None:
         lines.append(f'text = torch.export.load("{folder}/text.pt2").module()')

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ssl_kernels.trainers.models import ImageTower, NGramTower
+from ssl_kernels.trainers.image_towers import ImageTower
+from ssl_kernels.trainers.text_towers import NGramTower
 from ssl_kernels.trainers.use.formats.written import TEXTS, sample_images
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssl_kernels.trainers.models import TINY, BpeTokenizer
+from ssl_kernels.trainers.text_towers import BpeTokenizer
+from ssl_kernels.trainers.trunks import TINY
 from ssl_kernels.trainers.use.formats import timm
 from ssl_kernels.trainers.use.formats.written import TEXTS, Written, compared, sample_images
 
