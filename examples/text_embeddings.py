@@ -69,7 +69,7 @@ def scores_of(model: SentenceTransformer, held_out: list[tuple[str, str]]) -> Te
 
 
 def main(
-    steps: int = 4, batch: int = 4096, chunk: int = 64, most: int | None = None, held_out: int = 1000
+    steps: int = 2, batch: int = 4096, chunk: int = 64, most: int | None = None, held_out: int = 1000
 ) -> list[float]:
     set_seed(0)
     found = pairs(most)
@@ -86,7 +86,7 @@ def main(
     loss.register_forward_hook(lambda _, __, value: losses.append(value.item()))
     arguments = SentenceTransformerTrainingArguments(
         output_dir=tempfile.mkdtemp(), use_cpu=True, max_steps=steps, per_device_train_batch_size=batch,
-        learning_rate=2e-4, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[],
+        learning_rate=4e-4, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[],
         dataloader_drop_last=True,
     )  # fmt: skip
     columns = dict(zip(("anchor", "positive"), map(list, zip(*train, strict=True)), strict=True))

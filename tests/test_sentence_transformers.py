@@ -218,11 +218,19 @@ def test_a_guide_with_tokens_of_its_own(cached: bool, model: Any) -> None:
 
 # ---- prefixes
 
+
+def dot_score() -> Any:
+    from sentence_transformers import util
+
+    return util.dot_score
+
+
 INNER: dict[str, Callable[[Any, Any], Any]] = {
     "ranking": lambda module, model: module.MultipleNegativesRankingLoss(model),
     "hard": lambda module, model: module.MultipleNegativesRankingLoss(
         model, hardness_mode="in_batch_negatives", hardness_strength=3.0
     ),
+    "dot": lambda module, model: module.MultipleNegativesRankingLoss(model, similarity_fct=dot_score()),
     "symmetric": lambda module, model: module.MultipleNegativesSymmetricRankingLoss(model),
     "joint": lambda module, model: module.MultipleNegativesRankingLoss(model, directions=GTE),
     "cached": lambda module, model: module.CachedMultipleNegativesRankingLoss(model, mini_batch_size=8),
