@@ -158,6 +158,14 @@ def cross_entropy_over_queue(q: Tensor, k: Tensor, queue: Tensor, temperature: f
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
 
 
+@row("softmax over rows, with hard negatives")
+def _rows() -> None:
+    theirs = peer("sentence_transformers.sentence_transformer.losses.MultipleNegativesRankingLoss")
+    ours = integration("sentence_transformers.MultipleNegativesRankingLoss")
+    columns = [raw(24, 16) for _ in range(3)]
+    same(*(kind(None).compute_loss_from_embeddings(columns, None) for kind in (ours, theirs)), *columns)
+
+
 @row("InfoNCE over a queue (MoCo v1, v2)")
 def info_nce() -> None:
     q, k, queue = raw(12, 8), raw(12, 8).detach(), F.normalize(torch.randn(8, 50), dim=0)
