@@ -75,7 +75,9 @@ def trained(
     **options: Any,
 ) -> list[float]:
     """The loss of each step of sentence-transformers' own trainer, from this rank's texts."""
-    from datasets import Dataset
+    needed = "sentence-transformers and what its trainer needs are not installed"
+    datasets = pytest.importorskip("datasets", reason=needed)
+    pytest.importorskip("sentence_transformers", reason=needed)
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from transformers import set_seed
 
@@ -85,7 +87,7 @@ def trained(
     found: list[float] = []
     loss.register_forward_hook(lambda _, __, value: found.append(value.item()))
     names = ("anchor", "positive", "negative")[:columns]
-    dataset = Dataset.from_dict(dict(zip(names, map(list, zip(*texts(), strict=True)), strict=False)))
+    dataset = datasets.Dataset.from_dict(dict(zip(names, map(list, zip(*texts(), strict=True)), strict=False)))
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, use_cpu=True, disable_tqdm=True,
         report_to=[], save_strategy="no", logging_strategy="no", dataloader_drop_last=True, **options,
