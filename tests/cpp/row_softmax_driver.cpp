@@ -83,8 +83,9 @@ bool run(const Case& c, sslk::Isa isa, std::mt19937& random) {
   const int64_t width = c.all ? sslk::kAllRowStats : sslk::kRowStats;
   std::vector<double> stats(c.rows * width);
   for (size_t i = 0; i < stats.size(); i += width) stats[i] = -kInfinity;
-  sslk::row_softmax_stats({tile, stats.data(), width}, 0, c.rows / 2, isa);
-  sslk::row_softmax_stats({tile, stats.data(), width}, c.rows / 2, c.rows, isa);
+  const sslk::RowStats of_rows{tile, stats.data(), width};
+  sslk::row_softmax_stats(&of_rows, 1, 0, c.rows / 2, isa);
+  sslk::row_softmax_stats(&of_rows, 1, c.rows / 2, c.rows, isa);
 
   std::vector<double> moments(c.rows);
   float largest = 0, loss = 0;
@@ -118,8 +119,32 @@ bool run(const Case& c, sslk::Isa isa, std::mt19937& random) {
   for (int64_t i = 0; i < c.rows; ++i) {
     for (int64_t j = 0; j < c.cols; ++j) pairs.push_back(pair_at(tile, i, j));
   }
-  sslk::row_softmax_grad(grad, 0, grad.chunks() / 2, isa);
-  sslk::row_softmax_grad(grad, grad.chunks() / 2, grad.chunks(), isa);
+  // Behind a shorter prefix without similarities, the whole is what it is alone.
+  std::vector<float> shorter(size);
+  std::vector<double> both_moments(2 * c.rows), both_stats(2 * stats.size());
+  sslk::RowGrad both[2] = {grad, grad};
+  both[0].tile.raw = shorter.data();
+  std::vector<float> longer = raw;
+  both[1].tile.raw = longer.data();
+  sslk::RowStats both_rows[2];
+  for (int k = 0; k < 2; ++k) {
+    for (size_t i = 0; i < stats.size(); i += width) both_stats[k * stats.size() + i] = -kInfinity;
+    both_rows[k] = {both[k].tile, both_stats.data() + k * stats.size(), width};
+    both[k].moments = both_moments.data() + k * c.rows;
+    both[k].col_sums = both[k].col_moments = nullptr;
+  }
+  sslk::row_softmax_stats(both_rows, 2, 0, c.rows, isa);
+  if (longer != raw) return false;
+  for (size_t i = 0; i < stats.size(); ++i) {
+    if (!close(both_stats[stats.size() + i], stats[i], 0)) return false;
+  }
+  sslk::row_softmax_grad(both, 2, true, 0, grad.chunks(), isa);
+
+  sslk::row_softmax_grad(&grad, 1, true, 0, grad.chunks() / 2, isa);
+  sslk::row_softmax_grad(&grad, 1, true, grad.chunks() / 2, grad.chunks(), isa);
+  for (int64_t i = 0; i < size; ++i) {
+    if (longer[i] != raw[i]) return false;
+  }
 
   double expected_loss = 0;
   std::vector<double> by_col(c.cols), by_col_moment(c.cols);
