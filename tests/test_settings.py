@@ -181,6 +181,8 @@ def test_panels_of_wide_features_leave_few_multiprocessors_idle(
         squares = 6 * rows * cols * width / 4096 / multiprocessors
         squares /= clocks(rows, cols, width, 4096, 4096, multiprocessors)
         assert share > 1.2 * squares
+    if (rows, cols, width, multiprocessors) == (65_536, 65_536, 768, 132):
+        assert math.ceil(rows / m) * math.ceil(cols / n) == 36  # as the CHANGELOG says
 
 
 def test_a_workspace_that_somebody_set_binds_panels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,8 +39,8 @@ def module_of(whose: str) -> ModuleType:
 
 @functools.cache
 def texts() -> list[tuple[str, str, str]]:
-    """What Python's documentation first says of a function, the function's name, and the name of another one, which
-    is no positive of the same batch: of two copies of a text, rounding decides which one a guide scores above."""
+    """What Python's documentation first says of a function, the function's name, and that it is not another one. No
+    text is there twice, for of two copies rounding decides which one a guide scores above the other."""
     found: dict[str, str] = {}
     for module in MODULES:
         for name in sorted(vars(module)):
@@ -48,7 +48,7 @@ def texts() -> list[tuple[str, str, str]]:
             if callable(getattr(module, name)) and not name.startswith("_") and len(told.split()) > 3:
                 found.setdefault(told.partition("\n")[0], f"{module.__name__} {name}".replace("_", " "))
     names = list(found.values())
-    return list(zip(found, names, [*names[150:], *names[:150]], strict=True))
+    return list(zip(found, names, [f"not {name}" for name in (*names[1:], names[0])], strict=True))
 
 
 def small_model(layers: int = 1) -> Any:
