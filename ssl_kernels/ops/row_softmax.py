@@ -209,8 +209,7 @@ def _softmax(
     loss: Tensor = row_softmax(
         Arguments(
             *call, None, needs_grad, lse, *rules, label_smoothing, reduction, workspace_bytes(call.query.device),
-            keep_bytes, backend,
-            what, *over,
+            keep_bytes, backend, what, *over,
         )
     )[0]  # fmt: skip
     return loss

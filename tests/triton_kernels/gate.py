@@ -2,7 +2,7 @@
 
 python tests/triton_kernels/gate.py                                     every case of every chip
 python tests/triton_kernels/gate.py --chip sm_90 --few                  of one chip, a part as in `make test`
-PYTHONPATH=.venv/triton-3.6 python tests/triton_kernels/gate.py         the same with another Triton
+PYTHONPATH=.venv/triton-3.6.0 python tests/triton_kernels/gate.py       the same with another Triton
 
 It asks for what no version of Triton may miss (`Case.problems`), not for the figures of the budgets, which are those of
 one compiler. Each problem is a line; the exit status is 1 if there are any.
