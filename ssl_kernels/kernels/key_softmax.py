@@ -271,10 +271,10 @@ def key_softmax(
         lse [M] fp32, -inf where there is no key, and the mean [M, D] fp32, then zero; or None.
     """
     (m, width), k = query.shape, keys.shape[0]
-    lse = torch.full((m,), float("-inf"), dtype=torch.float32, device=query.device)
-    mean = torch.zeros(m, width, dtype=torch.float32, device=query.device) if want_mean else None
+    lse = torch.empty(m, dtype=torch.float32, device=query.device)
+    mean = torch.empty(m, width, dtype=torch.float32, device=query.device) if want_mean else None
     if m == 0 or k == 0:
-        return lse, mean
+        return lse.fill_(float("-inf")), None if mean is None else mean.zero_()
     if converts_keys_first(device_traits(query.device)[0], product_kind(query)):
         keys = keys.to(query.dtype)
 

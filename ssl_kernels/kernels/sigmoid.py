@@ -68,6 +68,7 @@ from ssl_kernels.kernels.configs import (
     narrowed,
     product_kind,
 )
+from ssl_kernels.kernels.scratch import Scratch
 from ssl_kernels.kernels.tiles import (
     cdiv,
     diagonal_in_block,
@@ -340,6 +341,7 @@ def sigmoid_panel(
     diagonal: int,
     *,
     config: Config | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
     """Add the row sums of one panel to ``stats`` and write its gradient tile to ``grad``.
 
@@ -356,22 +358,26 @@ def sigmoid_panel(
         ignore_same_id: leave pairs of equal ids out of every sum (G = 0) instead of making them positives.
         diagonal: (i, j) is positive, whatever the ids, where j = i + diagonal.
         config: an entry of CONFIGS, by default the one that :func:`choose_config` names.
+        scratch: of the pass, which then adds the sums up; for panels of one shape the configuration is chosen once.
     """
     if x.shape[1] == 0:  # the kernel is compiled for at least one feature
         x, y = x.new_zeros(x.shape[0], 1), y.new_zeros(y.shape[0], 1)
     m, n, width, has_ids = x.shape[0], y.shape[0], x.shape[1], x_ids is not None
 
-    def launch(config: Config) -> Tensor:
-        """Row sums by column block."""
-        config = suited(config_for(config, device_traits(x.device)[0], has_ids), x, y, grad)
-        columns = cdiv(n, config.block_n)
-        partials = torch.empty(columns, stats.shape[1], m, dtype=torch.float32, device=x.device)
-        constants = kernel_constants(
-            config, product_kind(x), width, has_ids, ignore_same_id, stats.shape[1] == 1, grad is not None
+    own = scratch or Scratch(n, 0)
+
+    def plan(config: Config) -> tuple[Config, dict[str, Any]]:
+        fitted = suited(config_for(config, device_traits(x.device)[0], has_ids), x, y, grad)
+        loss_only = stats.shape[1] == 1
+        return fitted, kernel_constants(
+            fitted, product_kind(x), width, has_ids, ignore_same_id, loss_only, grad is not None
         )
+
+    def launch(config: Config, constants: dict[str, Any], partials: Tensor) -> None:
+        """Row sums by column block, to ``partials``."""
         with on_device(x.device):
-            _sigmoid_panel_kernel[(cdiv(m, config.block_m) * columns,)](
-                *operands(config, x, y, grad),
+            _sigmoid_panel_kernel[(cdiv(m, config.block_m) * len(partials),)](
+                *operands(config, x, y, grad, own.descriptors),
                 partials,
                 scale,
                 bias,
@@ -388,10 +394,17 @@ def sigmoid_panel(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
-        return partials
 
-    config = config or choose_config("sigmoid", x, y, grad, launch, has_ids=has_ids)
-    stats += launch(config).sum(dim=0, dtype=torch.float64).t()
+    def attempt(config: Config) -> None:
+        fitted, constants = plan(config)
+        launch(fitted, constants, stats.new_empty(cdiv(n, fitted.block_n), *stats.shape[::-1], dtype=torch.float32))
+
+    fitted, constants = own.once(
+        (m, n), lambda: plan(config or choose_config("sigmoid", x, y, grad, attempt, has_ids=has_ids))
+    )
+    launch(fitted, constants, own.partials(stats, cdiv(n, fitted.block_n), n))
+    if scratch is None:
+        own.reduce()
 
 
 def config_for(config: Config, family: str, has_ids: bool) -> Config:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ssl_kernels.kernels import tiles
 from ssl_kernels.kernels.configs import Config, choose_config, device_traits, product_kind
+from ssl_kernels.kernels.scratch import Scratch
 from ssl_kernels.kernels.softmax import config_for
 from ssl_kernels.kernels.tiles import (
     cdiv,
@@ -288,6 +289,7 @@ def softmax_grad(
     col_uniform: Tensor | None,
     *,
     config: Config | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
     """Write the gradient tile G of one panel to ``grad``, and add its row sums of G (x_i . y_j) to ``stats``.
 
@@ -305,21 +307,24 @@ def softmax_grad(
         col_target: [n], likewise.
         row_uniform: [m], subtracted from every kept pair; or None, together with ``col_uniform``.
         col_uniform: [n], likewise.
+        scratch: of the pass, which then adds the sums up; for panels of one shape the configuration is chosen once.
     """
     m, n, width, has_ids = x.shape[0], y.shape[0], x.shape[1], x_ids is not None
 
-    def launch(config: Config) -> Tensor:
-        """Row sums by column block."""
-        config = config_for(config, device_traits(x.device)[0], has_ids, row_uniform is not None, with_grad=True)
-        config = suited(config, x, y, grad)
-        columns = cdiv(n, config.block_n)
-        partials = torch.empty(columns, m, dtype=torch.float32, device=x.device)
-        constants = kernel_constants(
-            config, product_kind(x), width, has_ids, ignore_same_id, row_uniform is not None, grad is not None
-        )
+    own = scratch or Scratch(n, 0)
+
+    def plan(config: Config) -> tuple[Config, dict[str, Any]]:
+        smoothed = row_uniform is not None
+        fitted = config_for(config, device_traits(x.device)[0], has_ids, smoothed, with_grad=True)
+        fitted = suited(fitted, x, y, grad)
+        kind = product_kind(x)
+        return fitted, kernel_constants(fitted, kind, width, has_ids, ignore_same_id, smoothed, grad is not None)
+
+    def launch(config: Config, constants: dict[str, Any], partials: Tensor) -> None:
+        """Row sums by column block, to ``partials``."""
         with on_device(x.device):
-            _softmax_grad_kernel[(cdiv(m, config.block_m) * columns,)](
-                *operands(config, x, y, grad),
+            _softmax_grad_kernel[(cdiv(m, config.block_m) * len(partials),)](
+                *operands(config, x, y, grad, own.descriptors),
                 partials,
                 scale,
                 x_ids,
@@ -344,10 +349,17 @@ def softmax_grad(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
-        return partials
 
-    config = config or choose_config("softmax_grad", x, y, grad, launch, has_ids=has_ids)
-    stats[:, 0] += launch(config).sum(dim=0, dtype=torch.float64)
+    def attempt(config: Config) -> None:
+        fitted, constants = plan(config)
+        launch(fitted, constants, stats.new_empty(cdiv(n, fitted.block_n), 1, m, dtype=torch.float32))
+
+    fitted, constants = own.once(
+        (m, n), lambda: plan(config or choose_config("softmax_grad", x, y, grad, attempt, has_ids=has_ids))
+    )
+    launch(fitted, constants, own.partials(stats, cdiv(n, fitted.block_n), n))
+    if scratch is None:
+        own.reduce()
 
 
 def kernel_constants(

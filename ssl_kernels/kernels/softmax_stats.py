@@ -10,7 +10,8 @@ sums are not wanted, rows have their own maximum to begin with.
 The maximum that is kept for a row or column is that of the tiles that it met: at least its own, at most 68 more.
 
 The partial statistics of each block go to a buffer with one slot per block, which a second, small launch merges into
-the running statistics in float64, in a fixed order: the result is bitwise reproducible.
+the running statistics in float64, in a fixed order: the result is bitwise reproducible. Those of the columns are merged
+panel by panel, those of the rows once for all panels of these rows that fit the buffer.
 
 Budget per element: 21 instructions, 5 of them in the loop of the product, 14 where columns are not wanted. Written: for
 label smoothing 24, else 16 bytes times 1 / block_m + 1 / block_n.
@@ -20,6 +21,7 @@ label smoothing 24, else 16 bytes times 1 / block_m + 1 / block_n.
 # (the parameters of jitted functions are Triton's, not Python's; every other function here is annotated)
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_kernels.kernels.configs import Config, choose_config, device_traits, product_kind
+from ssl_kernels.kernels.scratch import Scratch
 from ssl_kernels.kernels.softmax import config_for
 from ssl_kernels.kernels.tiles import (
     cdiv,
@@ -338,6 +341,7 @@ def softmax_stats(
     excluded: int,
     *,
     config: Config | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
     """Merge one panel into the running statistics of its rows and columns.
 
@@ -358,24 +362,23 @@ def softmax_stats(
         positive: (i, j) is positive where j = i + positive; out of range, nowhere.
         excluded: (i, j) is left out where j = i + excluded, whatever else holds; out of range, nowhere.
         config: an entry of CONFIGS, by default the one that ``choose_config`` names.
+        scratch: of the pass, which :func:`merging` made; it merges the rows' statistics later.
     """
     m, n, width, has_ids = x.shape[0], y.shape[0], x.shape[1], x_ids is not None
     stats = row_stats.shape[1]
 
-    def launch(config: Config) -> tuple[Tensor, Tensor | None]:
+    own = scratch or merging(n, 0, scale)
+
+    def plan(config: Config) -> tuple[Config, dict[str, Any]]:
+        fitted = suited(config_for(config, device_traits(x.device)[0], has_ids, stats == 6), x, y)
+        with_cols = col_stats is not None
+        return fitted, kernel_constants(fitted, product_kind(x), width, has_ids, ignore_same_id, with_cols, stats)
+
+    def launch(config: Config, constants: dict[str, Any], row_partials: Tensor, col_partials: Tensor | None) -> None:
         """Statistics of the rows by column block, and of the columns by row block."""
-        config = suited(config_for(config, device_traits(x.device)[0], has_ids, stats == 6), x, y)
-        blocks_m, blocks_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
-        row_partials = torch.empty(blocks_n, stats, m, dtype=torch.float32, device=x.device)
-        col_partials = None
-        if col_stats is not None:
-            col_partials = torch.empty(blocks_m, stats, n, dtype=torch.float32, device=x.device)
-        constants = kernel_constants(
-            config, product_kind(x), width, has_ids, ignore_same_id, col_stats is not None, stats
-        )
         with on_device(x.device):
-            _softmax_stats_kernel[(blocks_m * blocks_n,)](
-                *operands(config, x, y, None)[:2],
+            _softmax_stats_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
+                *operands(config, x, y, None, own.descriptors)[:2],
                 row_partials,
                 col_partials,
                 scale,
@@ -392,13 +395,28 @@ def softmax_stats(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
-        return row_partials, col_partials
 
-    config = config or choose_config("softmax_stats", x, y, None, launch, has_ids=has_ids)
-    row_partials, col_partials = launch(config)
-    merge_statistics(row_partials, row_stats, scale)
+    def attempt(config: Config) -> None:
+        fitted, constants = plan(config)
+        blocks_m, blocks_n = cdiv(m, fitted.block_m), cdiv(n, fitted.block_n)
+        new = functools.partial(x.new_empty, dtype=torch.float32)
+        launch(fitted, constants, new(blocks_n, stats, m), new(blocks_m, stats, n) if col_stats is not None else None)
+
+    fitted, constants = own.once(
+        (m, n, col_stats is None),
+        lambda: plan(config or choose_config("softmax_stats", x, y, None, attempt, has_ids=has_ids)),
+    )
+    col_partials = None if col_stats is None else own.column_partials(col_stats, cdiv(m, fitted.block_m))
+    launch(fitted, constants, own.partials(row_stats, cdiv(n, fitted.block_n), n), col_partials)
+    if scratch is None:
+        own.reduce()
     if col_partials is not None and col_stats is not None:
         merge_statistics(col_partials, col_stats, scale)
+
+
+def merging(columns: int, workspace: int, scale: Tensor) -> Scratch:
+    """For a pass over so many columns."""
+    return Scratch(columns, workspace, functools.partial(merge_statistics, scale=scale))
 
 
 def merge_statistics(partials: Tensor, running: Tensor, scale: Tensor) -> None:

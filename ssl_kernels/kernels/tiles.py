@@ -10,6 +10,7 @@ configurations serves all of them.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -185,20 +186,31 @@ def suited(config: Config, x: Tensor, y: Tensor, grad: Tensor | None = None) -> 
 
 
 def operands(
-    config: Config, x: Tensor, y: Tensor, grad: Tensor | None
+    config: Config, x: Tensor, y: Tensor, grad: Tensor | None, known: dict[Hashable, Any] | None = None
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor | TensorDescriptor | None]:
     """The three as a kernel takes them: as descriptors of their blocks, or as they are. ``config`` is suited to them.
 
-    Rows of ``grad`` have the padding that :func:`gradient_tile` gives them.
+    Rows of ``grad`` have the padding that :func:`gradient_tile` gives them. Descriptors are kept in ``known``, with the
+    tensors that they are of.
     """
     if not config.descriptors:
         return x, y, grad
     width = config.block_n // 2 if config.halves else config.block_n
     return (
-        TensorDescriptor.from_tensor(x, [config.block_m, config.block_d]),
-        TensorDescriptor.from_tensor(y, [config.block_n, config.block_d]),
-        None if grad is None else TensorDescriptor.from_tensor(grad, [config.block_m, width]),
+        _descriptor(x, config.block_m, config.block_d, known),
+        _descriptor(y, config.block_n, config.block_d, known),
+        None if grad is None else _descriptor(grad, config.block_m, width, known),
     )
+
+
+def _descriptor(t: Tensor, rows: int, columns: int, known: dict[Hashable, Any] | None) -> TensorDescriptor:
+    key = id(t), rows, columns
+    found = None if known is None else known.get(key)
+    if found is None:
+        found = TensorDescriptor.from_tensor(t, [rows, columns])
+        if known is not None:
+            known[key] = found
+    return found
 
 
 def nearest_diagonal(diagonal: int, m: int, n: int) -> int:

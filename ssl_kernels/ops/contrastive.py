@@ -98,6 +98,23 @@ def fit_one_tile(x: Tensor, y: Tensor, workspace: int) -> bool:
     return 0 < pairs <= min(_ONE_TILE, workspace // 4) and not onednn_is_faster_for(pairs * x.shape[1])
 
 
+def scratch_of(backend: str, y: Tensor, workspace: int) -> Any:
+    """What the launches of a pass over the columns y share, a :class:`ssl_kernels.kernels.scratch.Scratch`; or None
+    where Triton does not run it."""
+    if backend != "triton":
+        return None
+    from ssl_kernels.kernels.scratch import Scratch
+
+    return Scratch(y.shape[0], workspace)
+
+
+def divide(gradients: Sequence[Tensor], factor: float) -> None:
+    """By the power of two that tiles carry, in place; by 1 costs nothing."""
+    if factor != 1:
+        for gradient in gradients:
+            gradient /= factor
+
+
 def weighted_sums(stats: Tensor, row_weight: Tensor | None, divisor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of stats [M, 3], or [M, 1], times ``row_weight`` [M]: the sum of the first column over the divisor, which is the
     loss; and the sums of the others, with one over the divisor as the unit of derivatives."""

@@ -73,6 +73,12 @@ def _add_widened(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         out.add_(product)
 
 
+def takes_16_bits(device: torch.device, total: torch.dtype) -> bool:
+    """Whether :func:`add_matmul` reads factors of 16 bits as they are. Else it converts them: whoever multiplies with
+    one of them more than once had better convert it before."""
+    return device.type == "cuda" and torch.version.hip is None and total == torch.float32
+
+
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """out = a b if ``first``, else out += a b, accumulated in the dtype of ``out``: 16-bit factors into fp32."""
     if _through_onednn(a, b):
@@ -84,7 +90,7 @@ def add_matmul(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     beta = 0 if first else 1  # with 0, what ``out`` holds is not read
     if a.dtype == b.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.dtype == b.dtype and a.device.type == "cuda" and torch.version.hip is None:
+    elif a.dtype == b.dtype and takes_16_bits(a.device, out.dtype):
         _add_widened(out, a, b, first)
     else:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)

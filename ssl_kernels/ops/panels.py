@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ssl_kernels.ops.matmul import add_matmul
+from ssl_kernels.ops.matmul import add_matmul, takes_16_bits
 from ssl_kernels.ops.panel_shape import panel_shape
 
 # (X_i [m, D], Y_j [n, D], stats of the rows [m, k], first row, first column) -> G [m, n], if a gradient is wanted; or
@@ -81,33 +81,59 @@ def run_panels(
     mirrored = symmetric and want_dy and len(row_panels) > 1  # there are tiles above the diagonal
     if mirrored:
         dy_t[:, col_panels[0]] = 0  # nothing lies above the first tile
+    # What no tile is to make anew. Factors are converted once, too, where that takes no more than a panel may.
+    factor_dtype = compute_dtype if takes_16_bits(device, accumulate_dtype) else accumulate_dtype
+    y_parts = _Parts(y, col_panels, compute_dtype, workspace)
+    y_factors = y_parts
+    if want_dx and factor_dtype != compute_dtype:
+        y_factors = _Parts(y_parts.whole, col_panels, factor_dtype, workspace)
+    dy_parts = [_part(dy_t.t(), col_panel) for col_panel in col_panels] if want_dy else []
+    dy_parts_t = [part.t() for part in dy_parts]
     for a, row_panel in enumerate(row_panels):
         i = row_panel.start
-        x_i = _part(x, row_panel).to(compute_dtype)
+        x_i, stats_i = _part(x, row_panel).to(compute_dtype), _part(stats, row_panel)
+        dx_i = _part(dx, row_panel) if want_dx else dx
         x_i_t: Tensor | None = None
         first_col = a if symmetric else 0
         for b in range(first_col, len(col_panels)):
-            col_panel = col_panels[b]
-            y_j = x_i if symmetric and a == b else _part(y, col_panel).to(compute_dtype)
-            made = panel(x_i, y_j, _part(stats, row_panel), i, col_panel.start)
+            on_diagonal = symmetric and a == b
+            y_j = x_i if on_diagonal else y_parts[b]
+            made = panel(x_i, y_j, stats_i, i, col_panels[b].start)
             if made is None:
                 continue
             for features, tile in _tiles(made):
                 if want_dx:
-                    out, factor = _features(_part(dx, row_panel), features), _features(y_j, features)
-                    add_matmul(out, tile, factor, first=b == first_col and not add)
-                if want_dy and not (symmetric and a == b):
+                    factor = _features(y_j if y_j.dtype == factor_dtype else y_factors[b], features)
+                    tile = _as(tile, factor_dtype)
+                    add_matmul(_features(dx_i, features), tile, factor, first=b == first_col and not add)
+                if want_dy and not on_diagonal:
                     if x_i_t is None:
                         weight = None if row_weight is None else row_weight[row_panel]
-                        x_i_t = _transposed(x_i, weight, accumulate_dtype)
-                    out = _features(_part(dy_t.t(), col_panel), features).t()
-                    add_matmul(out, x_i_t if features is _ALL else x_i_t[features], tile, first=a == 0 and not add)
+                        x_i_t = _transposed(x_i, weight, accumulate_dtype, factor_dtype)
+                    whole = features is _ALL
+                    out = dy_parts_t[b] if whole else _features(dy_parts[b], features).t()
+                    factor, tile = x_i_t if whole else x_i_t[features], _as(tile, x_i_t.dtype)
+                    add_matmul(out, factor, tile, first=a == 0 and not add)
             del made, tile  # before the next one is made
     if mirrored:
         dx += dy_t.t()
     if symmetric:
         dy_t = dy_t.new_empty(width, 0)
     return stats, dx, dy_t.t()
+
+
+class _Parts:
+    """The panels of y in a dtype: views, made once. Where that is a conversion, y is converted whole if it is no larger
+    than a panel may be; on the CPU it never is, for there a panel is read from the cache."""
+
+    def __init__(self, y: Tensor, panels: list[slice], dtype: torch.dtype, workspace: int) -> None:
+        is_small = y.device.type != "cpu" and y.numel() * dtype.itemsize <= workspace
+        self.whole = y.to(dtype) if is_small else y
+        self._panels, self._dtype = panels, dtype
+        self._views = [_part(self.whole, panel) for panel in panels]
+
+    def __getitem__(self, b: int) -> Tensor:
+        return _as(self._views[b], self._dtype)
 
 
 _ALL = slice(None)
@@ -126,8 +152,13 @@ def _part(t: Tensor, panel: slice) -> Tensor:
     return t if panel.stop - panel.start == t.size(0) else t[panel]
 
 
-def _transposed(x: Tensor, row_weight: Tensor | None, weighted_dtype: torch.dtype) -> Tensor:
-    """x^T, times the weights of its rows: they must not meet 16-bit features before the product, which is then one of
-    fp32."""
-    x_t = x.t() if row_weight is None else x.t().to(weighted_dtype) * row_weight
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype, without the cost of a call where that is its own."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _transposed(x: Tensor, row_weight: Tensor | None, weighted_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """x^T in a dtype; or times the weights of its rows: they must not meet 16-bit features before the product, which is
+    then one of fp32."""
+    x_t = x.t().to(dtype) if row_weight is None else x.t().to(weighted_dtype) * row_weight
     return x_t.contiguous() if x.device.type == "cpu" else x_t

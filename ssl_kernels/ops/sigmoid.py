@@ -8,8 +8,8 @@ weight of each row is known only in the backward pass, which then visits the til
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -165,16 +165,21 @@ def _panel_cpu(a: Arguments, x: Tensor, y: Tensor, stats: Tensor, pairs: Pairs, 
     return tile if write else None
 
 
-def _panel_triton(a: Arguments, x: Tensor, y: Tensor, stats: Tensor, pairs: Pairs, write: bool) -> Tensor | None:
+def _panel_triton(
+    a: Arguments, x: Tensor, y: Tensor, stats: Tensor, pairs: Pairs, write: bool, scratch: Any
+) -> Tensor | None:
     from ssl_kernels.kernels.sigmoid import sigmoid_panel
-    from ssl_kernels.kernels.tiles import gradient_tile
 
-    grad = gradient_tile(x, y.shape[0]) if write else None
-    sigmoid_panel(x, y, grad, stats, a.scale, a.bias, *pairs[:4])
+    grad = scratch.gradient(x, y.shape[0]) if write else None
+    sigmoid_panel(x, y, grad, stats, a.scale, a.bias, *pairs[:4], scratch=scratch)
     return grad
 
 
-_PANELS = {"eager": _panel_eager, "cpu": _panel_cpu, "triton": _panel_triton}
+_PANELS: dict[str, Callable[..., Tensor | None]] = {
+    "eager": _panel_eager,
+    "cpu": _panel_cpu,
+    "triton": _panel_triton,  # takes the Scratch of the pass, too, where row sums wait
+}
 _TILES = {"eager": 8, "cpu": 1, "triton": 1}  # tiles that each holds at a time
 
 
@@ -185,8 +190,9 @@ def _forward(a: Arguments) -> Result:
     divisor: int = len(a.x) if a.reduction == "mean" else 1
     write = want_dx or want_dy
 
-    def panel(pairs: Pairs, x: Tensor, y: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
-        return _PANELS[a.backend](a, x, y, stats, pairs.part(i, len(x), j, len(y)), write)
+    def panel(pairs: Pairs, scratch: Any, x: Tensor, y: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
+        more = () if scratch is None else (scratch,)
+        return _PANELS[a.backend](a, x, y, stats, pairs.part(i, x.shape[0], j, y.shape[0]), write, *more)
 
     tiles = 0 if triton and not write else _TILES[a.backend]
     run = functools.partial(
@@ -205,20 +211,21 @@ def _forward(a: Arguments) -> Result:
         gradients: list[Tensor] = []  # of x and y
         counted: list[Tensor] = []  # statistics of the pairs that count here
         for strip in matrix.strips(want_dx or not want_dy, want_dy):
-            own = strip.is_own
+            own, scratch = strip.is_own, contrastive.scratch_of(a.backend, strip.y, a.workspace)
             stats, dx, dy = run(
-                functools.partial(panel, strip.pairs), strip.x, strip.y,
+                functools.partial(panel, strip.pairs, scratch), strip.x, strip.y,
                 want_dx=want_dx if own else wanted[strip.side], want_dy=want_dy and own,
                 dx=None if own else gradients[strip.side], add=not own,
             )  # fmt: skip
+            if scratch is not None:
+                scratch.reduce()
             gradients = [dx, dy] if own else gradients
             counted += [stats] if strip.is_counted else []
     dx, dy = gradients
     if triton:
         from ssl_kernels.kernels.sigmoid import gradient_scale
 
-        dx /= gradient_scale(a.x.dtype)
-        dy /= gradient_scale(a.x.dtype)
+        contrastive.divide((dx, dy), gradient_scale(a.x.dtype))
     if a.row_weight is not None and want_dx:
         dx *= a.row_weight[:, None]
     if a.group:

@@ -115,7 +115,8 @@ class Arguments(NamedTuple):
 # Per backend, the two panel functions. Statistics [m, 4] or [m, 6] float64 of rows, and of columns or None, are
 # updated: max x_i . y_j, sum of exp(t (x_i . y_j - max)), sum of x_i . y_j over positives, their number; and with label
 # smoothing the sum over all pairs that count, and their number. The raw tile is returned where there is one. Gradients:
-# G [m, n] if ``write``, and its row sums of G (x_i . y_j) are added to stats [m, 1].
+# G [m, n] if ``write``, and its row sums of G (x_i . y_j) are added to stats [m, 1]. A side that ``row`` and ``col``
+# are cut from is described at _Summary; for Triton it is what _sides_for_triton makes of it, and a Scratch comes last.
 
 
 def _similarities(x: Tensor, y: Tensor) -> Tensor:
@@ -191,24 +192,30 @@ def _grad_cpu(
     return tile if write else None
 
 
-def _stats_triton(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale: Tensor, pairs: Pairs) -> None:
+def _stats_triton(
+    x: Tensor, y: Tensor, rows: Tensor, cols: Tensor | None, scale: Tensor, pairs: Pairs, scratch: Any
+) -> None:
     from ssl_kernels.kernels.softmax_stats import softmax_stats
 
-    softmax_stats(x, y, rows, cols, scale, *pairs)
+    softmax_stats(x, y, rows, cols, scale, *pairs, scratch=scratch)
 
 
 def _grad_triton(
-    raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs, row: Tensor, col: Tensor,
-    write: bool,
+    raw: Tensor | None, x: Tensor, y: Tensor, stats: Tensor, scale: Tensor, pairs: Pairs,
+    row: Sequence[Tensor], col: Sequence[Tensor], write: bool, scratch: Any,
 ) -> Tensor | None:  # fmt: skip
     from ssl_kernels.kernels.softmax_grad import softmax_grad
-    from ssl_kernels.kernels.tiles import gradient_tile
 
-    grad = gradient_tile(x, y.shape[0]) if write else None
-    sides = ((top, weight * torch.exp(-log_sum), *rest) for top, log_sum, weight, *rest in (row, col))
-    vectors = [vector for both in zip(*sides, strict=True) for vector in both]
-    softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (8 - len(vectors)))
+    grad = scratch.gradient(x, y.shape[0]) if write else None
+    vectors = [vector for both in zip(row, col, strict=True) for vector in both]
+    softmax_grad(x, y, grad, stats, scale, *pairs, *vectors, *[None] * (8 - len(vectors)), scratch=scratch)
     return grad
+
+
+def _sides_for_triton(side: Tensor) -> Tensor:
+    """The largest similarity, and what exponentials against it are multiplied by; the rest as it was."""
+    top, log_sum, weight, *rest = side
+    return torch.stack([top, weight * torch.exp(-log_sum), *rest])
 
 
 def _gradient_scale(dtype: torch.dtype) -> float:
@@ -231,7 +238,7 @@ class _Passes:
     def __init__(self, a: Arguments, matrix: Matrix) -> None:
         self.matrix, self.scale, self.wanted = matrix, a.scale, wanted_gradients(a)
         self.x, self.y, self.symmetric, self.seam = a.x, matrix.sides[-1], matrix.symmetric, a.seam
-        self.triton = a.backend == "triton"
+        self.backend, self.workspace, self.triton = a.backend, a.workspace, a.backend == "triton"
         self.stats_panel, self.grad_panel = _PANELS[a.backend]
         self.tiles = _TILES[a.backend]
         self.kept = KeptTiles(a.keep_bytes)  # raw, by side, strip and corner
@@ -249,44 +256,74 @@ class _Passes:
         both[:, 0].fill_(-torch.inf)
         sides = [both] if self.symmetric else [both[:rows], both[rows:]]
 
-        def panel(strip: Strip, x_i: Tensor, y_j: Tensor, _: Tensor, i: int, j: int) -> None:
+        def panel(strip: Strip, scratch: Any, x_i: Tensor, y_j: Tensor, _: Tensor, i: int, j: int) -> None:
             m, n = x_i.shape[0], y_j.shape[0]
             no_cols = not strip.is_own or (self.symmetric and i == j)  # on the diagonal columns are rows
             col_stats = None if no_cols else sides[-1][j : j + n]
             self.kept.make_room()
             pairs = strip.pairs.part(i, m, j, n)
+            if scratch is not None:
+                row_stats = scratch.once(("rows", i, m), lambda: sides[strip.side][i : i + m])
+                self.stats_panel(x_i, y_j, row_stats, col_stats, self.scale, pairs, scratch)
+                return
             raw = self.stats_panel(x_i, y_j, sides[strip.side][i : i + m], col_stats, self.scale, pairs)
             if raw is not None and (strip.is_own or self.wanted[strip.side]):
                 self.kept.keep((strip.side, strip.first, i, j), [raw])
 
         tiles = 0 if self.triton else self.tiles
         for strip in self.matrix.strips(rows=True, cols=not self.symmetric):
-            self._run(strip, panel, tiles=tiles, stats_width=0, want_dx=False, want_dy=False)
+            scratch = self._merging(strip)
+            given = functools.partial(panel, strip, scratch)
+            self._run(strip, given, tiles=tiles, stats_width=0, want_dx=False, want_dy=False)
+            if scratch is not None:
+                scratch.reduce()
         return sides
+
+    def _merging(self, strip: Strip) -> Any:
+        """What the launches of a pass that makes statistics share; None where Triton does not run it."""
+        if not self.triton:
+            return None
+        from ssl_kernels.kernels.softmax_stats import merging
+
+        return merging(strip.y.shape[0], self.workspace, self.scale)
 
     def gradients(self, sides: list[Tensor], want_dx: bool, want_dy: bool) -> tuple[Tensor, Tensor, Tensor]:
         """sum_j G y, sum_i G x and sum_ij G (x_i . y_j), the latter of the pairs that count."""
 
-        def panel(strip: Strip, x_i: Tensor, y_j: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
+        def panel(strip: Strip, scratch: Any, x_i: Tensor, y_j: Tensor, stats: Tensor, i: int, j: int) -> Tensor | None:
             m, n = x_i.shape[0], y_j.shape[0]
             kept, pairs = self.kept.take((strip.side, strip.first, i, j)), strip.pairs.part(i, m, j, n)
             raw = kept[0] if kept else None
-            row, col = sides[strip.side][:, i : i + m], overall[-1 - strip.side][:, strip.first :][:, j : j + n]
-            grad = self.grad_panel(raw, x_i, y_j, stats, self.scale, pairs, row, col, want_dx or want_dy)
-            if self.symmetric and strip.is_own and i == j:
-                stats /= 2  # the first tile of its rows holds every pair both ways, G each from both
+            row, col = sides[strip.side], overall[-1 - strip.side]
+            on_diagonal = self.symmetric and strip.is_own and i == j
+            if scratch is None:
+                row, col = row[:, i : i + m], col[:, strip.first :][:, j : j + n]
+                grad: Tensor | None = self.grad_panel(raw, x_i, y_j, stats, self.scale, pairs, row, col, write)
+            else:
+                rows = scratch.once(("rows", i, m), lambda: row[:, i : i + m].unbind())
+                first = strip.first + j
+                cols = scratch.once(("columns", j, n), lambda: col[:, first : first + n].unbind())
+                grad = self.grad_panel(raw, x_i, y_j, stats, self.scale, pairs, rows, cols, write, scratch)
+            if on_diagonal:  # the first tile of its rows holds every pair both ways, G each from both
+                if scratch is not None:
+                    scratch.halve()
+                else:
+                    stats /= 2
             return grad
 
+        if self.triton:
+            sides = [_sides_for_triton(side) for side in sides]
         overall = [self.matrix.gather_vectors(vectors, side) for side, vectors in enumerate(sides)]
         want_dy = want_dx if self.symmetric else want_dy
-        tiles = 0 if self.triton and not (want_dx or want_dy) else self.tiles
+        write = want_dx or want_dy
+        tiles = 0 if self.triton and not write else self.tiles
         gradients: list[Tensor] = []
         moments: list[Tensor] = []
         for strip in self.matrix.strips(want_dx or not want_dy, want_dy and not self.symmetric):
-            own = strip.is_own
+            own, scratch = strip.is_own, contrastive.scratch_of(self.backend, strip.y, self.workspace)
             stats, dx, dy = self._run(
                 strip,
-                panel,
+                functools.partial(panel, strip, scratch),
                 tiles=tiles,
                 stats_width=1,
                 want_dx=(want_dx, want_dy)[0 if own else strip.side],
@@ -294,19 +331,20 @@ class _Passes:
                 dx=None if own else gradients[strip.side],
                 add=not own,
             )
+            if scratch is not None:
+                scratch.reduce()
             gradients = [dx, dy] if own else gradients
             if strip.is_counted:  # a symmetric matrix has the same pairs on the other rank too, G from both ways
                 moments.append(stats.sum() / (2 if self.symmetric and not own else 1))
         dx, dy = gradients
         if self.triton:
-            dx /= _gradient_scale(self.x.dtype)
-            dy /= _gradient_scale(self.x.dtype)
+            contrastive.divide((dx, dy), _gradient_scale(self.x.dtype))
         return dx, dy, sum(moments[1:], moments[0])
 
     def _run(self, strip: Strip, panel: Callable[..., Tensor | None], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         if self.symmetric and strip.is_own:
             options |= {"symmetric": True, "seam": self.seam}
-        return self.run(functools.partial(panel, strip), strip.x, strip.y, **options)
+        return self.run(panel, strip.x, strip.y, **options)
 
 
 class _Summary(NamedTuple):
