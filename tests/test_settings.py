@@ -23,7 +23,7 @@ import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels import settings
 from ssl_kernels.ops import panels
-from ssl_kernels.ops.panel_shape import clocks, panel_shape
+from ssl_kernels.ops.panel_shape import clocks, clocks_of_half, panel_clocks, panel_shape, product_clocks
 
 CPU = torch.device("cpu")
 MB_64 = 64 * 2**20
@@ -183,6 +183,30 @@ def test_panels_of_wide_features_leave_few_multiprocessors_idle(
         assert share > 1.2 * squares
     if (rows, cols, width, multiprocessors) == (65_536, 65_536, 768, 132):
         assert math.ceil(rows / m) * math.ceil(cols / n) == 36  # as the CHANGELOG says
+
+
+@pytest.mark.parametrize("multiprocessors", [108, 132, 148])
+@pytest.mark.parametrize("width", [256, 512, 768, 1152])
+def test_panels_of_a_symmetric_matrix_leave_few_multiprocessors_idle(
+    width: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip = SimpleNamespace(L2_cache_size=50 * 2**20, multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    device = torch.device("cuda", multiprocessors % 100)
+    for rows in (16_384, 32_768, 131_072, 131_071):
+        side, columns = panel_shape(rows, rows, width, 2, device, 256 * 2**20, symmetric=True)
+        assert side == columns
+        assert side % 256 == 0 or side == rows
+        assert 2 * side**2 <= 256 * 2**20
+        found = clocks_of_half(rows, width, side, multiprocessors)
+        assert found <= 1.0001 * min(
+            clocks_of_half(rows, width, s, multiprocessors) for s in (8192, 11_264) if s <= rows
+        )
+    parts = [3000, 3000, 1000]
+    tiles = [panel_clocks(m, n, width, multiprocessors) for k, m in enumerate(parts) for n in parts[k + 1 :]]
+    products = [(m, depth, cols) for m in parts for depth, cols in ((m, width), (width, m))]
+    on_diagonal = sum(product_clocks(*shape, multiprocessors) for shape in products) + len(parts) * 50_000
+    assert clocks_of_half(7000, width, 3000, multiprocessors) == pytest.approx(sum(tiles) + on_diagonal)
 
 
 def test_a_workspace_that_somebody_set_binds_panels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,12 +65,12 @@ class Scratch:
         """
         m, k = stats.shape
         size = blocks * k * m
-        room = 0 if self._sums is None else len(self._sums) - self._used
+        room = 0 if self._sums is None else self._sums.shape[0] - self._used
         if stats is not self._stats or size > room or self._used % 4:
             self.reduce()
             self._stats = stats
         sums = self._sums
-        if sums is None or size > len(sums):
+        if sums is None or size > sums.shape[0]:
             of_all_columns = size * cdiv(self._columns, columns)
             self._sums = sums = stats.new_empty(max(size, min(self._most, of_all_columns)), dtype=torch.float32)
         at = self._used

@@ -376,7 +376,7 @@ def sigmoid_panel(
     def launch(config: Config, constants: dict[str, Any], partials: Tensor) -> None:
         """Row sums by column block, to ``partials``."""
         with on_device(x.device):
-            _sigmoid_panel_kernel[(cdiv(m, config.block_m) * len(partials),)](
+            _sigmoid_panel_kernel[(cdiv(m, config.block_m) * partials.shape[0],)](
                 *operands(config, x, y, grad, own.descriptors),
                 partials,
                 scale,

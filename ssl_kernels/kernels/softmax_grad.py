@@ -323,7 +323,7 @@ def softmax_grad(
     def launch(config: Config, constants: dict[str, Any], partials: Tensor) -> None:
         """Row sums by column block, to ``partials``."""
         with on_device(x.device):
-            _softmax_grad_kernel[(cdiv(m, config.block_m) * len(partials),)](
+            _softmax_grad_kernel[(cdiv(m, config.block_m) * partials.shape[0],)](
                 *operands(config, x, y, grad, own.descriptors),
                 partials,
                 scale,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -34,7 +35,7 @@ def panel_shape(
     workspace: int,
     symmetric: bool = False,
 ) -> tuple[int, int]:
-    """Rows and columns of a panel: square by preference, evened out over the matrix.
+    """Rows and columns of a panel: square by preference, evened out over the matrix; squares if that is symmetric.
 
     The tile fits a workspace of so many bytes, and so does a panel of ``width`` features in fp32, which a conversion or
     a product may have to hold. A tile of no bytes is not written: what is written instead, by rows and columns of
@@ -43,7 +44,9 @@ def panel_shape(
     limit = max(1, workspace // max(1, bytes_per_element))
     longest = max(1, workspace // (4 * max(1, width)))
     is_wide = device.type == "cuda" and width >= _WIDE
-    if is_wide and bytes_per_element and not symmetric and limit >= _GPU_MULTIPLE**2 and longest >= _GPU_MULTIPLE:
+    if is_wide and bytes_per_element and limit >= _GPU_MULTIPLE**2 and longest >= _GPU_MULTIPLE:
+        if symmetric:
+            return _square_in_whole_waves(rows, width, min(math.isqrt(limit), longest), _multiprocessors(device))
         return _in_whole_waves(rows, cols, width, limit, longest, _multiprocessors(device))
     side = math.isqrt(limit)
     if bytes_per_element and not is_wide:
@@ -91,6 +94,14 @@ def _in_whole_waves(
     return -m, -n
 
 
+@functools.lru_cache(maxsize=256)
+def _square_in_whole_waves(rows: int, width: int, longest: int, multiprocessors: int) -> tuple[int, int]:
+    """The same of squares, where tiles below the diagonal mirror those above it."""
+    sides = _lengths(rows, longest)
+    side = min(sides, key=lambda side: (clocks_of_half(rows, width, side, multiprocessors), -side))
+    return side, side
+
+
 def _lengths(size: int, most: int) -> list[int]:
     """Multiples of 256 up to ``most``, and the whole if it fits."""
     lengths = [*range(_GPU_MULTIPLE, min(size, most + 1), _GPU_MULTIPLE)][-24:]
@@ -106,14 +117,30 @@ def clocks(rows: int, cols: int, width: int, m: int, n: int, multiprocessors: in
     )
 
 
+def clocks_of_half(rows: int, width: int, side: int, multiprocessors: int) -> float:
+    """The same of a symmetric matrix of similarities. A tile on the diagonal is visited whole, and has one product."""
+    total, before = 0.0, 0
+    for length, count in _parts(rows, side):
+        on_diagonal = _clocks(((length, length, width), (length, width, length)), multiprocessors)
+        above = count * (count - 1) // 2 * panel_clocks(length, length, width, multiprocessors)
+        beside = before * count * panel_clocks(side, length, width, multiprocessors)
+        total += count * on_diagonal + above + beside
+        before = count
+    return total
+
+
 def panel_clocks(m: int, n: int, width: int, multiprocessors: int) -> float:
     """Similarities [m, n], and the products with G that make the gradients [m, D] and, transposed, [D, n]."""
+    return _clocks(((m, n, width), (m, width, n), (width, n, m)), multiprocessors)
 
-    def product(rows: int, cols: int, depth: int) -> float:
-        tiles = math.ceil(rows / _TILE[0]) * math.ceil(cols / _TILE[1])
-        return math.ceil(tiles / multiprocessors) * 2 * _TILE[0] * _TILE[1] * depth / _FLOP
 
-    return product(m, n, width) + product(m, width, n) + product(width, n, m) + _LAUNCHES
+def _clocks(shapes: Iterable[tuple[int, int, int]], multiprocessors: int) -> float:
+    return sum(product_clocks(*shape, multiprocessors) for shape in shapes) + _LAUNCHES
+
+
+def product_clocks(rows: int, cols: int, depth: int, multiprocessors: int) -> float:
+    tiles = math.ceil(rows / _TILE[0]) * math.ceil(cols / _TILE[1])
+    return math.ceil(tiles / multiprocessors) * 2 * _TILE[0] * _TILE[1] * depth / _FLOP
 
 
 def _parts(size: int, step: int) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Write what the compiled kernels cost: the budgets beside this file, and docs/gpu_static.md, which is made of them.
 
 python tests/triton_kernels/report.py                                    every budget, and the report
+python tests/triton_kernels/report.py --text                             the report alone, of the budgets that are there
 python tests/triton_kernels/report.py --kernel sigmoid --chip sm_90      only print the figures of these
 """
 
@@ -43,10 +44,10 @@ PEAKS = {
 
 INTRODUCTION = """# Static figures of the GPU kernels
 
-Written by `python tests/triton_kernels/report.py` from the budgets in `tests/triton_kernels/*_budget.json`; a test
-fails if the two differ.
+Written by `python tests/triton_kernels/report.py` from the budgets in `tests/triton_kernels/*_budget.json` and the
+host's times in `host_time.json`, which `host_time.py` beside them measures; a test fails if the page differs.
 
-**Nothing on this page was measured on a GPU.** There are two kinds of figures:
+**Nothing on this page was measured on a GPU.** There are three kinds of figures:
 
 - *Read or counted from the machine code* that {compiler} emits for each shipped configuration:
   registers, spills, shared memory, the matrix instruction, and the instructions that one usual program executes. Those
@@ -56,7 +57,8 @@ fails if the two differ.
   say nothing of the time that an instruction waits.
 - *A model*: times and fractions below, each the largest of five quotients of a count and a published peak, as if
   everything overlapped perfectly and every peak were reached. A kernel will be slower than its model; what the model
-  can show is what limits it at best, and that a change made it worse.
+  can show is what limits it at best, and that a change made it worse. The step as a whole is modelled further below.
+- *Measured on a CPU*: what it costs the host to launch a step, with the launches left out.
 
 Continuous integration compares the counts with these budgets (5%), and asserts: no spills, no atomics, shared memory
 within the chip's limit, the intended number of blocks on a multiprocessor, wgmma (HGMMA) on sm_90 and tcgen05 (UTC*MMA)
@@ -244,7 +246,9 @@ def cuda_table() -> str:
 
 
 def text() -> str:
-    """The report, from the budgets alone."""
+    """The report, from the budgets and the host's times alone."""
+    import step_model  # here: it takes the figures of this module
+
     budgets = {op: load(op) for op in OPS}
     rows = "\n".join(
         f"| {p.name} ({chip}) | {p.multiprocessors} | {p.clock_ghz} | {p.matrix_tflops:,} | {p.dram_gb_per_s:,}"
@@ -256,10 +260,11 @@ def text() -> str:
     parts.append(
         "## Model of the time at named shapes\n\nEvery figure of these tables is a model, none a measurement. The five"
         " columns of times, in milliseconds, are what\neach resource takes alone. Gradient tiles are taken to stay in"
-        " cache, as panels are sized for; the products with them\nthat make dX and dY are the library's, and not in"
-        " here. Memory is what must be read and written once.\n"
+        " cache; the products with them that make dX and dY are\nthe library's, and not in here but in the model of"
+        " a whole step. Memory is what must be read and written once.\n"
     )
     parts += [model_table(chip, works(chip, budgets)) for chip in PEAKS]
+    parts.append(step_model.section())
     parts.append(
         "## Figures of the code\n\nInstructions, special functions and accesses to memory are those of one thread per"
         " element: of the similarity matrix,\nof a student's logits, of the logits that are normalised, of the keys. An"
@@ -290,14 +295,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=OPS)
     parser.add_argument("--chip", choices=PEAKS)
+    parser.add_argument("--text", action="store_true")
     args = parser.parse_args()
     if args.kernel or args.chip:
         for op in [args.kernel] if args.kernel else OPS:
             show(op, args.chip)
         return
-    with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        for op in pool.map(measure, OPS):
-            print(f"{op}_budget.json")
+    if not args.text:
+        with concurrent.futures.ProcessPoolExecutor(2) as pool:
+            for op in pool.map(measure, OPS):
+                print(f"{op}_budget.json")
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(text())
     print(REPORT)

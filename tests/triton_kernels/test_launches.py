@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections import Counter
 from unittest import mock
 
 import fake_device
 import pytest
+import step_model
 import torch
 from fake_device import Counts, counted
 from torch import Tensor
@@ -21,10 +21,8 @@ LARGE, WIDTH = 65_536, 768
 
 
 @functools.cache
-def step(name: str, batch: int, **options: object) -> Counts:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return counted("sm_90", lambda: fake_device.STEPS[name](batch, WIDTH, **options))
+def step(name: str, batch: int, width: int = WIDTH, chip: str = "sm_90") -> Counts:
+    return counted(chip, lambda: fake_device.STEPS[name](batch, width))
 
 
 def beyond_one_panel(name: str) -> tuple[Counts, Counter[str]]:
@@ -66,6 +64,32 @@ def test_info_nce_is_one_launch_and_a_merge() -> None:
     large, small = step("InfoNCE", LARGE), step("InfoNCE", 1024)
     assert large == small
     assert large.kernels == {"keys": 1, "merge keys": 1}
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch", "width", "chip"),
+    [
+        ("SigLIP", 65_536, 512, "sm_80"), ("SigLIP", 4096, 1152, "sm_100"), ("CLIP", 65_536, 256, "sm_90"),
+        ("CLIP", 16_384, 768, "sm_100"), ("NT-Xent", 16_384, 768, "sm_90"), ("NT-Xent", 16_384, 512, "sm_100"),
+        ("InfoNCE", 4096, 256, "sm_80"),
+    ],
+)  # fmt: skip
+def test_the_model_of_a_step_counts_what_the_code_launches(loss: str, batch: int, width: int, chip: str) -> None:
+    assert step_model.step(loss, batch, width, chip).launches == step(loss, batch, width, chip).launches
+
+
+def test_the_model_of_a_step_before_has_five_launches_to_a_panel() -> None:
+    before = step_model.step("SigLIP", 65_536, 768, "sm_90", before=True)
+    assert before.panels == 256
+    assert before.launches == 5 * 256 + step_model.FIXED["SigLIP"] + 2
+
+
+def test_the_model_of_a_step_takes_the_time_of_its_products_at_least() -> None:
+    for width in step_model.WIDTHS:
+        of = step_model.step("SigLIP", 65_536, width, "sm_90")
+        at_peak = 6 * 65_536**2 * width / 989e9  # milliseconds
+        assert at_peak < of.device_ms < 2 * at_peak
+        assert of.host_ms < of.device_ms
 
 
 @pytest.mark.parametrize("rocm", [False, True])
