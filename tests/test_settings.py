@@ -207,6 +207,9 @@ def test_panels_of_a_symmetric_matrix_leave_few_multiprocessors_idle(
     products = [(m, depth, cols) for m in parts for depth, cols in ((m, width), (width, m))]
     on_diagonal = sum(product_clocks(*shape, multiprocessors) for shape in products) + len(parts) * 50_000
     assert clocks_of_half(7000, width, 3000, multiprocessors) == pytest.approx(sum(tiles) + on_diagonal)
+    alone = [product_clocks(m, n, width, multiprocessors) for k, m in enumerate(parts) for n in parts[k:]]
+    without = clocks_of_half(7000, width, 3000, multiprocessors, gradients=False)
+    assert without == pytest.approx(sum(alone) + 6 * 50_000)
 
 
 def test_a_workspace_that_somebody_set_binds_panels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

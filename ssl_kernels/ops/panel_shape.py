@@ -44,10 +44,12 @@ def panel_shape(
     limit = max(1, workspace // max(1, bytes_per_element))
     longest = max(1, workspace // (4 * max(1, width)))
     is_wide = device.type == "cuda" and width >= _WIDE
-    if is_wide and bytes_per_element and limit >= _GPU_MULTIPLE**2 and longest >= _GPU_MULTIPLE:
+    if is_wide and limit >= _GPU_MULTIPLE**2 and longest >= _GPU_MULTIPLE:
         if symmetric:
-            return _square_in_whole_waves(rows, width, min(math.isqrt(limit), longest), _multiprocessors(device))
-        return _in_whole_waves(rows, cols, width, limit, longest, _multiprocessors(device))
+            writes, longest = bytes_per_element > 0, min(math.isqrt(limit), longest)
+            return _square_in_whole_waves(rows, width, longest, writes, _multiprocessors(device))
+        if bytes_per_element:
+            return _in_whole_waves(rows, cols, width, limit, longest, _multiprocessors(device))
     side = math.isqrt(limit)
     if bytes_per_element and not is_wide:
         side = min(side, _cached_side(device, bytes_per_element))
@@ -95,10 +97,10 @@ def _in_whole_waves(
 
 
 @functools.lru_cache(maxsize=256)
-def _square_in_whole_waves(rows: int, width: int, longest: int, multiprocessors: int) -> tuple[int, int]:
-    """The same of squares, where tiles below the diagonal mirror those above it."""
+def _square_in_whole_waves(rows: int, width: int, longest: int, writes: bool, multiprocessors: int) -> tuple[int, int]:
+    """The same of squares, where tiles below the diagonal mirror those above it; with gradients if it writes tiles."""
     sides = _lengths(rows, longest)
-    side = min(sides, key=lambda side: (clocks_of_half(rows, width, side, multiprocessors), -side))
+    side = min(sides, key=lambda side: (clocks_of_half(rows, width, side, multiprocessors, writes), -side))
     return side, side
 
 
@@ -117,14 +119,19 @@ def clocks(rows: int, cols: int, width: int, m: int, n: int, multiprocessors: in
     )
 
 
-def clocks_of_half(rows: int, width: int, side: int, multiprocessors: int) -> float:
-    """The same of a symmetric matrix of similarities. A tile on the diagonal is visited whole, and has one product."""
+def clocks_of_half(rows: int, width: int, side: int, multiprocessors: int, gradients: bool = True) -> float:
+    """The same of a symmetric matrix of similarities. A tile on the diagonal is visited whole, and has one product with
+    G; without ``gradients`` no tile has one."""
+
+    def tile(m: int, n: int, products: int) -> float:
+        shapes = (m, n, width), (m, width, n), (width, n, m)
+        return _clocks(shapes[: 1 + products * gradients], multiprocessors)
+
     total, before = 0.0, 0
     for length, count in _parts(rows, side):
-        on_diagonal = _clocks(((length, length, width), (length, width, length)), multiprocessors)
-        above = count * (count - 1) // 2 * panel_clocks(length, length, width, multiprocessors)
-        beside = before * count * panel_clocks(side, length, width, multiprocessors)
-        total += count * on_diagonal + above + beside
+        above = count * (count - 1) // 2 * tile(length, length, 2)
+        beside = before * count * tile(side, length, 2)
+        total += count * tile(length, length, 1) + above + beside
         before = count
     return total
 

@@ -51,10 +51,11 @@ def test_clip() -> None:
 
 
 def test_nt_xent() -> None:
-    """Of 12 panels of rows, 12 tiles lie on the diagonal, where G is halved, and 66 above it."""
+    """Of 12 panels of rows, 12 tiles lie on the diagonal, where G is halved, and 66 above it. Statistics have 10 panels
+    of rows, 45 tiles above the diagonal, and for four of the panels too little room for all that waits."""
     large, small = step("NT-Xent", LARGE), step("NT-Xent", 1024)
     assert small.kernels == {"stats": 3, "merge": 3, "grad": 3}  # 2 panels of rows, one to each view
-    assert large.kernels == {"stats": 36, "merge": 28 + 12, "grad": 78}
+    assert large.kernels == {"stats": 55, "merge": 45 + 10 + 4, "grad": 78}
     assert large.products == 78 + 66
     assert large.allocations == small.allocations
     assert large.others - small.others == {"sum": 10, "add_": 10, "mul_": 10}
