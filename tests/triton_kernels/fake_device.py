@@ -32,6 +32,7 @@ KERNELS = {
     "keys": (key_softmax, "_key_softmax_kernel"),
     "merge keys": (key_softmax, "_merge_splits_kernel"),
 }
+DEVICE = "cuda:0"  # of the tensors of a step
 L2_MB = {"sm_80": 40, "sm_90": 50, "sm_100": 126}
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 _CACHES = (
@@ -41,7 +42,7 @@ _CACHES = (
 # Operations of torch that give the device nothing to do.
 _FREE = {
     "empty", "new_empty", "empty_strided", "as_strided", "slice", "select", "t", "transpose", "view", "unbind", "alias",
-    "detach", "expand", "unsqueeze", "permute", "split", "empty_like", "device",
+    "detach", "expand", "unsqueeze", "permute", "split", "empty_like", "device", "ones",
 }  # fmt: skip
 _PRODUCTS = {"addmm", "mm"}
 
@@ -64,7 +65,7 @@ class Counts:
         return sum(self.kernels.values()) + self.products + sum(self.others.values())
 
 
-class _Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):
     def __init__(self, counts: Counts) -> None:
         super().__init__()
         self.counts = counts
@@ -121,17 +122,17 @@ def counted(chip: str, step: Callable[[], object]) -> Counts:
             stack.enter_context(mock.patch.object(module, attribute, _Kernel(name, counts)))
         stack.enter_context(FakeTensorMode())
         matmul._addmm_widens(torch.device("cuda:0"), torch.bfloat16, torch.float32)
-        stack.enter_context(_Counting(counts))
+        stack.enter_context(Counting(counts))
         step()
     return counts
 
 
 def features(rows: int, width: int) -> Tensor:
-    return torch.empty(rows, width, dtype=torch.bfloat16, device="cuda:0")
+    return torch.ones(rows, width, dtype=torch.bfloat16, device=DEVICE)
 
 
 def scalar() -> Tensor:
-    return torch.empty((), device="cuda:0")
+    return torch.ones((), device=DEVICE)
 
 
 _ALONE = ("", "auto", "mean", False, False)  # as Across: one process
