@@ -57,6 +57,8 @@ def strict_interpreter() -> Iterator[None]:
     builder.regions = []
     # Once, for all that sees the language under either name: every call of a function patches it all over again.
     patches = stock_patch(_reduce)
+    # Triton 3.6 turns an array of one element into a number in a way that NumPy 2.4 and later refuse.
+    patches.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
     try:
         yield
