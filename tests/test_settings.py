@@ -188,6 +188,7 @@ def test_panels_of_wide_features_leave_few_multiprocessors_idle(
 def test_a_workspace_that_somebody_set_binds_panels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     chip = SimpleNamespace(L2_cache_size=50 * 2**20, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr(settings._workspace_mb, "default", None)  # whatever this process was told before
     device = torch.device("cuda", 88)
     assert settings.workspace_bytes(device) == 256 * 2**20
     for mb in (64, 1, 0.1, 1e-6):
