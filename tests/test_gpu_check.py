@@ -296,6 +296,20 @@ def test_tests_that_were_not_reached(tmp_path: Path) -> None:
     assert gpu_check.summarize(tmp_path / "none")["collected"] == 0
 
 
+def test_files_of_which_no_test_is_collected_are_logged(tmp_path: Path) -> None:
+    lacks = "import pytest\npytest.importorskip('nothing_x', reason='nothing_x is absent')\n"
+    (tmp_path / "test_lacks.py").write_text(lacks)
+    (tmp_path / "test_breaks.py").write_text("import nothing_x")
+    log = tmp_path / "tests.jsonl"
+    environment = Check("cpu", tiny=True, budget_s=60).environment(SSL_KERNELS_TEST_LOG=str(log))
+    command = [*gpu_check.pytest_command(), "-p", "gpu_tests_log", "-c", os.devnull, str(tmp_path)]
+    assert gpu_check.execute(command, 60, environment)[0] == "failed"
+    found = gpu_check.summarize(log)
+    assert [test["detail"] for test in found["skipped"]] == ["nothing_x is absent"]
+    (broken,) = found["failed"]
+    assert "No module named 'nothing_x'" in broken["detail"]
+
+
 # ---- what is wrong is not passed over
 
 
