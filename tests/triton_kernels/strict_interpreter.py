@@ -231,6 +231,13 @@ class _StrictBuilder(interpreter.InterpreterBuilder):
             return super().binary_op(lhs, rhs, op)
         return _narrow(op(_wide(lhs), _wide(rhs)))
 
+    def create_minnumf(self, lhs: Any, rhs: Any) -> Any:
+        """Of a number and NaN the number, as on a GPU; not so in Triton 3.6."""
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_maxnumf(self, lhs: Any, rhs: Any) -> Any:
+        return self.binary_op(lhs, rhs, np.fmax)
+
     def unary_op(self, arg: Any, op: Callable[..., np.ndarray]) -> Any:
         return _narrow(op(_wide(arg))) if _any_bf16(arg) else super().unary_op(arg, op)
 
