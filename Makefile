@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
-.PHONY: setup demo test test-all mutants lint docs tour bench bench-report trainings gpu-check wheel sdist clean
+.PHONY: setup demo test test-all mutants lint docs tour bench bench-report trainings gpu-check gpu-page wheel sdist clean
 
 setup: $(SETUP)
 
@@ -67,7 +67,7 @@ bench-report: setup
 	$(BIN)/python benchmarks/evidence.py
 
 # The figures of trainings that docs/training.md prints, anew: three seeds of each, into the folder of MACHINE.
-MACHINE ?= $(notdir $(patsubst %/,%,$(firstword $(wildcard benchmarks/results/*/))))
+MACHINE ?= $(notdir $(patsubst %/,%,$(firstword $(filter-out %/gpu/, $(wildcard benchmarks/results/*/)))))
 trainings: setup
 	for run in siglip clip moco simclr "simclr --data openmoji" dino "dino --data openmoji"; do \
 		name=runs/trainings/$$(echo $$run | sed "s/ --data /-/"); \
@@ -80,6 +80,10 @@ trainings: setup
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py
+
+# The last report of gpu-check joins those in benchmarks/results/gpu, of which docs/gpu_measured.md is made.
+gpu-page: setup
+	$(BIN)/python benchmarks/gpu_page.py $(wildcard benchmarks/results/gpu_check.json)
 
 # One wheel for every Python >= 3.10 and torch >= 2.10, with the CUDA C++ where nvcc is.
 wheel: setup

@@ -22,6 +22,7 @@ from ssl_kernels.bench.clip import CLIP
 from ssl_kernels.bench.dino import DINO
 from ssl_kernels.bench.ema import EMA
 from ssl_kernels.bench.info_nce import INFO_NCE
+from ssl_kernels.bench.metric_learning import METRIC_NT_XENT, METRIC_SUP_CON
 from ssl_kernels.bench.nt_xent import NT_XENT
 from ssl_kernels.bench.problem import Loss, NotComparableError, Op, Problem, step
 from ssl_kernels.bench.queue import QUEUE
@@ -39,6 +40,7 @@ PACKAGES = {
     "cut-cross-entropy": ("cut_cross_entropy", "cut-cross-entropy"),
     "Liger": ("liger_kernel", "liger-kernel"),
     "quack": ("quack", "quack-kernels"),
+    "pytorch-metric-learning": ("pytorch_metric_learning", "pytorch-metric-learning"),
     "lightly": ("lightly", "lightly"),
     "timm": ("timm", "timm"),
 }
@@ -57,7 +59,7 @@ class Group:
     @property
     def name(self) -> str:
         foreign = [p for p in self.providers if p in KERNELS_OF_OTHERS]
-        return f"{self.op.name}, {foreign[0]}" if foreign else self.op.name
+        return ", ".join([self.op.name + self.op.suffix, *foreign])
 
 
 # Compiled for GPUs by others: where one breaks the context of the device, a group of its own loses nothing else.
@@ -79,6 +81,8 @@ GROUPS = [
     Group(INFO_NCE, ("ours", "eager"), INFO_NCE.gpu_shapes),
     Group(NT_XENT, ("ours", "eager", "lightly"), NT_XENT.gpu_shapes),
     Group(ROW_SOFTMAX, ("ours", "eager"), ROW_SOFTMAX.gpu_shapes),
+    Group(METRIC_SUP_CON, ("ours", "eager", "pytorch-metric-learning"), METRIC_SUP_CON.gpu_shapes),
+    Group(METRIC_NT_XENT, ("ours", "eager", "pytorch-metric-learning"), METRIC_NT_XENT.gpu_shapes),
 ]
 
 
@@ -124,7 +128,12 @@ def measure(group: Group, device: torch.device, *, tiny: bool, deadline: float) 
     for shape in op.tiny if tiny else group.shapes:
         problem: Problem | None = None
         for provider in group.providers:
-            row: Row = {"op": op.name, "provider": provider, "shape": op.describe(*shape), "dtype": _name(dtype)}
+            row: Row = {
+                "op": op.name,
+                "provider": provider,
+                "shape": op.describe(*shape) + op.suffix,
+                "dtype": _name(dtype),
+            }
             row |= {"group": group.name, "status": "measured"}
             if time.monotonic() >= deadline:
                 yield row | {"status": "cut", "detail": "no time was left"}
@@ -150,6 +159,10 @@ def measure(group: Group, device: torch.device, *, tiny: bool, deadline: float) 
                 yield from _timed(row, op, problem, provider, meter, dtype, tiny)
             except NotComparableError as error:
                 yield row | {"status": "not comparable", "detail": str(error)}
+            except ModuleNotFoundError as error:
+                missing = (error.name or "").partition(".")[0]
+                foreign = missing in [module for module, _ in PACKAGES.values()]  # for which ours is written, too
+                yield row | {"status": "not installed" if foreign else "failed", "detail": _one_line(error)}
             except torch.OutOfMemoryError as error:
                 out_of_memory.add(provider)
                 yield row | {"status": "out of memory", "detail": _one_line(error)}

@@ -32,9 +32,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import gpu_meter
 import torch
 from gpu_report import markdown
 
@@ -76,6 +78,7 @@ class Report:
     device: str
     tiny: bool
     budget_s: float
+    measured: str = ""  # the day, in UTC
     elapsed_s: float = 0.0
     machine: Row = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -97,7 +100,8 @@ class Check:
         skip: Sequence[str] = (),
         save: Callable[[Report], None] = lambda _: None,
     ) -> None:
-        self.report = Report(device, tiny, budget_s)
+        self.report = Report(device, tiny, budget_s, f"{datetime.now(timezone.utc):%Y-%m-%d}")
+        self.report.machine = gpu_meter.machine(torch.device(device), ["triton"])  # ours may not be built yet
         self.skip = skip
         self.at: Row = {}  # what the benchmarks are measuring
         self.start = time.monotonic()
@@ -221,7 +225,7 @@ class Check:
             self.report.benchmarks.append(entry)
 
     def environment(self, **more: str) -> dict[str, str]:
-        here = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+        here = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
         path = os.pathsep.join(filter(None, here))
         return {"PYTHONPATH": path, "SSL_KERNELS_TEST_DEVICE": self.report.device, **more}
 
@@ -334,7 +338,6 @@ def group_names() -> list[str]:
 def work(job: Row) -> None:
     """In a process of its own: measure the groups, and print a line of JSON to each finding."""
     import gpu_bench
-    import gpu_meter
 
     def say(**entry: Any) -> None:
         print(json.dumps(entry), flush=True)
@@ -364,6 +367,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.python and not same_program(options.python, sys.executable):
         told = list(sys.argv[1:] if arguments is None else arguments)
         return subprocess.run([options.python, __file__, *told]).returncode
+    if str(ROOT) not in sys.path:  # nothing needs to be installed, and the checkout is what is checked
+        sys.path.insert(0, str(ROOT))
     if options.worker:
         work(options.worker)
         return 0

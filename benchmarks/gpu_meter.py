@@ -6,7 +6,7 @@ import functools
 import importlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,14 +98,14 @@ class Meter:
         return 2 * source.numel() / self.median_ms(lambda: target.copy_(source)) / 1e6
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device, packages: Sequence[str] = ("triton", "ssl_kernels")) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": "CPU",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
     }
-    for name in ("triton", "ssl_kernels"):
+    for name in packages:
         try:
             found[name] = importlib.import_module(name).__version__
         except (ImportError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,10 +34,7 @@ def markdown(report: Report) -> str:
         lines.append("They did not run.")
     for failure in tests.get("failed", []):
         lines += [f"- failed: `{failure['test']}`", "", "```", failure["detail"][-1000:], "```", ""]
-    reasons: dict[str, int] = {}
-    for skipped in tests.get("skipped", []):
-        reasons[skipped["detail"]] = reasons.get(skipped["detail"], 0) + 1
-    lines += [f"- skipped {count}: {reason}" for reason, count in reasons.items()]
+    lines += skipped_tests(tests)
     if tests.get("not_reached"):
         lines.append("- A second run gets further: kernels that were compiled are kept in Triton's cache.")
         lines.append(f"- not reached, for time: {', '.join(f'`{t}`' for t in tests['not_reached'])}")
@@ -53,11 +51,15 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(rows: list[Row]) -> list[str]:
+def skipped_tests(tests: Row) -> list[str]:
+    """How many for each reason."""
+    reasons = [skipped["detail"] for skipped in tests.get("skipped", [])]
+    return [f"- skipped {reasons.count(reason)}: {reason}" for reason in dict.fromkeys(reasons)]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
     """A line to each provider, shape and mode: times as times longer than ours in the same process."""
-    ours = {
-        (r["group"], r["shape"], r["mode"]): r for r in rows if r["provider"] == "ours" and r["status"] == "measured"
-    }
+    ratios = in_ours(rows)
     titles = ("ms", "time in ours", "of matrix rate", "of bandwidth", "launch, ms", "peak MB", "relative error")
     lines = [f"| mode | shape | | {' | '.join(titles)} |", "|---|---|---|" + "---:|" * len(titles)]
     seen: set[tuple[Any, ...]] = set()
@@ -66,17 +68,28 @@ def table(rows: list[Row]) -> list[str]:
         if key in seen:  # ours again, beside another peer
             continue
         seen.add(key)
-        beside = ours.get((row["group"], row["shape"], row["mode"]))
         cells = [row["mode"], row["shape"], row["provider"], f"{row['ms']:.3g}"]
-        cells.append(f"{row['ms'] / beside['ms']:.2f}x" if beside else "")
+        cells.append(f"{ratios[id(row)]:.2f}x" if id(row) in ratios else "")
         cells += [f"{row[name]:.2f}" if name in row else "" for name in ("of_matrix_rate", "of_bandwidth")]
         cells.append(f"{row['launch_ms']:.3g}" if row["launch_ms"] else "")
         cells.append("" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}")
         lines.append("| " + " | ".join([*cells, f"{row['error']:.1g}"]) + " |")
-    others = {
-        f"- {r['provider']} {r.get('shape', '')}: {explained(r)}": None for r in rows if r["status"] != "measured"
-    }
+    others = unmeasured(rows)
     return [*lines, "", *others] if others else lines
+
+
+def in_ours(rows: Sequence[Row]) -> dict[int, float]:
+    """By the id of a row: its time as times longer than ours in the same process, where ours was measured there."""
+    measured = [row for row in rows if row["status"] == "measured"]
+    ours = {(r["group"], r["shape"], r["mode"]): r["ms"] for r in measured if r["provider"] == "ours"}
+    beside = ((row, ours.get((row["group"], row["shape"], row["mode"]))) for row in measured)
+    return {id(row): row["ms"] / ms for row, ms in beside if ms is not None}
+
+
+def unmeasured(rows: Sequence[Row]) -> list[str]:
+    """Each provider and shape with the reason."""
+    found = (f"- {r['provider']} {r.get('shape', '')}: {explained(r)}" for r in rows if r["status"] != "measured")
+    return list(dict.fromkeys(found))
 
 
 def explained(row: Row) -> str:

@@ -37,15 +37,22 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Of a file that cannot be imported, or that lacks what all of its tests need."""
     if report.failed:
         _write(test=report.nodeid, outcome="failed", detail=str(report.longrepr)[-2000:])
+    elif report.skipped:
+        _write(test=report.nodeid, outcome="skipped", detail=_reason(report))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "call" and report.passed:
         return
     if report.skipped:
-        detail = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        _write(test=report.nodeid, outcome="skipped", detail=detail.removeprefix("Skipped: "))
+        _write(test=report.nodeid, outcome="skipped", detail=_reason(report))
     else:
         _write(test=report.nodeid, outcome=report.outcome, detail=report.longreprtext[-2000:])
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    detail = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return detail.removeprefix("Skipped: ")

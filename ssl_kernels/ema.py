@@ -150,8 +150,8 @@ def ema_multi_avg_fn(
 ) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """The exponential moving average for ``torch.optim.swa_utils.AveragedModel`` and Lightning's ``WeightAveraging``.
 
-    Unlike ``torch.optim.swa_utils.get_ema_multi_avg_fn``, it can average a bfloat16 model into a float32 one, and it
-    copies integers instead of rounding their average.
+    Unlike ``torch.optim.swa_utils.get_ema_multi_avg_fn``, it can average a bfloat16 model into a float32 one, which
+    ``AveragedModel`` allows from torch 2.13 on, and it copies integers instead of rounding their average.
 
     Args:
         momentum: m in [0, 1], a float, or a floating-point tensor of one element, which is read at every update.

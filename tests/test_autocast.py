@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 import ssl_kernels as S
 import ssl_kernels.functional as K
+from ssl_kernels.ops._checks import autocast_features
 
 KEYS = normalize(torch.linspace(-1, 1, 40).sin().view(5, 8), dim=1)
 
@@ -67,3 +68,17 @@ def test_rows_are_normalised_before_autocast_narrows_them() -> None:
     with torch.autocast("cpu", torch.float16):
         loss = K.nt_xent_loss(x, x.flip(0).bfloat16(), 0.5)
     torch.testing.assert_close(loss, K.nt_xent_loss(x, x.flip(0).bfloat16().float(), 0.5), rtol=1e-3, atol=0)
+
+
+def test_nobody_asks_whether_cpus_and_gpus_have_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile of older versions cannot trace the question."""
+
+    def asked(device: str) -> bool:
+        raise AssertionError(f"asked for {device}")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+    x, y = torch.randn(2, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast_features(x, y)[0].dtype == torch.bfloat16
+    with pytest.raises(AssertionError, match="asked for meta"):
+        autocast_features(x.to("meta"))

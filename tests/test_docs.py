@@ -11,6 +11,7 @@ import pkgutil
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from itertools import dropwhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +140,9 @@ def is_command(words: list[str]) -> bool:
     """Whether there is such a command here, with such arguments. Nothing is run but parsers."""
     from ssl_kernels import cli
 
+    words = [*dropwhile(re.compile(r"[A-Z_]+=").match, words)]  # variables before it
+    if words[0] == "tar":
+        return True
     if words[0] == "torchrun":
         words = ["ssl-kernels", *words[words.index("ssl_kernels.cli") + 1 :]] if "-m" in words else words[3:]
     if words[0] == "ssl-kernels":
@@ -155,9 +159,12 @@ def is_command(words: list[str]) -> bool:
         return all(
             re.search(rf"^{extra} = \[", project, re.MULTILINE) for found in extras for extra in found.split(",")
         )
-    if words[0] in ("python", ".venv/bin/python") and words[1] == "-m":
+    pythons = ("python", "python3", ".venv/bin/python")
+    if words[:2] == ["pip", "download"]:
+        return words[-1] in (ROOT / "benchmarks/gpu_bench.py").read_text()
+    if words[0] in pythons and words[1] == "-m":
         return importlib.util.find_spec(words[2]) is not None
-    return words[0] in ("python", ".venv/bin/python") and (ROOT / words[1]).is_file()
+    return words[0] in pythons and (ROOT / words[1]).is_file()
 
 
 @pytest.mark.usefixtures("parsed_only")

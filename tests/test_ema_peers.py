@@ -311,6 +311,10 @@ def test_torch_averaged_model(use_buffers: bool) -> None:
     assert_same_state(ours, theirs)
 
 
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 13),
+    reason="the AveragedModel of torch before 2.13 takes tensors of one dtype",
+)
 def test_torch_averaged_model_in_float32_of_a_bfloat16_model() -> None:
     """Which torch's own ``get_ema_multi_avg_fn`` refuses."""
     model = net().bfloat16()

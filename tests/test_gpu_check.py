@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import gpu_bench  # noqa: E402
 import gpu_check  # noqa: E402
 from gpu_check import Check, Report, Step  # noqa: E402
 
+import ssl_kernels  # noqa: E402
 from ssl_kernels.bench import sigmoid  # noqa: E402
 
 PEERS = {  # by what they are imported as: how pip calls them, and their code
@@ -85,13 +87,13 @@ def test_every_op_is_measured_beside_the_others(run: tuple[int, dict[str, Any], 
         if group.name == "sigmoid, siglip-kernel":  # its process ended
             continue
         ours = measured(report, group=group.name, provider="ours", status="measured")
-        assert {row["mode"] for row in ours} in ({"update"}, {"forward", "forward+backward"})
+        assert {row["mode"] for row in ours} == {*group.op.modes}
         for row in ours:
             assert row["ms"] > 0
             assert row["error"] < 1e-4
             limit = "of_matrix_rate" if "gflop" in row else "of_bandwidth"
             assert 0 < row[limit] < 100
-            if group.name == group.op.name:  # the first of its op
+            if group.name == group.op.name + group.op.suffix:  # the first of its op
                 assert f"| {row['mode']} | {row['shape']} | ours | {row['ms']:.3g} | 1.00x |" in text
     assert measured(report, op="clip", provider="eager", status="measured")
     for op in ("sigmoid", "clip", "dino", "ema", "queue", "info_nce", "nt_xent"):
@@ -183,6 +185,8 @@ def test_what_was_found_is_kept_when_the_machine_is_taken_away(monkeypatch: pyte
     assert (kept["tests"]["collected"], kept["tests"]["passed"]) == (6, 3)
     assert [row["ms"] for row in kept["benchmarks"]] == [1.0]
     assert "| benchmarks | running |" in output.with_suffix(".md").read_text()
+    assert kept["machine"]["torch"] == torch.__version__  # known before the benchmarks tell of it
+    assert datetime.fromisoformat(kept["measured"]).year >= 2026
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
@@ -195,6 +199,18 @@ def test_another_python_is_handed_the_whole(monkeypatch: pytest.MonkeyPatch, tmp
     assert (tmp_path / "told").read_text().split() == [gpu_check.__file__, *arguments]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main(["--python", sys.executable]) == 2  # itself
+
+
+def test_a_checkout_that_is_not_installed_is_what_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By a Python that finds torch and nothing else: site's hooks, by which a checkout is installed, are left out."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(torch.__file__).parents[1]))
+    job = json.dumps({"device": "cpu", "tiny": True, "seconds": 1, "groups": []})
+    command = [sys.executable, "-S", gpu_check.__file__, "--worker", job]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["machine"]["ssl_kernels"] == ssl_kernels.__version__
+    # Whatever the tests start finds it, too.
+    assert Check("cpu", tiny=True, budget_s=60).environment()["PYTHONPATH"].startswith(str(ROOT) + os.pathsep)
 
 
 def test_the_build_is_for_the_card_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -212,6 +228,24 @@ def test_the_build_is_for_the_card_alone(monkeypatch: pytest.MonkeyPatch, tmp_pa
         environment, note = gpu_check.build_environment()
         assert environment == {"SSL_KERNELS_CUDA": "1", **expected}
         assert note == ("with CUDA C++" if wished else "with CUDA C++ for 9.0")
+
+
+@pytest.mark.parametrize(
+    ("missing", "status"), [("pytorch_metric_learning.losses", "not installed"), ("triton", "failed")]
+)
+def test_ours_beside_a_package_that_is_not_installed(
+    missing: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written for a package needs it; what everything needs is missed."""
+
+    def absent() -> Any:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(sigmoid, "SigLipLoss", absent)
+    group = dataclasses.replace(gpu_bench.GROUPS[0], providers=("ours",))
+    rows = list(gpu_bench.measure(group, torch.device("cpu"), tiny=True, deadline=time.monotonic() + 60))
+    assert [row["status"] for row in rows] == [gpu_bench.STARTED, status]
+    assert rows[1]["detail"] == f"ModuleNotFoundError: No module named {missing!r}"
 
 
 def test_groups_past_the_deadline_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +294,20 @@ def test_tests_that_were_not_reached(tmp_path: Path) -> None:
     ):
         assert part in text
     assert gpu_check.summarize(tmp_path / "none")["collected"] == 0
+
+
+def test_files_of_which_no_test_is_collected_are_logged(tmp_path: Path) -> None:
+    lacks = "import pytest\npytest.importorskip('nothing_x', reason='nothing_x is absent')\n"
+    (tmp_path / "test_lacks.py").write_text(lacks)
+    (tmp_path / "test_breaks.py").write_text("import nothing_x")
+    log = tmp_path / "tests.jsonl"
+    environment = Check("cpu", tiny=True, budget_s=60).environment(SSL_KERNELS_TEST_LOG=str(log))
+    command = [*gpu_check.pytest_command(), "-p", "gpu_tests_log", "-c", os.devnull, str(tmp_path)]
+    assert gpu_check.execute(command, 60, environment)[0] == "failed"
+    found = gpu_check.summarize(log)
+    assert [test["detail"] for test in found["skipped"]] == ["nothing_x is absent"]
+    (broken,) = found["failed"]
+    assert "No module named 'nothing_x'" in broken["detail"]
 
 
 # ---- what is wrong is not passed over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -77,9 +78,13 @@ def test_the_loss_is_the_same_through_either_library() -> None:
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
-def test_16_bit_panels_on_cuda_add_into_fp32() -> None:
-    """The call that a GPU gets, checked for dtypes and shapes without one."""
+@pytest.mark.parametrize("widens", [True, False])
+def test_16_bit_panels_on_cuda_add_into_fp32(widens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that a GPU gets, whether its torch adds and widens at once or not, checked without one."""
     with FakeTensorMode():
+        if widens and not module._addmm_widens.__wrapped__(torch.device("cuda"), torch.bfloat16, torch.float32):
+            pytest.skip(f"torch {torch.__version__} cannot say what its addmm(out_dtype=) would return")
+        monkeypatch.setattr(module, "_addmm_widens", lambda *_: widens)
         out = torch.empty(20, 21, device="cuda")[:, 7:14]
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             a = torch.empty(20, 30, dtype=dtype, device="cuda")
@@ -101,7 +106,8 @@ def test_a_torch_whose_addmm_does_not_widen(monkeypatch: pytest.MonkeyPatch) -> 
         calls.append("mm")
         return a.to(out_dtype) @ b.to(out_dtype)
 
-    module._addmm_widens.cache_clear()
+    widens = functools.cache(module._addmm_widens.__wrapped__)  # whatever this process was told before
+    monkeypatch.setattr(module, "_addmm_widens", widens)
     monkeypatch.setattr(torch, "addmm", counted)
     monkeypatch.setattr(torch, "mm", mm)
     a, b = torch.randn(20, 30).bfloat16(), torch.randn(30, 7).bfloat16()

@@ -6,6 +6,7 @@ Peers that the tests do not install are written here, from their equations.
 from __future__ import annotations
 
 import copy
+import importlib
 import pkgutil
 import re
 from collections.abc import Callable
@@ -40,6 +41,8 @@ def test_a_row(cells: list[str]) -> None:
     op, functions, modules, _ = cells
     for name in re.findall(r"`([\w.]+)`", functions + modules):
         path = re.sub(r"^K\b", "functional", re.sub(r"^I\b", "integrations", name))
+        if path.startswith("integrations."):
+            importorskip_peer(path.split(".")[1])
         assert callable(pkgutil.resolve_name(f"ssl_kernels.{path}"))
     assert op in CASES, "a row of the table without a test here"
     CASES[op]()
@@ -47,6 +50,16 @@ def test_a_row(cells: list[str]) -> None:
 
 def test_every_case_has_a_row() -> None:
     assert CASES.keys() == {cells[0] for cells in ROWS}
+
+
+def importorskip_peer(name: str) -> None:
+    """Those of an integration that is imported with its peer."""
+    try:
+        importlib.import_module(f"ssl_kernels.integrations.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ssl_kernels"):
+            raise
+        pytest.skip(f"{error.name} is not installed")
 
 
 def integration(name: str) -> Any:

@@ -235,8 +235,9 @@ def autocast_widest(*features: Tensor) -> tuple[Tensor, ...]:
 def _autocast_device(features: Sequence[Tensor]) -> str | None:
     """The type of their device if autocast is on there."""
     device = features[0].device.type if features and isinstance(features[0], Tensor) else "cpu"
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return device if on else None
+    # Of these nobody needs to ask, and torch.compile of torch 2.10 and 2.11 cannot trace the question.
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return device if available and torch.is_autocast_enabled(device) else None
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

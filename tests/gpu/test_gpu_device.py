@@ -47,6 +47,7 @@ from ssl_kernels import (
     SupConLoss,
     VICRegLoss,
 )
+from ssl_kernels.ops import matmul
 from ssl_kernels.ops.hand_over import scale_
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -119,6 +120,26 @@ def test_compiles_into_one_graph(case: Case) -> None:
     ours, expected = evaluate(case, inputs, compiled), evaluate(case, inputs)
     for a, b in zip(ours.tensors, expected.tensors, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@gpu_only
+@pytest.mark.parametrize("widens", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_products_of_16_bits_add_into_float32(
+    dtype: torch.dtype, widens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call where this torch has it, and as a torch without it adds them."""
+    if not widens:
+        monkeypatch.setattr(matmul, "_addmm_widens", lambda *_: False)
+    a, b = torch.randn(300, 200, device=DEVICE, dtype=dtype), torch.randn(200, 72, device=DEVICE, dtype=dtype)
+    whole = torch.full((300, 216), torch.nan, device=DEVICE)
+    out = whole[:, 72:144]
+    matmul.add_matmul(out, a, b, first=True)
+    matmul.add_matmul(out, 2 * a, b, first=False)
+    # To the precision of fp32; rounded to 16 bits, numbers of this size were off by 0.02 and more.
+    torch.testing.assert_close(out.double(), 3 * a.double() @ b.double(), rtol=1e-4, atol=1e-3)
+    assert whole[:, :72].isnan().all()
+    assert whole[:, 144:].isnan().all()
 
 
 # ---- streams and devices

@@ -57,6 +57,8 @@ def strict_interpreter() -> Iterator[None]:
     builder.regions = []
     # Once, for all that sees the language under either name: every call of a function patches it all over again.
     patches = stock_patch(_reduce)
+    # Triton 3.6 turns an array of one element into a number in a way that NumPy 2.4 and later refuse.
+    patches.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
     try:
         yield
@@ -228,6 +230,13 @@ class _StrictBuilder(interpreter.InterpreterBuilder):
         if not _any_bf16(lhs, rhs):
             return super().binary_op(lhs, rhs, op)
         return _narrow(op(_wide(lhs), _wide(rhs)))
+
+    def create_minnumf(self, lhs: Any, rhs: Any) -> Any:
+        """Of a number and NaN the number, as on a GPU; not so in Triton 3.6."""
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_maxnumf(self, lhs: Any, rhs: Any) -> Any:
+        return self.binary_op(lhs, rhs, np.fmax)
 
     def unary_op(self, arg: Any, op: Callable[..., np.ndarray]) -> Any:
         return _narrow(op(_wide(arg))) if _any_bf16(arg) else super().unary_op(arg, op)

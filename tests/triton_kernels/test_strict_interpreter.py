@@ -27,6 +27,18 @@ def _bf16_functions_kernel(A, OUT, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _extremes_kernel(A, COUNT, OUT):
+    first, second = tl.load(A), tl.load(A + 1)
+    tl.store(OUT, tl.minimum(first, second))
+    tl.store(OUT + 1, tl.maximum(first, second))
+    least, most = first, first
+    for k in range(tl.load(COUNT)):
+        least, most = tl.minimum(least, tl.load(A + k)), tl.maximum(most, tl.load(A + k))
+    tl.store(OUT + 2, least)
+    tl.store(OUT + 3, most)
+
+
+@triton.jit
 def _dot_kernel(A, B, OUT, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
     i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     a = tl.load(A + i * BLOCK + j)
@@ -97,6 +109,14 @@ def test_bf16_arithmetic_is_right_where_the_stock_interpreter_is_wrong():
     with strict_interpreter():
         _bf16_sum_kernel[(1,)](a, b, out, 60, BLOCK=64)
     torch.testing.assert_close(out, want, rtol=2**-7, atol=2**-7)
+
+
+def test_of_a_number_and_nan_the_number_is_the_extreme():
+    """As on a GPU, where kernels count on it; and a loop may end at a number that was loaded."""
+    a, out = torch.tensor([torch.nan, 2.0, 3.0]), torch.empty(4)
+    with strict_interpreter():
+        _extremes_kernel[(1,)](a, torch.tensor([3]), out)
+    assert out.tolist() == [2.0, 2.0, 2.0, 3.0]
 
 
 def test_bf16_comparisons_and_functions():
