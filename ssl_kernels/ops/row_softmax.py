@@ -90,7 +90,8 @@ def row_softmax_loss(
             the losses of the prefixes. On a CPU it takes no more products than that of the longest; the Triton kernels
             take one prefix after the other.
         dim_weights: the weights, by default 1 each.
-        normalize: divide each query and candidate, or each prefix of them, by its norm first.
+        normalize: divide each query and candidate, or each prefix of them, by its norm first. The Triton kernels
+            take the quotients rounded to the features' dtype.
         reduction: "mean" is the equation above; "sum" does not divide by M; "none" returns the terms of i, [M].
         group, strategy, grad_reduce, even_batches, own_share: for a batch that several processes hold together; see
             :mod:`ssl_kernels.distributed`. Without a group the loss is over the rows of this process alone. ``target``
