@@ -144,6 +144,14 @@ def _needs_grad(values: Sequence[Any]) -> bool | None:
     return needs_grad and torch.is_grad_enabled()
 
 
+def may_overwrite(saved: Tensor, upstream: Tensor | None) -> bool:
+    """Whether a backward pass may write to a tensor that it has saved, since nobody can ask for it again: not with
+    retain_graph, not while being traced, and not where one pass makes the gradients of many."""
+    if type(saved) is not Tensor or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    return upstream is None or not is_legacy_batchedtensor(upstream)
+
+
 def _is_special(tensor: Tensor) -> bool:
     if type(tensor) not in _PLAIN or tensor.is_meta:
         return True

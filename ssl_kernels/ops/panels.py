@@ -10,6 +10,7 @@ Where Y is X, the tiles below the diagonal mirror those above it and are not vis
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -31,6 +32,12 @@ def _cut(size: int, step: int, seam: int = 0) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise([*starts, size])]
 
 
+def gradient_of_columns(new: Callable[..., Tensor], cols: int, width: int, device: torch.device) -> Tensor:
+    """[cols, width] by ``new`` of a shape. On a GPU it is transposed in memory; on a CPU it lies as y does, so that the
+    tensor that autograd gets is the one that a parameter keeps."""
+    return new(cols, width) if device.type == "cpu" else new(width, cols).t()
+
+
 def run_panels(
     panel: PanelFunction,
     x: Tensor,
@@ -48,6 +55,7 @@ def run_panels(
     add: bool = False,
     symmetric: bool = False,
     seam: int = 0,
+    shape: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row statistics [M, stats_width], and the gradients sum_j G Y [M, D] and sum_i G^T (w X) [N, D] in fp32
     (float64 for float64 features; empty where not wanted).
@@ -56,35 +64,40 @@ def run_panels(
     its kernel keeps them in registers.
     ``row_weight`` [M] weighs the rows in the gradient of y; what is by rows is left for the caller to weigh. A ``dx``
     that is given receives the gradient of x; ``panel`` may rescale its rows before a tile after the first is added.
-    So does a ``dy``, [N, D] and transposed in memory. With ``add`` gradients are added to what these hold.
+    So does a ``dy`` that an earlier call returned. With ``add`` gradients are added to what these hold.
 
     With ``symmetric``, ``y`` is ``x``, and only tiles on and above the diagonal are visited. One above it stands for
     its mirror image too: G must hold the gradient through both. On the diagonal ``panel`` is given the same tensor
     twice. Both gradients are then in the first, and the second is empty. No panel lies across the row ``seam``.
+
+    A ``shape`` is the rows and columns of a panel, which are chosen here without it.
     """
     rows, cols, width = x.shape[0], y.shape[0], x.shape[1]
     device = x.device
     accumulate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats_dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     stats = (torch.zeros if stats_width else torch.empty)(rows, stats_width, dtype=stats_dtype, device=device)
-    # The gradient of y is kept transposed: [D, m] x [m, n] reads G along its rows, the fast way on the CPU.
     make = torch.zeros if rows == 0 or cols == 0 else torch.empty
     if dx is None:
         dx = make(rows if want_dx else 0, width, dtype=accumulate_dtype, device=device)
-    dy_t = make(width, cols if want_dy else 0, dtype=accumulate_dtype, device=device) if dy is None else dy.t()
+    if dy is None:
+        new = functools.partial(make, dtype=accumulate_dtype, device=device)
+        dy = gradient_of_columns(new, cols if want_dy else 0, width, device)
     if rows == 0 or cols == 0:
-        return stats, dx, dy_t.t()
+        return stats, dx, dy
 
     bytes_per_element = tiles * compute_dtype.itemsize
-    panel_rows, panel_cols = panel_shape(rows, cols, width, bytes_per_element, device, workspace, symmetric)
+    panel_rows, panel_cols = shape or panel_shape(
+        rows, cols, width, bytes_per_element, device, workspace, symmetric
+    )
     row_panels, col_panels = _cut(rows, panel_rows, seam), _cut(cols, panel_cols, seam)
     mirrored = symmetric and want_dy and len(row_panels) > 1  # there are tiles above the diagonal
     if mirrored:
-        dy_t[:, col_panels[0]] = 0  # nothing lies above the first tile
+        dy[col_panels[0]] = 0  # nothing lies above the first tile
     for a, row_panel in enumerate(row_panels):
         i = row_panel.start
         x_i = _part(x, row_panel).to(compute_dtype)
-        x_i_t: Tensor | None = None
+        weighted: Tensor | None = None
         first_col = a if symmetric else 0
         for b in range(first_col, len(col_panels)):
             col_panel = col_panels[b]
@@ -97,17 +110,17 @@ def run_panels(
                     out, factor = _features(_part(dx, row_panel), features), _features(y_j, features)
                     add_matmul(out, tile, factor, first=b == first_col and not add)
                 if want_dy and not (symmetric and a == b):
-                    if x_i_t is None:
+                    if weighted is None:
                         weight = None if row_weight is None else row_weight[row_panel]
-                        x_i_t = _transposed(x_i, weight, accumulate_dtype)
-                    out = _features(_part(dy_t.t(), col_panel), features).t()
-                    add_matmul(out, x_i_t if features is _ALL else x_i_t[features], tile, first=a == 0 and not add)
+                        weighted = _weighted(x_i, weight, accumulate_dtype)
+                    out, factor = _features(_part(dy, col_panel), features), _features(weighted, features)
+                    _add_transposed(out, tile, factor, first=a == 0 and not add)
             del made, tile  # before the next one is made
     if mirrored:
-        dx += dy_t.t()
+        dx += dy
     if symmetric:
-        dy_t = dy_t.new_empty(width, 0)
-    return stats, dx, dy_t.t()
+        dy = gradient_of_columns(dy.new_empty, 0, width, device)
+    return stats, dx, dy
 
 
 _ALL = slice(None)
@@ -126,8 +139,15 @@ def _part(t: Tensor, panel: slice) -> Tensor:
     return t if panel.stop - panel.start == t.size(0) else t[panel]
 
 
-def _transposed(x: Tensor, row_weight: Tensor | None, weighted_dtype: torch.dtype) -> Tensor:
-    """x^T, times the weights of its rows: they must not meet 16-bit features before the product, which is then one of
+def _weighted(x: Tensor, row_weight: Tensor | None, weighted_dtype: torch.dtype) -> Tensor:
+    """x times the weights of its rows: they must not meet 16-bit features before the product, which is then one of
     fp32."""
-    x_t = x.t() if row_weight is None else x.t().to(weighted_dtype) * row_weight
-    return x_t.contiguous() if x.device.type == "cpu" else x_t
+    return x if row_weight is None else x.to(weighted_dtype) * row_weight[:, None]
+
+
+def _add_transposed(out: Tensor, tile: Tensor, factor: Tensor, *, first: bool) -> None:
+    """tile^T factor, as add_matmul does; as a product of the transposes where that is how the result lies in memory."""
+    if out.device.type == "cpu":
+        add_matmul(out, tile.t(), factor, first=first)
+    else:
+        add_matmul(out.t(), factor.t(), tile, first=first)
