@@ -83,6 +83,7 @@ class Op(Generic[Arguments]):
         def run_and_prepare(ctx: Any, *values: Any) -> Any:  # apart, they would cost a look at the signature each time
             packed = arguments(*values)
             result = forward(packed)
+            ctx.owns_outputs = True
             setup_context(ctx, packed, result)
             return result
 
@@ -150,6 +151,11 @@ def may_overwrite(saved: Tensor, upstream: Tensor | None) -> bool:
     if type(saved) is not Tensor or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
     return upstream is None or not is_legacy_batchedtensor(upstream)
+
+
+def owns_outputs(ctx: Any) -> bool:
+    """Whether nobody but this library has the outputs of an op. In graphs, and of ``torch.ops``, others have."""
+    return bool(getattr(ctx, "owns_outputs", False))
 
 
 def _is_special(tensor: Tensor) -> bool:

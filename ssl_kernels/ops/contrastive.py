@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_kernels.ops._op import Op, may_overwrite
+from ssl_kernels.ops._op import Op, may_overwrite, owns_outputs
 from ssl_kernels.ops.matmul import onednn_is_faster_for
 
 NO_DIAGONAL = 2**62  # a diagonal that meets no tile
@@ -140,7 +140,8 @@ def backward(op: Any, ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tens
         tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         _, dx, dy, scalars, *_ = op(ctx.again._replace(**tensors | {"row_weight": upstream}))
         scale, upstream = tensors["scale"], None
-    gradients = finished(Finish(upstream, scale, scalars, dx, dy, ctx.dtype))
+    sums = Finish(upstream, scale, scalars, dx, dy, ctx.dtype)
+    gradients = finish_in_place(sums) if owns_outputs(ctx) else finish_gradients(sums)
     differentiable = 4 if ctx.fields[3] == "bias" else 3
     wanted = zip(gradients, ctx.needs_input_grad[:differentiable], strict=False)
     rest = (None,) * (len(ctx.fields) - differentiable)
@@ -158,8 +159,8 @@ class Finish(NamedTuple):
     dtype: torch.dtype  # of the gradients of x and y, to which they are cast last
 
 
-def finished(a: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, y, scale and bias; called by a backward pass, whose saved sums become them where possible."""
+def finish_in_place(a: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As finish_gradients, but what a backward pass has saved becomes the gradients where nobody can ask again."""
     if a.dx.device.type == "cpu" and a.dx.dtype == a.dtype == torch.float32 and may_overwrite(a.dx, a.upstream):
         return _finish(a, (a.dx.detach(), a.dy.detach()))
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] = finish_gradients(a)

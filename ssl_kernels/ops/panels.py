@@ -87,9 +87,7 @@ def run_panels(
         return stats, dx, dy
 
     bytes_per_element = tiles * compute_dtype.itemsize
-    panel_rows, panel_cols = shape or panel_shape(
-        rows, cols, width, bytes_per_element, device, workspace, symmetric
-    )
+    panel_rows, panel_cols = shape or panel_shape(rows, cols, width, bytes_per_element, device, workspace, symmetric)
     row_panels, col_panels = _cut(rows, panel_rows, seam), _cut(cols, panel_cols, seam)
     mirrored = symmetric and want_dy and len(row_panels) > 1  # there are tiles above the diagonal
     if mirrored:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops._op import Op, may_overwrite
-from ssl_kernels.ops.contrastive import Finish, finish_gradients, finished, fit_one_tile, no_double_backward
+from ssl_kernels.ops._op import Op, may_overwrite, owns_outputs
+from ssl_kernels.ops.contrastive import Finish, finish_gradients, finish_in_place, fit_one_tile, no_double_backward
 from ssl_kernels.ops.panels import gradient_of_columns
 from ssl_kernels.ops.reuse import warm
 from ssl_kernels.ops.row_passes import Arguments, Gradients, Passes, stats_width, wanted_gradients
@@ -223,7 +223,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
         _, dx, dy, scalars, dbias, _ = row_softmax(ctx.again._replace(**tensors))
         scale, upstream = tensors["scale"], None
     sums = Finishing(upstream, scale, dx, dy, scalars, dbias, ctx.dtype)
-    found = _finished(sums, finished) if may_overwrite(dx, upstream) else _finish(sums)
+    found = _finished(sums, finish_in_place) if owns_outputs(ctx) and may_overwrite(dx, upstream) else _finish(sums)
     needed = ctx.needs_input_grad[: len(found)]
     rest = (None,) * (len(Arguments._fields) - len(found))
     return *(gradient if need else None for gradient, need in zip(found, needed, strict=True)), *rest
