@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
+from ssl_kernels.ops import panels
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": lambda x, y: K.sigmoid_contrastive_loss(x, y, 10.0, -10.0),
@@ -42,6 +43,24 @@ def test_a_gradient_lies_as_its_parameter_does_and_is_not_copied(
     kept = [(leaf.grad.data_ptr(), leaf.stride()) for leaf in leaves if leaf.grad is not None]
     assert len(kept) == 2
     assert sorted(arrived) == sorted(kept)
+
+
+@each_loss
+def test_the_same_where_onednn_multiplies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, what is by columns is transposed until all tiles are added."""
+    found = []
+    for onednn in (False, True):
+        monkeypatch.setattr(panels, "onednn_is_faster", lambda onednn=onednn: onednn)
+        torch.manual_seed(0)
+        leaves = leaves_of(300, 24)
+        with ssl_kernels.use_workspace(0.1):
+            LOSSES[name](*leaves).backward()
+        found.append([leaf.grad for leaf in leaves])
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        assert b is not None
+        torch.testing.assert_close(a, b)
+        assert b.is_contiguous()
 
 
 @pytest.mark.parametrize("options", [{"retain_graph": True}, {"create_graph": True}])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ssl_kernels.ops.matmul import add_matmul
+from ssl_kernels.ops.matmul import add_matmul, onednn_is_faster
 from ssl_kernels.ops.panel_shape import panel_shape
 
 # (X_i [m, D], Y_j [n, D], stats of the rows [m, k], first row, first column) -> G [m, n], if a gradient is wanted; or
@@ -80,9 +80,11 @@ def run_panels(
     make = torch.zeros if rows == 0 or cols == 0 else torch.empty
     if dx is None:
         dx = make(rows if want_dx else 0, width, dtype=accumulate_dtype, device=device)
+    turned = False
     if dy is None:
+        turned = want_dy and min(rows, cols) > 0 and _turn(device, accumulate_dtype)
         new = functools.partial(make, dtype=accumulate_dtype, device=device)
-        dy = gradient_of_columns(new, cols if want_dy else 0, width, device)
+        dy = new(width, cols).t() if turned else gradient_of_columns(new, cols if want_dy else 0, width, device)
     if rows == 0 or cols == 0:
         return stats, dx, dy
 
@@ -110,15 +112,15 @@ def run_panels(
                 if want_dy and not (symmetric and a == b):
                     if weighted is None:
                         weight = None if row_weight is None else row_weight[row_panel]
-                        weighted = _weighted(x_i, weight, accumulate_dtype)
+                        weighted = _weighted(x_i, weight, accumulate_dtype, turned)
                     out, factor = _features(_part(dy, col_panel), features), _features(weighted, features)
-                    _add_transposed(out, tile, factor, first=a == 0 and not add)
+                    _add_transposed(out, tile, factor, turned, first=a == 0 and not add)
             del made, tile  # before the next one is made
     if mirrored:
         dx += dy
     if symmetric:
         dy = gradient_of_columns(dy.new_empty, 0, width, device)
-    return stats, dx, dy
+    return stats, dx, _turned_back(dy) if turned and not symmetric else dy
 
 
 _ALL = slice(None)
@@ -137,15 +139,29 @@ def _part(t: Tensor, panel: slice) -> Tensor:
     return t if panel.stop - panel.start == t.size(0) else t[panel]
 
 
-def _weighted(x: Tensor, row_weight: Tensor | None, weighted_dtype: torch.dtype) -> Tensor:
+def _turn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the gradient of y is transposed in memory meanwhile: oneDNN copies G unless it reads it along its rows, as
+    in [D, m] x [m, n]."""
+    return device.type == "cpu" and dtype == torch.float32 and onednn_is_faster()
+
+
+def _turned_back(dy: Tensor) -> Tensor:
+    """A copy that is contiguous, by all threads."""
+    none, one, scalar, back = dy.new_empty(0, dy.shape[1]), dy.new_ones(3), dy.new_empty(()), dy.new_empty(dy.shape)
+    torch.ops.ssl_kernels.finish_gradients_(None, one[0], one, none, dy, none, back, scalar, scalar)
+    return back
+
+
+def _weighted(x: Tensor, row_weight: Tensor | None, weighted_dtype: torch.dtype, turned: bool) -> Tensor:
     """x times the weights of its rows: they must not meet 16-bit features before the product, which is then one of
     fp32."""
-    return x if row_weight is None else x.to(weighted_dtype) * row_weight[:, None]
+    weighted = x if row_weight is None else x.to(weighted_dtype) * row_weight[:, None]
+    return weighted.t().contiguous().t() if turned else weighted
 
 
-def _add_transposed(out: Tensor, tile: Tensor, factor: Tensor, *, first: bool) -> None:
+def _add_transposed(out: Tensor, tile: Tensor, factor: Tensor, turned: bool, *, first: bool) -> None:
     """tile^T factor, as add_matmul does; as a product of the transposes where that is how the result lies in memory."""
-    if out.device.type == "cpu":
+    if out.device.type == "cpu" and not turned:
         add_matmul(out, tile.t(), factor, first=first)
     else:
         add_matmul(out.t(), factor.t(), tile, first=first)
