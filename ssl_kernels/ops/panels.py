@@ -140,8 +140,8 @@ def _part(t: Tensor, panel: slice) -> Tensor:
 
 
 def _turn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the gradient of y is transposed in memory meanwhile: oneDNN copies G unless it reads it along its rows, as
-    in [D, m] x [m, n]."""
+    """Whether the gradient of y is transposed in memory meanwhile: oneDNN copies G unless it reads it along its rows,
+    as in [D, m] x [m, n]."""
     return device.type == "cpu" and dtype == torch.float32 and onednn_is_faster()
 
 
