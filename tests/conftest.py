@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from covering import mark_all_but_pairs
+from covering import mark_all_but_pairs, mark_all_but_some
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
@@ -15,9 +15,15 @@ settings.register_profile("brief", deadline=None, derandomize=True, max_examples
 settings.load_profile("default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--of-each", type=int, metavar="N", help="run at most N of a test's parameters")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_all_but_pairs(items)
+    if config.getoption("--of-each"):
+        mark_all_but_some(items, config.getoption("--of-each"))
 
 
 @pytest.fixture(autouse=True)

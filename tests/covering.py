@@ -55,6 +55,19 @@ def mark_all_but_pairs(items: Iterable[pytest.Item]) -> None:
                     item.add_marker(pytest.mark.slow)
 
 
+def mark_all_but_some(items: Iterable[pytest.Item], most: int) -> None:
+    """Mark tests slow that are not among ``most`` of their function, the first and the last of them and between."""
+    functions: dict[tuple[object, str], list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and not item.get_closest_marker("slow"):
+            functions.setdefault((item.parent, item.originalname), []).append(item)
+    for same in functions.values():
+        chosen = {i * (len(same) - 1) // max(most - 1, 1) for i in range(most)}
+        for i, item in enumerate(same):
+            if i not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
 def cover(rows: Sequence[tuple[Any, ...]], strength: int, also: Sequence[object] = ()) -> set[int]:
     """The numbers of few rows in which all meetings of ``strength`` values occur that occur in any row; greedily.
 

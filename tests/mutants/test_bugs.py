@@ -11,7 +11,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from run import ROOT, bugs
 
-KERNELS = [*ROOT.glob("csrc/cpu/*-inl.h"), *ROOT.glob("csrc/cuda/*.cu")]
 NOT_OPS = {"__init__.py", "_checks.py", "matmul.py", "reuse.py"}
 
 

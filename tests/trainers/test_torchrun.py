@@ -358,7 +358,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     package = str(Path(processes.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
