@@ -70,8 +70,9 @@ positive with each negative pair, so that it takes no more rows.
 """,
     "row_softmax": """\
 M queries, and N candidates of which M are positives and the others hard negatives. Loss and gradients need three
-products of 2 M N D FLOP. Ours takes a fourth for each tile that it did not keep from its first pass. Five prefixes of
-the features take ours no more products; a guide has D / 2 features, and its product is taken once for each kept tile.
+products of 2 M N D FLOP. Ours takes no more where a tile of all candidates fits its workspace; with a workspace of 4 MB
+it may take a fourth, to form smaller tiles twice. Five prefixes of the features take ours no more products; a guide has
+D / 2 features, and its product is taken once.
 """,
     "info_nce": """\
 B queries meet the K keys of a queue. Loss and gradient need two products of 2 B K D FLOP. "MoCo's code" copies the

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.ops import row_loss
+from ssl_kernels.ops import panel_shape, row_loss
 
 # ---- values and gradients
 
@@ -88,19 +89,33 @@ MANY_ROWS = SEVERAL_POSITIVES | {"rows": 70, "cols": 80, "ids": None, "bias": Tr
     layout=layouts,
     workspace_mb=st.sampled_from([64, 0.02, 0.002]),
     budget_mb=st.sampled_from([64, 0, 0.004]),
+    rows_at_once=st.sampled_from([256, 7]),
     seed=st.integers(0, 2**16),
 )
-@example(problem=SEVERAL_POSITIVES, layout="contiguous", workspace_mb=64, budget_mb=64, seed=1)
-@example(problem=SEVERAL_POSITIVES | {"guide": 5}, layout="contiguous", workspace_mb=64, budget_mb=64, seed=1)
-@example(problem=MANY_ROWS, layout="contiguous", workspace_mb=64, budget_mb=64, seed=1)
+@example(problem=SEVERAL_POSITIVES, layout="contiguous", workspace_mb=64, budget_mb=64, rows_at_once=256, seed=1)
+@example(
+    problem=SEVERAL_POSITIVES | {"guide": 5}, layout="contiguous", workspace_mb=64, budget_mb=64, rows_at_once=5, seed=1
+)
+@example(problem=MANY_ROWS, layout="contiguous", workspace_mb=64, budget_mb=64, rows_at_once=256, seed=1)
+@example(problem=MANY_ROWS, layout="contiguous", workspace_mb=64, budget_mb=64, rows_at_once=16, seed=1)
 def test_matches_the_float64_reference(
-    backend: str, problem: dict[str, Any], layout: str, workspace_mb: float, budget_mb: float, seed: int
+    backend: str,
+    problem: dict[str, Any],
+    layout: str,
+    workspace_mb: float,
+    budget_mb: float,
+    rows_at_once: int,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     loss, arguments = call(**problem)
     arguments[:2] = [lay_out(t, layout) for t in arguments[:2]]
     weight = torch.randn(problem["rows"]) if problem["reduction"] == "none" else torch.tensor(-1.7)
-    with ssl_kernels.use_workspace(workspace_mb), ssl_kernels.use_tile_budget(budget_mb):
+    with (
+        ssl_kernels.use_workspace(workspace_mb),
+        ssl_kernels.use_tile_budget(budget_mb),
+        mock.patch.object(panel_shape, "_WHOLE_ROWS", (1, rows_at_once, rows_at_once)),
+    ):
         ours = evaluate(backend, loss, arguments, weight)
     share = 3 * len(problem.get("dims", [0]))
     summed = problem["rows"] ** 0.5 if problem["reduction"] == "sum" else 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from contrastive import BACKENDS, FUSED, distance, evaluate, features, oracle
+from contrastive import BACKENDS, FUSED, assert_close, distance, evaluate, features, oracle, plain
 from covering import covering
 from memory import linux_only, peak_mb, saved_bytes
 from row_losses import call
@@ -77,10 +77,44 @@ def test_the_budget_decides_how_many_tiles_are_multiplied_twice(
 
 def test_a_guide_takes_one_product_more_where_no_tile_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = count_products(monkeypatch)
-    loss, arguments = call(40, 50, guide=5)
-    for budget, tiles in ((0, 4), (64, 2)):  # a kept tile knows what was left out
+    loss, arguments = call(32, 48, guide=5)
+    for workspace, budget, tiles in (
+        (TILE_MB, 0, 24),
+        (TILE_MB, 64, 12),
+        (64, 0, 2),
+    ):  # a kept tile knows what was left out
         counts["tiles"] = 0
-        with ssl_kernels.use_tile_budget(budget):
+        with ssl_kernels.use_workspace(workspace), ssl_kernels.use_tile_budget(budget):
+            evaluate("cpu", loss, arguments)
+        assert counts["tiles"] == tiles
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("options", [CALLS["bias"], {"dims": (8, 3), "normalize": True, "weights": True}])
+def test_one_visit_is_enough_where_256_rows_of_similarities_fit(
+    options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """600 rows in three panels take three products each; where 255 fit, smaller tiles take four."""
+    counts = count_products(monkeypatch)
+    loss, arguments = call(600, 620, **options)
+    exact, eager = oracle(loss, arguments), plain(loss, arguments)
+    prefixes = len(options.get("dims", [8]))
+    row_mb = 620 * 4 * prefixes * row_tiles.TILES[backend] / 2**20
+    for rows in (256, 255):
+        counts |= {"tiles": 0, "gradients": 0}
+        with ssl_kernels.use_workspace(rows * row_mb), ssl_kernels.use_tile_budget(0):
+            assert_close(evaluate(backend, loss, arguments), eager, exact, terms=60)
+        once = counts == {"tiles": 3 * prefixes, "gradients": 6 * prefixes}
+        twice = counts["tiles"] == counts["gradients"] > 6 * prefixes
+        assert (once, twice) == (rows == 256, rows == 255)
+
+
+def test_candidates_that_are_converted_fit_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = count_products(monkeypatch)
+    loss, arguments = call(16, 32, 256, dtype=torch.bfloat16)
+    for workspace_kb, tiles in ((32, 1), (31, 4)):
+        counts["tiles"] = 0
+        with ssl_kernels.use_workspace(workspace_kb / 1024), ssl_kernels.use_tile_budget(0):
             evaluate("cpu", loss, arguments)
         assert counts["tiles"] == tiles
 
@@ -355,7 +389,18 @@ def test_peak_and_saved_memory_are_linear_in_the_batch(name: str, budget_mb: int
 
     with ssl_kernels.use_tile_budget(budget_mb), ssl_kernels.use_workspace(4):
         peak = peak_mb(step)
-    assert peak < 6 * size / 2**20 + 10 + budget_mb
+    assert peak < 3 * size / 2**20 + 8 + budget_mb
+
+
+@linux_only
+def test_peak_memory_is_a_tenth_of_that_of_the_formula() -> None:
+    """4,096 queries and 8,192 candidates by default; the formula, as sentence-transformers has it, takes five matrices
+    beside the gradients."""
+    leaves = [t.requires_grad_() for t in (*features(4096, 8192, 128), torch.tensor(20.0))]
+    gradients = sum(t.nbytes for t in leaves)
+    peak = peak_mb(lambda: K.row_softmax_loss(*leaves).backward(), calls=2) * 2**20
+    assert peak < (5 * 4 * 4096 * 8192 + gradients) / 10
+    assert peak < gradients + 25 * 2**20
 
 
 @linux_only

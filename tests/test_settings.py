@@ -23,7 +23,14 @@ import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels import settings
 from ssl_kernels.ops import panels
-from ssl_kernels.ops.panel_shape import clocks, clocks_of_half, panel_clocks, panel_shape, product_clocks
+from ssl_kernels.ops.panel_shape import (
+    clocks,
+    clocks_of_half,
+    panel_clocks,
+    panel_shape,
+    product_clocks,
+    whole_rows,
+)
 
 CPU = torch.device("cpu")
 MB_64 = 64 * 2**20
@@ -136,6 +143,15 @@ def test_preferred_panels() -> None:
     assert panel_shape(1025, 2100, 512, 4, cpu, MB_64) == (528, 1056)  # near-equal panels, not 1024 + 1
     assert panel_shape(256, 65_536, 512, 4, cpu, MB_64) == (256, 4096)  # few rows: longer panels of the same size
     assert panel_shape(1, 2**20, 1024, 4, cpu, MB_64) == (1, 2**14)  # but not so long that their features outgrow 64 MB
+
+
+def test_whole_rows_are_taken_where_enough_of_them_fit() -> None:
+    assert whole_rows(4096, 8192, 4, MB_64) == 688  # a sixth, 21.5 MB
+    assert whole_rows(1024, 2048, 4, MB_64) == 1024  # all, 8 MB
+    assert whole_rows(1024, 4096, 4, MB_64) == 512  # not all: 16 MB would be the whole matrix
+    assert whole_rows(4096, 65_536, 4, MB_64) == 256
+    assert whole_rows(4096, 65_537, 4, MB_64) == 0
+    assert whole_rows(100, 2**17, 4, MB_64) == 100  # no more are there
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ void row_softmax_summary_cpu(Tensor stats, double unit, double label_smoothing, 
 }
 
 // All of a forward pass whose similarities are one tile: both passes over it, and the products. Returns the loss; the
-// gradients of x and, transposed in memory, of y (empty where not wanted); that of the scale and the largest weight, to
-// be multiplied by all of them; and the gradient of the bias.
+// gradients of x and y (empty where not wanted); that of the scale and the largest weight, to be multiplied by all of
+// them; and the gradient of the bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_softmax_of_one_tile_cpu(
     Tensor x, Tensor y, Maybe weights, double label_smoothing, bool mean, bool want_dx, bool want_dy, bool want_scale,
     bool want_bias, Tensor target, Maybe row_ids, Maybe col_ids, int64_t same_id, bool logits, double scale, double same_scale, double other_scale,
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_softmax_of_one_tile_cpu(
   summary.side = any ? side.data() : nullptr;
   summarise(summary, loss);
 
-  Tensor dx = new_empty(x, {0, x.size(1)}), dy = sslk::transposed(new_empty(x, {x.size(1), 0}));
+  Tensor dx = new_empty(x, {0, x.size(1)}), dy = new_empty(x, {0, x.size(1)});
   Tensor dbias = new_empty(x, {want_bias ? cols : 0});
   if (any) {
     std::vector<double> moments(rows);
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_softmax_of_one_tile_cpu(
       by_bias[j] = static_cast<float>(sum);
     }
     if (want_dx) dx = sslk::product(tile, y);
-    if (want_dy) dy = sslk::transposed(sslk::product(sslk::transposed(x), tile));
+    if (want_dy) dy = sslk::product(sslk::transposed(tile), x);
   }
   return {loss, dx, dy, scalars, dbias};
 }

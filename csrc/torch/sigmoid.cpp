@@ -25,8 +25,8 @@ void sigmoid_panel_cpu(Tensor tile, Tensor stats, double scale, double bias, std
   run(sslk::sigmoid_job(tile, stats, scale, bias, row_ids, col_ids, ignore_same_id, diagonal, write_grad));
 }
 
-// All of a forward pass whose similarities are one tile. Returns the loss, the gradients of x and, transposed in memory,
-// of y (empty where not wanted), and the scalars of a Result.
+// All of a forward pass whose similarities are one tile. Returns the loss, the gradients of x and y (empty where not
+// wanted), and the scalars of a Result.
 std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_of_one_tile_cpu(
     Tensor x, Tensor y, double scale, double bias, std::optional<Tensor> x_ids, std::optional<Tensor> y_ids,
     bool ignore_same_id, int64_t positive, double divisor, bool want_dx, bool want_dy, bool want_scalars) {
@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_of_one_tile_cpu(
   const Tensor loss = new_empty(x, {}), scalars = new_empty(x, {3});
   sslk::weighted_sums(stats, std::nullopt, divisor, loss, scalars);
   const Tensor dx = want_dx ? sslk::product(tile, y) : new_empty(x, {0, x.size(1)});
-  const Tensor dy_t = want_dy ? sslk::product(sslk::transposed(x), tile) : new_empty(x, {x.size(1), 0});
-  return {loss, dx, sslk::transposed(dy_t), scalars};
+  const Tensor dy = want_dy ? sslk::product(sslk::transposed(tile), x) : new_empty(x, {0, x.size(1)});
+  return {loss, dx, dy, scalars};
 }
 
 }  // namespace

@@ -102,8 +102,7 @@ void mirror_cpu(Tensor tile) {
 
 // All of a forward pass whose similarities are one tile: both passes over it, and the products. Without y the rows of x
 // meet each other, and with a seam so do those of equal place before and after it, as positive pairs. Returns the loss,
-// the gradients of x and, transposed in memory, of y (empty where not wanted), the scalars of a Result, and the number
-// of unpaired.
+// the gradients of x and y (empty where not wanted), the scalars of a Result, and the number of unpaired.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_of_one_tile_cpu(
     Tensor x, std::optional<Tensor> y, double scale, std::optional<Tensor> x_ids, std::optional<Tensor> y_ids,
     bool ignore_same_id, int64_t positive, int64_t excluded, int64_t seam, double label_smoothing, bool mean,
@@ -159,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_of_one_tile_cpu(
   }
   sslk::softmax_summary(summary);
 
-  Tensor dx = new_empty(x, {0, x.size(1)}), dy = sslk::transposed(new_empty(x, {x.size(1), 0}));
+  Tensor dx = new_empty(x, {0, x.size(1)}), dy = new_empty(x, {0, x.size(1)});
   if (wanted) {
     if (!y) grad.col = grad.row;
     std::vector<double> moments(pairs.rows);
@@ -171,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_of_one_tile_cpu(
     for (double value : moments) moment += value;
     factors[0] = static_cast<float>(moment / (y ? 1 : 2));  // a symmetric tile holds every pair both ways
     if (want_dx) dx = sslk::product(tile, y ? *y : x);
-    if (want_dy && y) dy = sslk::transposed(sslk::product(sslk::transposed(x), tile));
+    if (want_dy && y) dy = sslk::product(sslk::transposed(tile), x);
   }
   return {loss, dx, dy, scalars, unpaired};
 }

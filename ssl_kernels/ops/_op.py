@@ -83,6 +83,7 @@ class Op(Generic[Arguments]):
         def run_and_prepare(ctx: Any, *values: Any) -> Any:  # apart, they would cost a look at the signature each time
             packed = arguments(*values)
             result = forward(packed)
+            ctx.owns_outputs = True
             setup_context(ctx, packed, result)
             return result
 
@@ -142,6 +143,19 @@ def _needs_grad(values: Sequence[Any]) -> bool | None:
                 return None
             needs_grad = needs_grad or value.requires_grad
     return needs_grad and torch.is_grad_enabled()
+
+
+def may_overwrite(saved: Tensor, upstream: Tensor | None) -> bool:
+    """Whether a backward pass may write to a tensor that it has saved, since nobody can ask for it again: not with
+    retain_graph, not while being traced, and not where one pass makes the gradients of many."""
+    if type(saved) is not Tensor or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    return upstream is None or not is_legacy_batchedtensor(upstream)
+
+
+def owns_outputs(ctx: Any) -> bool:
+    """Whether nobody but this library has the outputs of an op. In graphs, and of ``torch.ops``, others have."""
+    return bool(getattr(ctx, "owns_outputs", False))
 
 
 def _is_special(tensor: Tensor) -> bool:

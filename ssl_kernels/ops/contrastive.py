@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_kernels.ops._op import Op
+from ssl_kernels.ops._op import Op, may_overwrite, owns_outputs
 from ssl_kernels.ops.matmul import onednn_is_faster_for
 
 NO_DIAGONAL = 2**62  # a diagonal that meets no tile
@@ -157,7 +157,8 @@ def backward(op: Any, ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tens
         tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         _, dx, dy, scalars, *_ = op(ctx.again._replace(**tensors | {"row_weight": upstream}))
         scale, upstream = tensors["scale"], None
-    gradients = finish_gradients(Finish(upstream, scale, scalars, dx, dy, ctx.dtype))
+    sums = Finish(upstream, scale, scalars, dx, dy, ctx.dtype)
+    gradients = finish_in_place(sums) if owns_outputs(ctx) else finish_gradients(sums)
     differentiable = 4 if ctx.fields[3] == "bias" else 3
     wanted = zip(gradients, ctx.needs_input_grad[:differentiable], strict=False)
     rest = (None,) * (len(ctx.fields) - differentiable)
@@ -175,8 +176,16 @@ class Finish(NamedTuple):
     dtype: torch.dtype  # of the gradients of x and y, to which they are cast last
 
 
-def _finish(a: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = _empty_gradients(a)
+def finish_in_place(a: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As finish_gradients, but what a backward pass has saved becomes the gradients where nobody can ask again."""
+    if a.dx.device.type == "cpu" and a.dx.dtype == a.dtype == torch.float32 and may_overwrite(a.dx, a.upstream):
+        return _finish(a, (a.dx.detach(), a.dy.detach()))
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = finish_gradients(a)
+    return gradients
+
+
+def _finish(a: Finish, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = (*(into or _empty_features(a)), torch.empty_like(a.scale), torch.empty_like(a.scale))
     if a.dx.device.type == "cpu" and a.dx.dtype == torch.float32:
         torch.ops.ssl_kernels.finish_gradients_(*a[:5], *gradients)
         return gradients
@@ -190,9 +199,12 @@ def _finish(a: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return gradients
 
 
+def _empty_features(a: Finish) -> tuple[Tensor, Tensor]:
+    return a.dx.new_empty(a.dx.shape, dtype=a.dtype), a.dy.new_empty(a.dy.shape, dtype=a.dtype)
+
+
 def _empty_gradients(a: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dy = (t.new_empty(t.shape, dtype=a.dtype) for t in (a.dx, a.dy))
-    return dx, dy, torch.empty_like(a.scale), torch.empty_like(a.scale)
+    return *_empty_features(a), torch.empty_like(a.scale), torch.empty_like(a.scale)
 
 
 def no_double_backward(ctx: Any, *grads: Tensor | None) -> None:

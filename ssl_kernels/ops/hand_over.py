@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
-from ssl_kernels.ops._op import Op
+from ssl_kernels.ops._op import Op, may_overwrite
 from ssl_kernels.ops.contrastive import no_double_backward
 from ssl_kernels.ops.spans import spans
 
@@ -16,18 +15,12 @@ from ssl_kernels.ops.spans import spans
 def hand_over(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """The gradient [V, B, K] times the factor of its sample, [B]; called by a backward pass.
 
-    In place where nobody can ask for it again: not with retain_graph, not while being traced, and not where one pass
-    makes the gradients of many.
+    In place where nobody can ask for it again.
     """
-    once = type(gradient) is Tensor and not torch.is_grad_enabled() and not _graph_is_kept()
-    if once and not is_legacy_batchedtensor(factor):
+    if may_overwrite(gradient, factor):
         return scale_(gradient.detach(), factor, backend)
     scaled: Tensor = scale(Scaling(gradient, factor))
     return scaled
-
-
-def _graph_is_kept() -> bool:
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def scale_(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:

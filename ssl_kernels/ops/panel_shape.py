@@ -17,6 +17,8 @@ import torch
 _SIDE_CPU = 1024  # 1024 x 1024 fp32 is 4 MB: in the last-level cache, with long enough inner products
 _L2_BYTES = 50 * 2**20  # of a GPU that does not say, as of an H100
 _GPU_MULTIPLE = 256  # a whole number of the tiles of every kernel
+_WHOLE_ROWS_BYTES = (8 * 2**20, 24 * 2**20)  # of a tile with all columns on a CPU: a small one, and the most
+_WHOLE_ROWS = (256, 512, 1024)  # of one: the fewest whose products are fast enough, what it has if that fits, the most
 _SYMMETRIC_PANELS = 8  # at least so many where size allows: tiles on the diagonal are visited whole, 1/8 of the work
 _LEAST_SYMMETRIC = {"cpu": 256, "cuda": 4096}  # but no smaller: on a GPU a launch costs the host more than the work
 _WIDE = 256  # features
@@ -60,6 +62,17 @@ def panel_shape(
         return panel_rows, panel_rows
     panel_cols = _even_split(cols, min(side * side // panel_rows, longest))
     return panel_rows, panel_cols
+
+
+def whole_rows(rows: int, cols: int, bytes_per_element: int, workspace: int) -> int:
+    """How many rows a panel has on a CPU whose tile has all columns; 0 if so few fit the workspace that two visits of
+    square tiles, with a product more, are faster."""
+    least, usual, most = (min(rows, n) for n in _WHOLE_ROWS)
+    of_row = max(1, cols * bytes_per_element)
+    small, large = (nbytes // of_row for nbytes in _WHOLE_ROWS_BYTES)
+    sixth = -(-rows // 96) * 16  # so that what is not small is not much of the matrix
+    fit = min(workspace // of_row, max(usual, min(most, large, max(small, sixth))))
+    return _even_split(rows, fit) if fit >= least else 0
 
 
 @functools.cache

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
-from ssl_kernels.ops._op import Op
-from ssl_kernels.ops.contrastive import Finish, finish_gradients, fit_one_tile, no_double_backward
+from ssl_kernels.ops._op import Op, may_overwrite, owns_outputs
+from ssl_kernels.ops.contrastive import Finish, finish_gradients, finish_in_place, fit_one_tile, no_double_backward
+from ssl_kernels.ops.panels import gradient_of_columns
 from ssl_kernels.ops.reuse import warm
-from ssl_kernels.ops.row_passes import Arguments, Passes, stats_width, wanted_gradients
+from ssl_kernels.ops.row_passes import Arguments, Gradients, Passes, stats_width, wanted_gradients
 from ssl_kernels.ops.row_strips import RowMatrix
 from ssl_kernels.ops.row_tiles import SAME_ID, Rule
 
@@ -99,20 +100,54 @@ def _forward(a: Arguments) -> tuple[Tensor, ...]:
         if _is_one_tile(a):
             return _of_one_tile(a, wanted)
         passes = Passes(a)
-        stats = a.stats
-        if stats is None:
-            stats = passes.statistics()
-            if not _may_look(a):
-                stats[:, :, 1::2].masked_fill_((a.target >= len(a.y))[:, None], torch.nan)
-        loss, unit, sides = _summarise(a, passes.matrix, stats, passes.unit(), any(wanted))
-        _, dx, dy, _, dbias, _ = _fake(a._replace(needs_grad=[False] * 4))  # empty
-        moment = unit.new_zeros(())
-        if any(wanted):
-            dx, dy, moment, dbias = passes.gradients(sides)
+        rows = passes.rows_of_one_visit()
+        if rows:
+            loss, unit, (dx, dy, moment, dbias) = _in_one_visit(a, passes, rows)
+            stats = a.x.new_empty(0, dtype=torch.float64)
+        else:
+            loss, unit, (dx, dy, moment, dbias), stats = _in_two_passes(a, passes)
         scalars = torch.stack([moment.to(unit.dtype), torch.zeros_like(unit[0]), unit[0]]).to(dx.dtype)
         if a.group and a.reduction != "none":
             loss, scalars = passes.matrix.shared(loss, scalars.to(loss.dtype), dx.dtype)
     return loss, dx, dy, scalars, dbias, stats if a.reduction == "none" else stats.new_empty(0)
+
+
+def _in_two_passes(a: Arguments, passes: Passes) -> tuple[Tensor, Tensor, Gradients, Tensor]:
+    """The loss, the unit of the gradients, these, and the statistics."""
+    want = any(wanted_gradients(a))
+    stats = a.stats
+    if stats is None:
+        stats = passes.statistics()
+        if not _may_look(a):
+            stats[:, :, 1::2].masked_fill_((a.target >= len(a.y))[:, None], torch.nan)
+    loss, unit, sides = _summarise(a, passes.matrix, stats, passes.unit(), want)
+    if want:
+        return loss, unit, passes.gradients(sides), stats
+    _, dx, dy, _, dbias, _ = _fake(a._replace(needs_grad=[False] * 4))  # empty
+    return loss, unit, Gradients(dx, dy, unit.new_zeros(()), dbias), stats
+
+
+def _in_one_visit(a: Arguments, passes: Passes, rows: int) -> tuple[Tensor, Tensor, Gradients]:
+    """The same but for the statistics, of which nobody has those of all rows at once."""
+    dtype = _checks.accumulation_dtype(a.x.dtype)
+    largest = torch.ones(1, dtype=dtype) if a.weights is None else a.weights.abs().amax(0, keepdim=True).to(dtype)
+    unit = torch.where(largest == 0, 1, largest) * _shares(a)[0][1]
+    total, counted = torch.zeros((), dtype=torch.float64), 0
+
+    def summarise(part: slice, stats: Tensor) -> Tensor:
+        nonlocal counted
+        weights = None if a.weights is None else a.weights[part]
+        of_part = a._replace(x=a.x[part], weights=weights, reduction="sum")
+        loss, unit_of_part, sides = _summarise(of_part, passes.matrix, stats, passes.unit(), True)
+        total.add_(loss)
+        counted += int((stats[0, :, 3] != 0).sum())
+        if weights is not None:
+            sides[:, 2:] *= unit_of_part / unit
+        return sides
+
+    gradients = passes.in_one_visit(rows, summarise)
+    divisor = max(counted, 1) if a.reduction == "mean" else 1
+    return (total / divisor).to(dtype), unit / divisor, gradients
 
 
 def _may_look(a: Arguments) -> bool:
@@ -155,7 +190,7 @@ def _fake(a: Arguments) -> tuple[Tensor, ...]:
     return (
         new(rows if a.reduction == "none" else ()),
         new(rows if want_dx else 0, width),
-        new(width, cols if want_dy else 0).t(),
+        gradient_of_columns(new, cols if want_dy else 0, width, a.x.device),
         new(3),
         new(cols if want_bias else 0),
         a.x.new_empty(kept, dtype=stats_dtype),
@@ -187,7 +222,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
         tensors["weights"] = upstream if weights is None else upstream * weights
         _, dx, dy, scalars, dbias, _ = row_softmax(ctx.again._replace(**tensors))
         scale, upstream = tensors["scale"], None
-    found = _finish(Finishing(upstream, scale, dx, dy, scalars, dbias, ctx.dtype))
+    sums = Finishing(upstream, scale, dx, dy, scalars, dbias, ctx.dtype)
+    found = _finished(sums, finish_in_place) if owns_outputs(ctx) and may_overwrite(dx, upstream) else _finish(sums)
     needed = ctx.needs_input_grad[: len(found)]
     rest = (None,) * (len(Arguments._fields) - len(found))
     return *(gradient if need else None for gradient, need in zip(found, needed, strict=True)), *rest
@@ -205,8 +241,8 @@ class Finishing(NamedTuple):
     dtype: torch.dtype
 
 
-def _finished(a: Finishing) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dy, by_scale, _ = finish_gradients(Finish(a.upstream, a.scale, a.scalars, a.dx, a.dy, a.dtype))
+def _finished(a: Finishing, of_features: Any = finish_gradients) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dy, by_scale, _ = of_features(Finish(a.upstream, a.scale, a.scalars, a.dx, a.dy, a.dtype))
     if a.dbias.numel() == 0:
         return dx, dy, by_scale, torch.empty_like(a.dbias)
     unit = a.scalars[2] if a.upstream is None else a.scalars[2] * a.upstream

@@ -1,8 +1,11 @@
-"""The engine of the softmax over rows: two passes over tiles of similarities, and the way from loss to gradients.
+"""The engine of the softmax over rows: passes over tiles of similarities, and the way from loss to gradients.
 
 1. statistics of the rows, merged online over the tiles: 1 unit of 2 M N D FLOP;
 2. gradients: G_ij = w_i (P_ij - T_ij) with softmax P, targets T and weights w of the rows, and then two products: 3
    units, or 2 for tiles that the first pass kept within the budget of ``ssl_kernels.use_tile_budget``.
+
+On a CPU one visit does both, 3 units, where a tile with all candidates fits the workspace for rows enough: it knows all
+that there is to know of its rows.
 
 Prefixes of the features, as Matryoshka's loss has them, share these units: the similarities of one are those of the one
 before plus a product over the features that it adds, and the gradient of these features is a product with the sum of G
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops.panel_shape import whole_rows
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.ops.reuse import KeptTiles
 from ssl_kernels.ops.row_strips import Candidates, Queries, RowMatrix, Strip
@@ -98,10 +102,11 @@ class Passes:
         self.kept = KeptTiles(a.keep_bytes)  # by strip and corner
         dtype = torch.float32 if a.x.device.type == "mps" else torch.float64  # MPS has no float64
         self.zeros = functools.partial(torch.zeros, dtype=dtype, device=a.x.device)
+        self.compute_dtype = a.x.dtype if self.triton else _checks.accumulation_dtype(a.x.dtype)
         self.run = functools.partial(
             run_panels,
             workspace=a.workspace,
-            compute_dtype=a.x.dtype if self.triton else _checks.accumulation_dtype(a.x.dtype),
+            compute_dtype=self.compute_dtype,
         )
 
     def unit(self) -> Tensor:
@@ -110,8 +115,7 @@ class Passes:
 
     def statistics(self) -> Tensor:
         """[K, M, 4 or 6] of the rows of this rank, for K prefixes."""
-        stats = self.zeros(self.prefixes, self.a.x.shape[0], stats_width(self.a))
-        stats[:, :, 0].fill_(-torch.inf)
+        stats = self._no_statistics(self.a.x.shape[0])
         want_dx, *_ = wanted_gradients(self.a)
 
         def panel(strip: Strip, x_i: Tensor, y_j: Tensor, _: Tensor, i: int, j: int) -> None:
@@ -126,14 +130,53 @@ class Passes:
             self._visit(strip, panel, tiles=tiles, stats_width=0, want_dx=False, want_dy=False)
         return stats
 
+    def _no_statistics(self, rows: int) -> Tensor:
+        stats = self.zeros(self.prefixes, rows, stats_width(self.a))
+        stats[:, :, 0].fill_(-torch.inf)
+        return stats
+
+    def rows_of_one_visit(self) -> int:
+        """How many rows at a time meet all candidates, so that one visit makes statistics and gradients; 0 for none."""
+        a = self.a
+        if a.x.device.type != "cpu" or self.triton or a.group or a.stats is not None or not any(wanted_gradients(a)):
+            return 0
+        if len(a.y) == 0:
+            return 0
+        if a.y.dtype != self.compute_dtype and a.y.numel() * self.compute_dtype.itemsize > a.workspace:
+            return 0  # all candidates are converted at a time
+        return whole_rows(len(a.x), len(a.y), self.tiles * self.compute_dtype.itemsize, a.workspace)
+
+    def in_one_visit(self, rows: int, summarise: Callable[[slice, Tensor], Tensor]) -> Gradients:
+        """Of so many rows at a time, whose vectors ``summarise`` makes of their statistics."""
+        want_dx, want_dy, *_ = wanted_gradients(self.a)
+        sums = self._column_sums()
+        (strip,) = self.matrix.strips(rows=True, cols=True)
+
+        def panel(strip: Strip, x_i: Tensor, y_j: Tensor, moments: Tensor, i: int, j: int) -> Any:
+            queries, candidates = strip.queries.part(x_i, i, j), strip.candidates.part(y_j, j)
+            stats = self._no_statistics(len(x_i))
+            raws = self.stats_panel(queries, candidates, stats, self.rule)
+            sides = summarise(slice(i, i + len(x_i)), stats)
+            return self.grad_panel(raws, queries, candidates, moments, sums, sides, self.rule, want_dx or want_dy)
+
+        moments, dx, dy = self._visit(
+            strip, panel, tiles=self.tiles, stats_width=self.prefixes, want_dx=want_dx, want_dy=want_dy,
+            shape=(rows, len(self.a.y)),
+        )  # fmt: skip
+        return self._finished(dx, dy, moments, moments.sum(), sums)
+
+    def _column_sums(self) -> ColumnSums:
+        _, want_dy, _, want_bias = wanted_gradients(self.a)
+        return ColumnSums(
+            self.zeros(self.a.y.shape[0]) if want_bias else None,
+            self.zeros(self.prefixes, self.a.y.shape[0]) if want_dy and self.a.normalize else None,
+        )
+
     def gradients(self, sides: Tensor) -> Gradients:
         """Of the rows with these vectors, [K, 4 or 5, M] as :func:`ssl_kernels.ops.row_loss.summarise` makes them."""
         want_dx, want_dy, _, want_bias = wanted_gradients(self.a)
         moments = self.zeros(self.a.x.shape[0], self.prefixes)
-        sums = ColumnSums(
-            self.zeros(self.a.y.shape[0]) if want_bias else None,
-            self.zeros(self.prefixes, self.a.y.shape[0]) if want_dy and self.a.normalize else None,
-        )
+        sums = self._column_sums()
         everyones = torch.stack([self.matrix.gather_vectors(side, 0) for side in sides]) if self.a.group else sides
 
         def panel(strip: Strip, x_i: Tensor, y_j: Tensor, stats: Tensor, i: int, j: int, *, write: bool) -> Any:
@@ -167,6 +210,9 @@ class Passes:
                 moments += stats
         assert dx is not None
         assert dy is not None
+        return self._finished(dx, dy, moments, moment, sums)
+
+    def _finished(self, dx: Tensor, dy: Tensor, moments: Tensor, moment: Tensor, sums: ColumnSums) -> Gradients:
         if self.triton:
             scale = gradient_scale(self.a.x.dtype)
             dx, dy = dx / scale, dy / scale

@@ -31,7 +31,7 @@ from ssl_kernels.ops import _checks, contrastive
 from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.contrastive import Pairs, wanted_gradients
 from ssl_kernels.ops.matmul import matmul
-from ssl_kernels.ops.panels import run_panels
+from ssl_kernels.ops.panels import gradient_of_columns, run_panels
 from ssl_kernels.ops.reuse import KeptTiles, warm
 from ssl_kernels.ops.strips import Matrix, Strip
 from ssl_kernels.settings import tile_budget_bytes, workspace_bytes
@@ -445,7 +445,7 @@ def _fake(a: Arguments) -> tuple[Tensor, ...]:
     return (
         new(rows if a.reduction == "none" else ()),
         new(rows if want_dx else 0, width),
-        new(width, a.y.shape[0] if a.y is not None and want_dy else 0).t(),
+        gradient_of_columns(new, a.y.shape[0] if a.y is not None and want_dy else 0, width, a.x.device),
         new(3),
         new((), dtype=torch.int64),
     )
