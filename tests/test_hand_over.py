@@ -52,7 +52,7 @@ def test_the_same_where_onednn_multiplies(name: str, monkeypatch: pytest.MonkeyP
     for onednn in (False, True):
         monkeypatch.setattr(panels, "onednn_is_faster", lambda onednn=onednn: onednn)
         torch.manual_seed(0)
-        leaves = leaves_of(300, 24)
+        leaves = leaves_of(300, 100)  # wider than the block that turns it back
         with ssl_kernels.use_workspace(0.1):
             LOSSES[name](*leaves).backward()
         found.append([leaf.grad for leaf in leaves])
