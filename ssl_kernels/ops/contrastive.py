@@ -137,7 +137,7 @@ def setup_context(ctx: Any, arguments: Any, output: tuple[Tensor, ...]) -> None:
     """
     ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.fields = arguments.x.dtype, arguments._fields
+    ctx.dtype, ctx.fields, ctx.backend = arguments.x.dtype, arguments._fields, arguments.backend
     ctx.again = None
     if arguments.reduction == "none":
         tensors = {name: value for name, value in arguments._asdict().items() if isinstance(value, Tensor)}
@@ -158,7 +158,10 @@ def backward(op: Any, ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tens
         _, dx, dy, scalars, *_ = op(ctx.again._replace(**tensors | {"row_weight": upstream}))
         scale, upstream = tensors["scale"], None
     sums = Finish(upstream, scale, scalars, dx, dy, ctx.dtype)
-    gradients = finish_in_place(sums) if owns_outputs(ctx) else finish_gradients(sums)
+    if ctx.backend == "triton":
+        gradients = finish_with_triton(sums)
+    else:
+        gradients = finish_in_place(sums) if owns_outputs(ctx) else finish_gradients(sums)
     differentiable = 4 if ctx.fields[3] == "bias" else 3
     wanted = zip(gradients, ctx.needs_input_grad[:differentiable], strict=False)
     rest = (None,) * (len(ctx.fields) - differentiable)
@@ -199,6 +202,19 @@ def _finish(a: Finish, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tenso
     return gradients
 
 
+def _finish_triton(a: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, with one launch for all that is a number."""
+    from ssl_kernels.kernels.softmax_summary import finish_scalars
+
+    dx, dy, by_scale, by_bias = gradients = _empty_gradients(a)
+    factor = torch.empty_like(a.scale)
+    finish_scalars(a.upstream, a.scale, a.scalars, factor, by_scale, by_bias)
+    for made, gradient in ((a.dx, dx), (a.dy, dy)):
+        if made.numel():
+            torch.mul(made, factor, out=gradient)
+    return gradients
+
+
 def _empty_features(a: Finish) -> tuple[Tensor, Tensor]:
     return a.dx.new_empty(a.dx.shape, dtype=a.dtype), a.dy.new_empty(a.dy.shape, dtype=a.dtype)
 
@@ -214,7 +230,15 @@ def no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
-# An op of its own, so that differentiating a gradient again meets an error instead of a wrong result.
+# Ops of their own, so that differentiating a gradient again meets an error instead of a wrong result.
+finish_with_triton = Op(
+    "finish_gradients_with_triton",
+    Finish,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    forward=_finish_triton,
+    fake=_empty_gradients,
+    backward=no_double_backward,
+)
 finish_gradients = Op(
     "finish_gradients",
     Finish,

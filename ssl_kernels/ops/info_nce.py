@@ -146,6 +146,8 @@ class Arguments(NamedTuple):
 
 def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; and for the gradient the mean of each row's negatives less its positive, if wanted, and the slopes."""
+    if a.backend == "triton" and not a.group and a.query.numel() and a.keys.numel():
+        return _forward_triton(a)
     query, average = widen(a.query), a.reduction == "mean"
     softmax = key_softmax.Arguments(query, a.keys, a.scale, a.want_mean, a.query.dtype, a.workspace, a.backend)
     if a.group:
@@ -165,6 +167,17 @@ def _forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         rows, slope = -F.logsigmoid(z - lse) + 0 * z, torch.sigmoid(lse - z)
     pull = mean.sub_(positive) if a.want_mean else mean
     return reduce_rows(rows, a.reduction), pull, slope / max(len(slope), 1) if average else slope
+
+
+def _forward_triton(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    from ssl_kernels.kernels.info_nce import info_nce_rows
+    from ssl_kernels.kernels.key_softmax import key_softmax as softmax
+
+    lse, mean = softmax(a.query, a.keys, a.scale, a.want_mean)
+    rows, slope = torch.empty_like(lse), torch.empty_like(lse)
+    factor = 1 / len(rows) if a.reduction == "mean" else 1.0
+    info_nce_rows(a.query, a.positive, lse, a.scale, mean, rows, slope, factor, a.positive_is_key)
+    return reduce_rows(rows, a.reduction), _fake(a)[1] if mean is None else mean, slope
 
 
 def _forward_in_group(a: Arguments, softmax: key_softmax.Arguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -260,6 +260,9 @@ def _gradients(a: Gradients) -> tuple[Tensor, Tensor, Tensor]:
             a.upstream, a.slope, unit_stride(a.query), a.pull, a.scale.item(), *found
         )
         return found
+    if a.backend == "triton" and a.query.numel():
+        _gradients_triton(a, *found)
+        return found
     f = a.upstream if a.slope is None else a.upstream * a.slope
     if needs_query:
         by_query.copy_(a.pull * (f * a.scale)[:, None])
@@ -269,6 +272,25 @@ def _gradients(a: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         with _checks.without_autocast(a.query):  # a backward pass inside autocast would round both factors
             by_scale.copy_((torch.linalg.vecdot(widen(a.query), a.pull) * f).sum())
     return found
+
+
+def _gradients_triton(a: Gradients, by_query: Tensor, by_positive: Tensor, by_scale: Tensor) -> None:
+    from ssl_kernels.kernels.info_nce import info_nce_gradients
+
+    needs_query, needs_positive, needs_scale = a.needs
+    parts = a.scale.new_empty(len(a.query)) if needs_scale else None
+    info_nce_gradients(
+        a.upstream,
+        a.slope,
+        a.query,
+        a.pull if needs_query or needs_scale else None,
+        a.scale,
+        by_query if needs_query else None,
+        by_positive if needs_positive else None,
+        parts,
+    )
+    if parts is not None:
+        torch.sum(parts, 0, out=by_scale)
 
 
 def _empty_gradients(a: Gradients) -> tuple[Tensor, Tensor, Tensor]:

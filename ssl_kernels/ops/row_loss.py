@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ssl_kernels.ops import _checks
 from ssl_kernels.ops._op import Op, may_overwrite, owns_outputs
-from ssl_kernels.ops.contrastive import Finish, finish_gradients, finish_in_place, fit_one_tile, no_double_backward
+from ssl_kernels.ops.contrastive import (
+    Finish,
+    finish_gradients,
+    finish_in_place,
+    finish_with_triton,
+    fit_one_tile,
+    no_double_backward,
+)
 from ssl_kernels.ops.panels import gradient_of_columns
 from ssl_kernels.ops.reuse import warm
 from ssl_kernels.ops.row_passes import Arguments, Gradients, Passes, stats_width, wanted_gradients
@@ -202,7 +209,7 @@ def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
     _, dx, dy, scalars, dbias, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.again = a.x.dtype, None
+    ctx.dtype, ctx.backend, ctx.again = a.x.dtype, a.backend, None
     if a.reduction == "none":
         tensors = {name: value for name, value in a._asdict().items() if isinstance(value, Tensor)} | {"stats": stats}
         ctx.again, ctx.names = a._replace(**dict.fromkeys(tensors), reduction="sum"), list(tensors)
@@ -223,7 +230,10 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
         _, dx, dy, scalars, dbias, _ = row_softmax(ctx.again._replace(**tensors))
         scale, upstream = tensors["scale"], None
     sums = Finishing(upstream, scale, dx, dy, scalars, dbias, ctx.dtype)
-    found = _finished(sums, finish_in_place) if owns_outputs(ctx) and may_overwrite(dx, upstream) else _finish(sums)
+    if ctx.backend == "triton":
+        found = _finish_triton(sums)
+    else:
+        found = _finished(sums, finish_in_place) if owns_outputs(ctx) and may_overwrite(dx, upstream) else _finish(sums)
     needed = ctx.needs_input_grad[: len(found)]
     rest = (None,) * (len(Arguments._fields) - len(found))
     return *(gradient if need else None for gradient, need in zip(found, needed, strict=True)), *rest
@@ -264,7 +274,15 @@ row_softmax: Op[Arguments] = Op(
     backward=_backward,
 )
 
-# An op of its own, so that differentiating a gradient again meets an error instead of a wrong result.
+# Ops of their own, so that differentiating a gradient again meets an error instead of a wrong result.
+_finish_triton: Op[Finishing] = Op(
+    "finish_row_gradients_with_triton",
+    Finishing,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    forward=lambda a: _finished(a, finish_with_triton),
+    fake=_empty_gradients,
+    backward=no_double_backward,
+)
 _finish: Op[Finishing] = Op(
     "finish_row_gradients",
     Finishing,

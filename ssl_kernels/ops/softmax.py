@@ -213,7 +213,8 @@ def _grad_triton(
 
 
 def _sides_for_triton(side: Tensor) -> Tensor:
-    """The largest similarity, and what exponentials against it are multiplied by; the rest as it was."""
+    """The largest similarity, and what exponentials against it are multiplied by; the rest as it was. It is how
+    ``softmax_summary`` of the kernels writes it."""
     top, log_sum, weight, *rest = side
     return torch.stack([top, weight * torch.exp(-log_sum), *rest])
 
@@ -311,8 +312,6 @@ class _Passes:
                     stats /= 2
             return grad
 
-        if self.triton:
-            sides = [_sides_for_triton(side) for side in sides]
         overall = [self.matrix.gather_vectors(vectors, side) for side, vectors in enumerate(sides)]
         want_dy = want_dx if self.symmetric else want_dy
         write = want_dx or want_dy
@@ -335,7 +334,8 @@ class _Passes:
                 scratch.reduce()
             gradients = [dx, dy] if own else gradients
             if strip.is_counted:  # a symmetric matrix has the same pairs on the other rank too, G from both ways
-                moments.append(stats.sum() / (2 if self.symmetric and not own else 1))
+                moment = stats.sum()
+                moments.append(moment / 2 if self.symmetric and not own else moment)
         dx, dy = gradients
         if self.triton:
             contrastive.divide((dx, dy), _gradient_scale(self.x.dtype))
@@ -359,14 +359,19 @@ class _Summary(NamedTuple):
     loss: Tensor
     unpaired: Tensor
     scalars: Tensor  # of a Result; the derivative by scale is to come
-    sides: list[Tensor]
+    sides: list[Tensor]  # as the panel function for gradients takes them
 
 
 def _summarise(a: Arguments, matrix: Matrix, stats: list[Tensor], want_sides: bool) -> _Summary:
     """Of what a rank adds to the loss, divided by what all ranks have."""
     dtype = _checks.accumulation_dtype(a.x.dtype)
-    if a.group or stats[0].device.type != "cpu" or dtype != torch.float32:
-        return _summarise_eager(a, matrix, stats, dtype)
+    triton = a.backend == "triton"
+    # The sums of several processes, and losses row by row, are rare beside the others: operations of torch make them.
+    if triton and not a.group and a.reduction != "none":
+        return _summarise_triton(a, stats, want_sides)
+    if a.group or triton or stats[0].device.type != "cpu" or dtype != torch.float32:
+        found = _summarise_eager(a, matrix, stats, dtype)
+        return found._replace(sides=[_sides_for_triton(side) for side in found.sides]) if triton else found
     new = functools.partial(a.x.new_empty, dtype=dtype)
     planes = (5 if a.label_smoothing else 4) if want_sides else 0
     summary = _Summary(
@@ -380,6 +385,22 @@ def _summarise(a: Arguments, matrix: Matrix, stats: list[Tensor], want_sides: bo
         stats, a.scale.item(), a.label_smoothing, a.reduction == "mean", row_weight, *summary
     )
     return summary
+
+
+def _summarise_triton(a: Arguments, stats: list[Tensor], want_sides: bool) -> _Summary:
+    from ssl_kernels.kernels.softmax_summary import softmax_summary
+
+    sizes = [len(side) for side in stats]
+    both = stats[0].as_strided((sum(sizes), stats[0].shape[1]), stats[0].stride())  # as _Passes.statistics made it
+    new = functools.partial(a.x.new_empty, dtype=torch.float32)
+    vectors = new(4 if a.label_smoothing else 3, len(both)) if want_sides else None
+    row_weight = None if a.row_weight is None else a.row_weight.contiguous()
+    loss, unpaired, scalars = new(()), new((), dtype=torch.int64), new(3)
+    softmax_summary(
+        both, sizes[0], len(sizes), a.scale, a.label_smoothing, a.reduction == "mean", row_weight,
+        loss, unpaired, scalars, vectors,
+    )  # fmt: skip
+    return _Summary(loss, unpaired, scalars, [] if vectors is None else list(vectors.split(sizes, dim=1)))
 
 
 def _summarise_eager(a: Arguments, matrix: Matrix, stats: list[Tensor], dtype: torch.dtype) -> _Summary:

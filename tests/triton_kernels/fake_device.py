@@ -18,10 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_kernels.kernels import configs, key_softmax, sigmoid, softmax_grad, softmax_stats
-from ssl_kernels.ops import info_nce, matmul, panel_shape, softmax
+from ssl_kernels.kernels import configs, info_nce, key_softmax, sigmoid, softmax_grad, softmax_stats, softmax_summary
+from ssl_kernels.ops import info_nce as info_nce_op
+from ssl_kernels.ops import matmul, panel_shape, softmax
 from ssl_kernels.ops import sigmoid as sigmoid_op
-from ssl_kernels.ops.contrastive import NO_DIAGONAL, Finish, _finish
+from ssl_kernels.ops.contrastive import NO_DIAGONAL, Finish, _finish_triton
 from ssl_kernels.ops.key_softmax import Gradients, _gradients
 
 KERNELS = {
@@ -29,8 +30,13 @@ KERNELS = {
     "stats": (softmax_stats, "_softmax_stats_kernel"),
     "merge": (softmax_stats, "_merge_stats_kernel"),
     "grad": (softmax_grad, "_softmax_grad_kernel"),
+    "summary": (softmax_summary, "_summary_sums_kernel"),
+    "vectors": (softmax_summary, "_summary_vectors_kernel"),
+    "scalars": (softmax_summary, "_finish_scalars_kernel"),
     "keys": (key_softmax, "_key_softmax_kernel"),
     "merge keys": (key_softmax, "_merge_splits_kernel"),
+    "rows": (info_nce, "_info_nce_rows_kernel"),
+    "gradients": (info_nce, "_info_nce_gradients_kernel"),
 }
 DEVICE = "cuda:0"  # of the tensors of a step
 L2_MB = {"sm_80": 40, "sm_90": 50, "sm_100": 126}
@@ -42,7 +48,8 @@ _CACHES = (
 # Operations of torch that give the device nothing to do.
 _FREE = {
     "empty", "new_empty", "empty_strided", "as_strided", "slice", "select", "t", "transpose", "view", "unbind", "alias",
-    "detach", "expand", "unsqueeze", "permute", "split", "empty_like", "device", "ones",
+    "detach", "expand", "unsqueeze", "permute", "split", "split_with_sizes", "empty_like", "device", "ones",
+    "lift_fresh",
 }  # fmt: skip
 _PRODUCTS = {"addmm", "mm"}
 
@@ -146,7 +153,7 @@ def siglip(batch: int, width: int, workspace_mb: int = 256, **changes: Any) -> N
         *_ALONE,
     )._replace(**changes)  # fmt: skip
     made = sigmoid_op._forward(a)
-    _finish(Finish(scalar(), scale, made.scalars, made.dx, made.dy, x.dtype))
+    _finish_triton(Finish(scalar(), scale, made.scalars, made.dx, made.dy, x.dtype))
 
 
 def clip(batch: int, width: int, workspace_mb: int = 256, **changes: Any) -> None:
@@ -166,13 +173,15 @@ def _softmax(x: Tensor, y: Tensor | None, scale: Tensor, workspace_mb: int, **ch
         workspace_mb * 2**20, 0, "triton", "loss", *_ALONE,
     )._replace(**changes)  # fmt: skip
     _, dx, dy, scalars, _ = softmax._forward(a)
-    _finish(Finish(scalar(), scale, scalars, dx, dy, x.dtype))
+    _finish_triton(Finish(scalar(), scale, scalars, dx, dy, x.dtype))
 
 
 def info_nce_step(batch: int, width: int, workspace_mb: int = 256, keys: int = 65_536) -> None:
     query, positive, queue, scale = features(batch, width), features(batch, width), features(keys, width), scalar()
-    a = info_nce.Arguments(query, positive, queue, scale, False, "mean", True, workspace_mb * 2**20, "triton", *_ALONE)
-    _, pull, slope = info_nce._forward(a)
+    a = info_nce_op.Arguments(
+        query, positive, queue, scale, False, "mean", True, workspace_mb * 2**20, "triton", *_ALONE
+    )
+    _, pull, slope = info_nce_op._forward(a)
     _gradients(Gradients(scalar(), slope, query, pull, scale, [True, False, True], "triton"))
 
 

@@ -17,6 +17,7 @@ import pytest
 from aot import CHIPS, KINDS, Budget, Launch, Resources, build
 from covering import covering, covering_cases
 
+from ssl_kernels.kernels.info_nce import _info_nce_gradients_kernel, _info_nce_rows_kernel
 from ssl_kernels.kernels.key_softmax import (
     CONFIGS,
     Config,
@@ -104,6 +105,28 @@ def test_merging_takes_few_registers(chip):
     made = build(_merge_splits_kernel, CHIPS[chip], types, constants, num_warps=4)
     aot.assert_sound(made)
     assert made.registers <= 128
+
+
+@pytest.mark.parametrize("width", [256, 1000])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_rows_and_gradients_take_few_registers(chip, width):
+    """Of aligned rows, and of others."""
+    in_16_bits = ("QUERY", "POSITIVE", "BY_QUERY", "BY_POSITIVE")
+    types = dict.fromkeys(in_16_bits, "*bf16") | {"factor": "fp32"}
+    types |= dict.fromkeys(("LSE", "SCALE", "PULL", "LOSS", "SLOPE", "UPSTREAM", "BY_SCALE"), "*fp32")
+    types |= dict.fromkeys(("D", "stride_qm", "stride_qd", "stride_pm", "stride_pd", "stride_u"), "i32")
+    divisible = [name for name, kind in types.items() if kind.startswith("*")] + ["D", "stride_qm", "stride_pm"]
+    for kernel in (_info_nce_rows_kernel, _info_nce_gradients_kernel):
+        given: dict[str, Any] = {"BLOCK_D": 256 if width == 256 else 1024}
+        if kernel is _info_nce_rows_kernel:
+            given["POSITIVE_IS_KEY"] = False
+        if width == 256:
+            given |= {name: 1 for name in ("stride_qd", "stride_pd") if name in kernel.arg_names}
+        own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        warps = 1 if width == 256 else 4
+        made = build(kernel, CHIPS[chip], own, given, divisible if width == 256 else (), num_warps=warps)
+        aot.assert_sound(made)
+        assert made.registers <= 96
 
 
 def test_nothing_recompiles_when_sizes_change():

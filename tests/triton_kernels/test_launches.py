@@ -20,6 +20,10 @@ from ssl_kernels.kernels.scratch import Scratch
 LARGE, WIDTH = 65_536, 768
 
 
+# What is made of the statistics, and of the scalars in the backward pass, whatever the size.
+ONCE = {"summary": 1, "vectors": 1, "scalars": 1}
+
+
 @functools.cache
 def step(name: str, batch: int, width: int = WIDTH, chip: str = "sm_90") -> Counts:
     return counted(chip, lambda: fake_device.STEPS[name](batch, width))
@@ -35,7 +39,7 @@ def beyond_one_panel(name: str) -> tuple[Counts, Counter[str]]:
 def test_siglip() -> None:
     """Six panels of rows, and six of columns."""
     large, more = beyond_one_panel("SigLIP")
-    assert large.kernels == {"sigmoid": 36}
+    assert large.kernels == {"sigmoid": 36, "scalars": 1}
     assert large.products == 72
     assert more == {"sum": 5, "add_": 5}  # of partial sums, once for all panels of the same rows
     assert large.launches <= 133
@@ -45,7 +49,7 @@ def test_siglip() -> None:
 
 def test_clip() -> None:
     large, more = beyond_one_panel("CLIP")
-    assert large.kernels == {"stats": 16, "merge": 16 + 4, "grad": 36}
+    assert large.kernels == {"stats": 16, "merge": 16 + 4, "grad": 36, **ONCE}
     assert large.products == 72
     assert more == {"sum": 5, "add_": 5}
 
@@ -54,17 +58,24 @@ def test_nt_xent() -> None:
     """Of 12 panels of rows, 12 tiles lie on the diagonal, where G is halved, and 66 above it. Statistics have 10 panels
     of rows, 45 tiles above the diagonal, and for four of the panels too little room for all that waits."""
     large, small = step("NT-Xent", LARGE), step("NT-Xent", 1024)
-    assert small.kernels == {"stats": 3, "merge": 3, "grad": 3}  # 2 panels of rows, one to each view
-    assert large.kernels == {"stats": 55, "merge": 45 + 10 + 4, "grad": 78}
+    assert small.kernels == {"stats": 3, "merge": 3, "grad": 3, **ONCE}  # 2 panels of rows, one to each view
+    assert large.kernels == {"stats": 55, "merge": 45 + 10 + 4, "grad": 78, **ONCE}
     assert large.products == 78 + 66
     assert large.allocations == small.allocations
     assert large.others - small.others == {"sum": 10, "add_": 10, "mul_": 10}
 
 
-def test_info_nce_is_one_launch_and_a_merge() -> None:
+def test_info_nce_is_one_launch_a_merge_and_what_is_made_of_rows() -> None:
     large, small = step("InfoNCE", LARGE), step("InfoNCE", 1024)
     assert large == small
-    assert large.kernels == {"keys": 1, "merge keys": 1}
+    assert large.kernels == {"keys": 1, "merge keys": 1, "rows": 1, "gradients": 1}
+    assert large.others == {"mean": 1, "sum": 1}
+
+
+@pytest.mark.parametrize(("name", "most"), [("CLIP", 18), ("SigLIP", 14), ("NT-Xent", 30), ("InfoNCE", 6)])
+def test_a_step_of_one_panel(name: str, most: int) -> None:
+    """All that it launches; NT-Xent has a panel of rows for each view."""
+    assert step(name, 1024).launches <= most
 
 
 @pytest.mark.parametrize(
@@ -99,7 +110,7 @@ def test_what_a_panel_converts(rocm: bool) -> None:
     with mock.patch.object(torch.version, "hip", "7.0" if rocm else None):
         found = counted("sm_90", lambda: fake_device.siglip(LARGE, 512))
     rows, panels = 8, 32
-    assert found.kernels == {"sigmoid": panels}
+    assert found.kernels == {"sigmoid": panels, "scalars": 1}
     assert found.others["_to_copy"] == (rows + panels + 1 if rocm else 0)
 
 

@@ -24,6 +24,7 @@ from ssl_kernels.kernels.configs import CONFIGS, Config
 from ssl_kernels.kernels.softmax import config_for
 from ssl_kernels.kernels.softmax_grad import _softmax_grad_kernel
 from ssl_kernels.kernels.softmax_stats import _merge_stats_kernel, _softmax_stats_kernel
+from ssl_kernels.kernels.softmax_summary import _finish_scalars_kernel, _summary_sums_kernel, _summary_vectors_kernel
 
 BUDGET = Budget("softmax")
 
@@ -159,6 +160,27 @@ def test_merging_takes_few_registers(chip):
     made = build(_merge_stats_kernel, CHIPS[chip], types, constants, ("PARTIALS",), num_warps=4)
     aot.assert_sound(made)
     assert made.registers <= 128
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_what_is_made_of_statistics_takes_few_registers(chip, weighted):
+    pointers = {"STATISTICS": "*fp64", "SUMS": "*fp64", "UNPAIRED": "*i64"}
+    others = ("SCALE", "ROW_WEIGHT", "LOSS", "SCALARS", "VECTORS", "UPSTREAM", "FACTOR", "BY_SCALE", "BY_BIAS")
+    pointers |= dict.fromkeys(others, "*fp32")
+    sizes = ("rows", "columns", "row_blocks", "blocks")
+    types = pointers | dict.fromkeys(sizes, "i64") | {"smoothing": "fp64"}
+    shared: dict[str, Any] = {"SIDES": 2, "STATS": 6, "BLOCK": 256}
+    for kernel, constants in (
+        (_summary_sums_kernel, shared), (_summary_vectors_kernel, shared | {"MEAN": not weighted, "BLOCKS": 64}),
+        (_finish_scalars_kernel, {}),
+    ):  # fmt: skip
+        own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        given = constants if weighted else constants | {n: None for n in ("ROW_WEIGHT", "UPSTREAM") if n in own}
+        made = build(kernel, CHIPS[chip], own, given, pointers, num_warps=4 if constants else 1)
+        aot.assert_sound(made)
+        assert made.registers <= 64
+        aot.assert_sizes_do_not_recompile(kernel, [name for name in own if name in sizes])
 
 
 @pytest.mark.parametrize("kernel", [_softmax_stats_kernel, _softmax_grad_kernel], ids=["stats", "grad"])
