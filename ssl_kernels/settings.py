@@ -130,10 +130,10 @@ def use_workspace(mb: float) -> AbstractContextManager[None]:
     """Limit the workspace of every op inside the block to ``mb`` megabytes.
 
     A tile of similarities and a panel of features take at most this much each. A smaller workspace is slower, never
-    wrong: on a CPU, softmax over rows takes three matrix products where a tile of 256 rows and all candidates fits it,
-    else four. The environment variable ``SSL_KERNELS_WORKSPACE_MB`` sets the default. Without it the default is 64, and
-    256 on a GPU, where launches cost the host more than memory does. Which threads the block affects is told at
-    :func:`use_backend`.
+    wrong: on a CPU and in one process, softmax over rows takes three matrix products where a tile of 256 rows and
+    all candidates fits it, else four. The environment variable ``SSL_KERNELS_WORKSPACE_MB`` sets the default.
+    Without it the default is 64, and 256 on a GPU, where launches cost the host more than memory does. Which
+    threads the block affects is told at :func:`use_backend`.
     """
     return _workspace_mb.block(_check_workspace(mb, "use_workspace"))
 

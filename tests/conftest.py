@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from covering import mark_all_but_pairs, mark_all_but_some
+from covering import mark_all_but_each, mark_all_but_pairs
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
@@ -16,14 +16,14 @@ settings.load_profile("default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--of-each", type=int, metavar="N", help="run at most N of a test's parameters")
+    parser.addoption("--each-once", action="store_true", help="run a test with each value of its parameters once")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_all_but_pairs(items)
-    if config.getoption("--of-each"):
-        mark_all_but_some(items, config.getoption("--of-each"))
+    if config.getoption("--each-once"):
+        mark_all_but_each(items)
 
 
 @pytest.fixture(autouse=True)

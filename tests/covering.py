@@ -55,14 +55,14 @@ def mark_all_but_pairs(items: Iterable[pytest.Item]) -> None:
                     item.add_marker(pytest.mark.slow)
 
 
-def mark_all_but_some(items: Iterable[pytest.Item], most: int) -> None:
-    """Mark tests slow that are not among ``most`` of their function, the first and the last of them and between."""
+def mark_all_but_each(items: Iterable[pytest.Item]) -> None:
+    """Of tests with two parameters or more, mark slow what is not needed for each value of each to occur once."""
     functions: dict[tuple[object, str], list[pytest.Function]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and not item.get_closest_marker("slow"):
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not item.get_closest_marker("slow"):
             functions.setdefault((item.parent, item.originalname), []).append(item)
     for same in functions.values():
-        chosen = {i * (len(same) - 1) // max(most - 1, 1) for i in range(most)}
+        chosen = cover([tuple(item.callspec.params.values()) for item in same], 1)
         for i, item in enumerate(same):
             if i not in chosen:
                 item.add_marker(pytest.mark.slow)

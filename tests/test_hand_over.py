@@ -75,11 +75,16 @@ def test_a_gradient_that_can_be_asked_for_again_is_not_overwritten(name: str, op
         assert a.data_ptr() != b.data_ptr()
 
 
-def test_batched_upstream_gradients_do_not_overwrite_it() -> None:
+@pytest.mark.parametrize("by", ["is_grads_batched", "vmap"])
+@each_loss
+def test_batched_upstream_gradients_do_not_overwrite_it(name: str, by: str) -> None:
     leaves = leaves_of(300, 24)
-    loss = LOSSES["row_softmax"](*leaves)
-    batched = torch.autograd.grad(loss, leaves, torch.tensor([1.0, -2.0]), is_grads_batched=True)
-    alone = torch.autograd.grad(LOSSES["row_softmax"](*leaves), leaves)
+    loss, upstream = LOSSES[name](*leaves), torch.tensor([1.0, -2.0])
+    if by == "vmap":
+        batched = torch.func.vmap(lambda u: torch.autograd.grad(loss, leaves, u))(upstream)
+    else:
+        batched = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True)
+    alone = torch.autograd.grad(LOSSES[name](*leaves), leaves)
     for a, b in zip(batched, alone, strict=True):
         torch.testing.assert_close(a, torch.stack([b, -2 * b]))
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.ops import panel_shape, row_loss
+from ssl_kernels.ops import panel_shape, row_loss, row_passes
 
 # ---- values and gradients
 
@@ -89,7 +89,7 @@ MANY_ROWS = SEVERAL_POSITIVES | {"rows": 70, "cols": 80, "ids": None, "bias": Tr
     layout=layouts,
     workspace_mb=st.sampled_from([64, 0.02, 0.002]),
     budget_mb=st.sampled_from([64, 0, 0.004]),
-    rows_at_once=st.sampled_from([256, 7]),
+    rows_at_once=st.sampled_from([0, 7, 256]),  # 0: never, so that two passes are made
     seed=st.integers(0, 2**16),
 )
 @example(problem=SEVERAL_POSITIVES, layout="contiguous", workspace_mb=64, budget_mb=64, rows_at_once=256, seed=1)
@@ -98,6 +98,7 @@ MANY_ROWS = SEVERAL_POSITIVES | {"rows": 70, "cols": 80, "ids": None, "bias": Tr
 )
 @example(problem=MANY_ROWS, layout="contiguous", workspace_mb=64, budget_mb=64, rows_at_once=256, seed=1)
 @example(problem=MANY_ROWS, layout="contiguous", workspace_mb=64, budget_mb=64, rows_at_once=16, seed=1)
+@example(problem=MANY_ROWS, layout="contiguous", workspace_mb=0.01, budget_mb=0.02, rows_at_once=0, seed=1)
 def test_matches_the_float64_reference(
     backend: str,
     problem: dict[str, Any],
@@ -111,11 +112,10 @@ def test_matches_the_float64_reference(
     loss, arguments = call(**problem)
     arguments[:2] = [lay_out(t, layout) for t in arguments[:2]]
     weight = torch.randn(problem["rows"]) if problem["reduction"] == "none" else torch.tensor(-1.7)
-    with (
-        ssl_kernels.use_workspace(workspace_mb),
-        ssl_kernels.use_tile_budget(budget_mb),
-        mock.patch.object(panel_shape, "_WHOLE_ROWS", (1, rows_at_once, rows_at_once)),
-    ):
+    one_visit = mock.patch.object(panel_shape, "_WHOLE_ROWS", (1, rows_at_once, rows_at_once))
+    if rows_at_once == 0:
+        one_visit = mock.patch.object(row_passes, "whole_rows", return_value=0)
+    with ssl_kernels.use_workspace(workspace_mb), ssl_kernels.use_tile_budget(budget_mb), one_visit:
         ours = evaluate(backend, loss, arguments, weight)
     share = 3 * len(problem.get("dims", [0]))
     summed = problem["rows"] ** 0.5 if problem["reduction"] == "sum" else 1

@@ -150,7 +150,7 @@ def may_overwrite(saved: Tensor, upstream: Tensor | None) -> bool:
     retain_graph, not while being traced, and not where one pass makes the gradients of many."""
     if type(saved) is not Tensor or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
-    return upstream is None or not is_legacy_batchedtensor(upstream)
+    return upstream is None or not _is_special(upstream)
 
 
 def owns_outputs(ctx: Any) -> bool:

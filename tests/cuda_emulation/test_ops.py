@@ -332,7 +332,7 @@ def test_the_kernel_passes_the_tests_of_the_op(emulator: Emulator, file: str) ->
 def test_no_access_is_out_of_bounds() -> None:
     build_ops("address")  # here: a compiler would be slow under the sanitizer
     command = [sys.executable, "-m", "pytest", "-qs", "--no-header", "--tb=short", "-p", "no:cacheprovider", __file__]
-    command += ["--hypothesis-profile=brief", "--of-each", "2"]
+    command += ["--hypothesis-profile=brief", "--each-once"]
     environment = {**address_environment(), "SSL_KERNELS_EMULATION": "address"}
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+import pytest
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +66,10 @@ class Copy:
             cwd=ROOT, check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
         compiled = [str(path.relative_to(ROOT)) for path in (ROOT / "ssl_kernels").glob("*.so")]
-        for name in [*filter(None, listed.split("\0")), *compiled]:
+        names = {*filter(None, listed.split("\0")), *compiled}
+        for path in [path for path in self.root.rglob("*.py") if str(path.relative_to(self.root)) not in names]:
+            path.unlink()  # a test that is no more must not see anything
+        for name in names:
             source, target = ROOT / name, self.root / name
             # What is the same stays, so that the compiler finds it as it left it.
             if source.is_file() and not (target.exists() and target.read_bytes() == source.read_bytes()):
@@ -85,8 +90,9 @@ class Copy:
         """Whether it compiles; what has not changed is not compiled again."""
         return self.call("setup.py", "-q", "build_ext", "--inplace").returncode == 0
 
-    def failures(self, tests: Iterable[str], *options: str) -> list[str]:
-        """Those of the default selection that fail: files or single tests, below tests/, of one kind."""
+    def failures(self, tests: Iterable[str], *options: str) -> list[str] | None:
+        """Those of the default selection that fail: files or single tests, below tests/, of one kind. None if there are
+        no such tests."""
         names = [f"tests/{test}" for test in tests]
         is_interpreted = any("interpreter" in name for name in names)
         environment = {"TRITON_INTERPRET": "1"} if is_interpreted else {}
@@ -95,10 +101,12 @@ class Copy:
         try:
             done = self.call(*command, **environment)
         except subprocess.TimeoutExpired:
-            return [f"{' '.join(names)} runs on and on"]
+            return [f"{' '.join(names)}: runs on and on"]
+        if done.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return None
         if done.returncode == 0:
             return []
-        failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         return failed or [f"{' '.join(names)}: exit status {done.returncode}"]
 
     def seen(self, bug: Bug, first: str) -> str:
@@ -113,12 +121,25 @@ class Copy:
                 self.is_stale = True
                 if not self.build():
                     return "ERROR setup.py"
-            for test in filter(None, (first, *bug.tests)):
-                if failed := self.failures([test], "-x"):
+            if first and (failed := self.failures([first], "-x")):
+                return failed[0]
+            for test in bug.tests:
+                failed = self.failures([test], "-x")
+                if failed is None:
+                    raise ValueError(f"{bug}: there are no tests/{test}")
+                if failed:
                     return failed[0]
             return ""
         finally:
             place.write_text(text)
+
+
+def name_of(line: str) -> str:
+    """The test of a line such as 'FAILED tests/test_op.py::test_it[a - b] - AssertionError', below tests/."""
+    found = re.match(r"(?:FAILED|ERROR) tests/(\S+?::\w+(?:\[.*?\])?)(?: - |$)", line)
+    if found is None:
+        raise ValueError(f"expected a line of pytest's summary, got {line!r}")
+    return found[1]
 
 
 @dataclass
@@ -128,6 +149,7 @@ class Run:
     left: deque[list[Bug]]
     seen_by: dict[str, str]
     lives: list[Bug] = field(default_factory=list)
+    is_over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def work(self, copy: Copy, takes_cpp: bool) -> None:
@@ -137,6 +159,8 @@ class Run:
                     return
                 group = self.left.popleft() if takes_cpp else self.left.pop()
             for bug in group:
+                if self.is_over:
+                    return
                 self.plant(copy, bug)
 
     def plant(self, copy: Copy, bug: Bug) -> None:
@@ -145,7 +169,7 @@ class Run:
         is_dead = found != "" and not found.startswith("ERROR")  # what does not compile or load proves nothing
         with self.lock:
             if found.startswith("FAILED "):
-                self.seen_by[str(bug)] = found.removeprefix("FAILED tests/")
+                self.seen_by[str(bug)] = name_of(found)
             if not is_dead:
                 self.seen_by.pop(str(bug), None)
                 self.lives.append(bug)
@@ -164,15 +188,18 @@ def main(words: list[str]) -> int:
     run = Run(deque(groups), {bug: test for bug, test in before.items() if bug in known})
     copies = [Copy(number) for number in range(min(len(groups), os.cpu_count() or 1))]
     with ThreadPoolExecutor() as pool:
-        for work in [pool.submit(run.work, copy, copy is copies[0]) for copy in copies]:
-            work.result()
+        try:
+            for work in as_completed([pool.submit(run.work, copy, copy is copies[0]) for copy in copies]):
+                work.result()
+        finally:
+            run.is_over = True
 
     # A test that fails without a bug has seen nothing.
     asked = {run.seen_by[str(bug)] for bug in chosen if str(bug) in run.seen_by}
     interpreted = {test for test in asked if "interpreter" in test}
     if copies and copies[0].is_stale:
         copies[0].build()
-    unsound = [name for kind in (asked - interpreted, interpreted) if kind for name in copies[0].failures(sorted(kind))]
+    unsound = [name for kind in (asked - interpreted, interpreted) if kind for name in copies[0].failures(kind) or []]
     for name in unsound:
         print(f"fails without a bug: {name}")
     print(f"{len(chosen)} bugs, {len(run.lives)} of them live")
