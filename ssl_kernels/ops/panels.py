@@ -143,11 +143,11 @@ def run_panels(
 
 class _Parts:
     """The panels of y in a dtype: views, made once. Where that is a conversion, y is converted whole if it is no larger
-    than a panel may be; on the CPU it never is, for there a panel is read from the cache."""
+    than a panel may be; on a CPU only if it is one panel, for those of several are read from the cache."""
 
     def __init__(self, y: Tensor, panels: list[slice], dtype: torch.dtype, workspace: int) -> None:
-        is_small = y.device.type != "cpu" and y.numel() * dtype.itemsize <= workspace
-        self.whole = y.to(dtype) if is_small else y
+        is_small = y.numel() * dtype.itemsize <= workspace
+        self.whole = y.to(dtype) if is_small and (y.device.type != "cpu" or len(panels) == 1) else y
         self._panels, self._dtype = panels, dtype
         self._views = [_part(self.whole, panel) for panel in panels]
 
