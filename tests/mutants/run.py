@@ -1,33 +1,41 @@
 """Plants the bugs of bugs.toml one by one, and names those that the tests of `make test` do not see.
 
-`python tests/mutants/run.py [WORD ...]` takes all bugs, or those whose file's path holds one of the words. Each is
-planted in a copy of the tree, one copy a processor, build/mutants-*, which stay: C++ is compiled there once, and then
-what a bug has changed. Which test has seen which bug is kept in seen_by.json, and that test is asked first next time.
+`python tests/mutants/run.py [--jobs N] [WORD ...]` takes all bugs, or those whose file's path holds one of the words.
+Each is planted in a copy of the tree, one copy a job, build/mutants-*, which stay: C++ is compiled there once, and then
+what a bug has changed. Tests run in forks of a process that has imported torch and the like (asking.py). Which test has
+seen which bug is kept in seen_by.json, and that test is asked first next time.
 """
 
 from __future__ import annotations
 
+import argparse
+import compileall
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from py_compile import PycInvalidationMode
+from typing import TypeVar
 
-import pytest
 import tomllib
+
+sys.path.insert(0, str(Path(__file__).parent))
+from asking import Answer, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEN_BY = Path(__file__).with_name("seen_by.json")
-TIMEOUT_S = 1200  # a bug may also make a test run for ever, and is seen by that
+PLANTED = ("ssl_kernels", "examples")  # the folders of Python with bugs
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,13 @@ def bugs() -> list[Bug]:
 class Copy:
     """A copy of the tree in which one bug at a time is planted."""
 
-    def __init__(self, number: int) -> None:
-        self.root = ROOT / "build" / f"mutants-{number}"
+    def __init__(self, root: Path) -> None:
+        self.root = root
         self.is_stale = False  # whether what is compiled has a bug
+        self.servers: dict[bool, Server] = {}  # that of interpreted kernels, that of the rest
+
+    def update(self) -> None:
+        """Makes it as the tree is."""
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT, check=True, capture_output=True, text=True,
@@ -75,137 +87,158 @@ class Copy:
             if source.is_file() and not (target.exists() and target.read_bytes() == source.read_bytes()):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(source.read_bytes())
+        self.compile()
 
-    def call(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        ours = {
-            **os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "SSL_KERNELS_CUDA": "0",
-            "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2", "MAX_JOBS": "2",
-        }  # fmt: skip
-        return subprocess.run(
-            [sys.executable, *command], cwd=self.root, env={**ours, **environment}, capture_output=True, text=True,
-            timeout=TIMEOUT_S,
-        )  # fmt: skip
+    def compile(self) -> None:
+        """Python then knows by a hash what a bug has changed: by time and size it could overlook it."""
+        for folder in PLANTED:
+            compileall.compile_dir(
+                self.root / folder, quiet=1, force=True, invalidation_mode=PycInvalidationMode.CHECKED_HASH
+            )
+
+    def environment(self, **added: str) -> dict[str, str]:
+        ours = {"PYTHONPATH": str(self.root), "SSL_KERNELS_CUDA": "0", "CUDA_VISIBLE_DEVICES": "", "MAX_JOBS": "2"}
+        return {**os.environ, **ours, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2", **added}
 
     def build(self) -> bool:
         """Whether it compiles; what has not changed is not compiled again."""
-        return self.call("setup.py", "-q", "build_ext", "--inplace").returncode == 0
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        return subprocess.run(command, cwd=self.root, env=self.environment(), capture_output=True).returncode == 0
 
-    def failures(self, tests: Iterable[str], *options: str) -> list[str] | None:
-        """Those of the default selection that fail: files or single tests, below tests/, of one kind. None if there are
-        no such tests."""
+    def ask(self, tests: Iterable[str], *options: str) -> Answer:
+        """What comes of those of the default selection: files or single tests, below tests/, of one kind."""
         names = [f"tests/{test}" for test in tests]
         is_interpreted = any("interpreter" in name for name in names)
-        environment = {"TRITON_INTERPRET": "1"} if is_interpreted else {}
+        if is_interpreted not in self.servers:
+            added = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if is_interpreted else {}
+            self.servers[is_interpreted] = Server(self.root, self.environment(**added))
         profile = "--hypothesis-profile=" + ("brief" if is_interpreted else "default")
-        command = ("-m", "pytest", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", profile, *options, *names)
-        try:
-            done = self.call(*command, **environment)
-        except subprocess.TimeoutExpired:
-            return [f"{' '.join(names)}: runs on and on"]
-        if done.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
-            return None
-        if done.returncode == 0:
-            return []
-        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return failed or [f"{' '.join(names)}: exit status {done.returncode}"]
+        return self.servers[is_interpreted].ask(profile, *options, *names)
 
     def seen(self, bug: Bug, first: str) -> str:
-        """The first test that fails with this bug, `first` asked before the rest; empty if none does."""
+        """The first test that fails with this bug, `first` asked before the rest; empty if none does.
+
+        It is 'ERROR' and a name if something does not compile or load, which proves nothing.
+        """
         place = self.root / bug.path
         text = place.read_text()
-        if self.is_stale and not bug.is_cpp:
-            self.is_stale = not self.build()
+        self.make_sound(bug.is_cpp)
         place.write_text(bug.planted(text))
         try:
             if bug.is_cpp:
                 self.is_stale = True
                 if not self.build():
                     return "ERROR setup.py"
-            if first and (failed := self.failures([first], "-x")):
-                return failed[0]
-            for test in bug.tests:
-                failed = self.failures([test], "-x")
-                if failed is None:
-                    raise ValueError(f"{bug}: there are no tests/{test}")
-                if failed:
-                    return failed[0]
+            for test in (first, *bug.tests) if first else bug.tests:
+                answer = self.ask([test], "-x")
+                if answer.failed:
+                    return answer.failed[0].removeprefix("tests/")
+                if answer.errors:
+                    return f"ERROR {answer.errors[0]}"
+                if not answer.ran and test != first:  # the first may be no more
+                    return f"ERROR tests/{test}"
             return ""
         finally:
             place.write_text(text)
 
+    def make_sound(self, except_cpp: bool = False) -> None:
+        """Compiles what a bug has left, unless another one in C++ will have it compiled."""
+        if self.is_stale and not except_cpp:
+            self.is_stale = not self.build()
 
-def name_of(line: str) -> str:
-    """The test of a line such as 'FAILED tests/test_op.py::test_it[a - b] - AssertionError', below tests/."""
-    found = re.match(r"(?:FAILED|ERROR) tests/(\S+?::\w+(?:\[.*?\])?)(?: - |$)", line)
-    if found is None:
-        raise ValueError(f"expected a line of pytest's summary, got {line!r}")
-    return found[1]
+    def close(self) -> None:
+        for server in self.servers.values():
+            server.close()
+
+
+def share(copies: list[Copy], groups: Iterable[list[Item]], work: Callable[[Copy, Item], None]) -> None:
+    """Works in all copies at once. Each takes group after group: the first from the front, the others from the back."""
+    left, lock, is_over = deque(groups), threading.Lock(), threading.Event()
+
+    def take(copy: Copy) -> None:
+        while True:
+            with lock:
+                if not left:
+                    return
+                group = left.popleft() if copy is copies[0] else left.pop()
+            for item in group:
+                if is_over.is_set():
+                    return
+                work(copy, item)
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            for done in as_completed([pool.submit(take, copy) for copy in copies]):
+                done.result()
+        finally:
+            is_over.set()
 
 
 @dataclass
 class Run:
-    """Of some bugs, over a copy for each thread."""
+    """What is found out in all copies."""
 
-    left: deque[list[Bug]]
     seen_by: dict[str, str]
     lives: list[Bug] = field(default_factory=list)
-    is_over: bool = False
+    unsound: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def work(self, copy: Copy, takes_cpp: bool) -> None:
-        while True:
-            with self.lock:
-                if not self.left:
-                    return
-                group = self.left.popleft() if takes_cpp else self.left.pop()
-            for bug in group:
-                if self.is_over:
-                    return
-                self.plant(copy, bug)
 
     def plant(self, copy: Copy, bug: Bug) -> None:
         begun = time.monotonic()
         found = copy.seen(bug, self.seen_by.get(str(bug), ""))
-        is_dead = found != "" and not found.startswith("ERROR")  # what does not compile or load proves nothing
+        is_dead = found != "" and not found.startswith("ERROR")
         with self.lock:
-            if found.startswith("FAILED "):
-                self.seen_by[str(bug)] = name_of(found)
-            if not is_dead:
+            if is_dead:
+                self.seen_by[str(bug)] = found
+            else:
                 self.seen_by.pop(str(bug), None)
                 self.lives.append(bug)
             SEEN_BY.write_text(json.dumps(self.seen_by, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
         seconds = time.monotonic() - begun
         print(f"{'died ' if is_dead else 'LIVES'} {seconds:4.0f} s  {bug}  {found}", flush=True)
 
+    def ask_without(self, copy: Copy, tests: list[str]) -> None:
+        copy.make_sound()
+        answer = copy.ask(tests)
+        self.unsound += answer.failed + answer.errors
 
-def main(words: list[str]) -> int:
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only bugs of files whose path holds one of them")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="one a processor unless given"
+    )
+    options = parser.parse_args(arguments)
     known = {str(bug): bug for bug in bugs()}
-    chosen = [bug for bug in known.values() if not words or any(word in bug.path for word in words)]
+    chosen = [bug for bug in known.values() if not options.words or any(word in bug.path for word in options.words)]
     before = json.loads(SEEN_BY.read_text()) if SEEN_BY.exists() else {}
     # The first copy begins with C++, the others with the rest, so that mostly one of them compiles.
     groups = [list(group) for _, group in groupby(chosen, lambda bug: bug.path)]
     groups.sort(key=lambda group: not group[0].is_cpp)
-    run = Run(deque(groups), {bug: test for bug, test in before.items() if bug in known})
-    copies = [Copy(number) for number in range(min(len(groups), os.cpu_count() or 1))]
-    with ThreadPoolExecutor() as pool:
-        try:
-            for work in as_completed([pool.submit(run.work, copy, copy is copies[0]) for copy in copies]):
-                work.result()
-        finally:
-            run.is_over = True
+    copies = [Copy(ROOT / "build" / f"mutants-{number}") for number in range(min(len(groups), options.jobs))]
+    for copy in copies:
+        copy.update()
+    run = Run({bug: test for bug, test in before.items() if bug in known})
+    try:
+        share(copies, groups, run.plant)
+        # A test that fails without a bug has seen nothing.
+        asked = sorted({run.seen_by[str(bug)] for bug in chosen if str(bug) in run.seen_by})
+        share(
+            copies,
+            [[list(tests)] for _, tests in groupby(asked, lambda test: test.partition("::")[0])],
+            run.ask_without,
+        )
+    finally:
+        for copy in copies:
+            copy.close()
 
-    # A test that fails without a bug has seen nothing.
-    asked = {run.seen_by[str(bug)] for bug in chosen if str(bug) in run.seen_by}
-    interpreted = {test for test in asked if "interpreter" in test}
-    if copies and copies[0].is_stale:
-        copies[0].build()
-    unsound = [name for kind in (asked - interpreted, interpreted) if kind for name in copies[0].failures(kind) or []]
-    for name in unsound:
+    for name in run.unsound:
         print(f"fails without a bug: {name}")
     print(f"{len(chosen)} bugs, {len(run.lives)} of them live")
     for bug in run.lives:
         print(f"  {bug}\n    asked: {shlex.join(bug.tests)}")
-    return 1 if run.lives or unsound else 0
+    return 1 if run.lives or run.unsound else 0
 
 
 if __name__ == "__main__":

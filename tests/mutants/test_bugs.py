@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import ROOT, bugs, name_of
+from asking import Server
+from run import ROOT, Bug, Copy, bugs
 
 NOT_OPS = {"__init__.py", "_checks.py", "matmul.py", "reuse.py"}
 
@@ -33,9 +34,32 @@ def test_every_kernel_and_op_has_some(folder: str, pattern: str, least: int) -> 
     assert not [name for name in names if planted[f"{folder}/{name}"] < least]
 
 
-@pytest.mark.parametrize(
-    "name", ["test_op.py::test_it", "test_op.py::test_it[a - b[0]-c d]", "a/test_b.py::interpreted"]
-)
-@pytest.mark.parametrize("why", ["", " - AssertionError: assert [1] == [2]"])
-def test_a_failed_test_is_named(name: str, why: str) -> None:
-    assert name_of(f"FAILED tests/{name}{why}") == name
+def test_a_bug_dies_by_the_test_that_fails_and_lives_where_none_does(tmp_path: Path) -> None:
+    for name, text in {
+        "pyproject.toml": "[tool.pytest.ini_options]",
+        "ssl_kernels/__init__.py": "def double(x: int) -> int:\n    return 2 * x\n",
+        "tests/test_nothing.py": "def test_nothing():\n    pass\n",
+        "tests/test_double.py": "import pytest\nfrom ssl_kernels import double\n\n"
+        "@pytest.mark.parametrize('x', [0, 5])\ndef test_double(x):\n    assert double(x) == x + x\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    tests = ("test_nothing.py", "test_double.py")
+    copy = Copy(tmp_path)
+    copy.compile()
+    copy.servers[False] = Server(tmp_path, copy.environment(), ["pytest", "hypothesis", "pytest_benchmark.plugin"])
+    try:
+        for after, found in {
+            "3 * x": "test_double.py::test_double[5]",
+            "x * 2": "",
+            "__import__('os').abort()": "test_double.py::test_double[0]",
+            "2 * ": "ERROR tests/test_double.py",
+            "2 ** x": "test_double.py::test_double[0]",
+        }.items():
+            bug = Bug("ssl_kernels/__init__.py", "2 * x", after, tests)
+            assert copy.seen(bug, "") == found
+            assert copy.seen(bug, "test_double.py::test_double[5]") == found.replace("[0]", "[5]")
+            assert copy.seen(bug, "test_double.py::test_of_old") == found
+        assert copy.ask(["test_double.py"]) == ([], [], 2)
+    finally:
+        copy.close()
