@@ -1,7 +1,7 @@
 """Runs tests in forks of a process that has already imported what takes long: torch, its compilers, the peers.
 
-A `Server` starts this file as such a process. It never imports ssl_kernels or a test, which each fork finds as they
-stand in the tree by then. To start Python and import all takes ten times as long as most tests.
+A `Server` starts this file as such a process: to begin with Python and these imports takes longer than most tests. The
+process never imports ssl_kernels or a test, so that each fork finds them as they stand in the tree by then.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class _Notes:
 
 
 def _answer(arguments: list[str], folder: Path) -> Answer:
+    """What comes of `pytest ARGUMENTS` in a fork, which may use the folder."""
     notes = folder / "notes"
     notes.touch()
     child = os.fork()
@@ -109,8 +110,9 @@ def _answer(arguments: list[str], folder: Path) -> Answer:
 
 
 def _run(arguments: list[str], notes: Path) -> None:
+    """The life of a fork."""
     try:
-        os.setsid()
+        os.setsid()  # a group of its own, which is killed with it
         null = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(null, stream)
