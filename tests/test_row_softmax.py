@@ -35,6 +35,8 @@ import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels.ops import panel_shape, row_loss, row_passes
 
+AND_FLOAT64 = [*((name, torch.float32) for name in BACKENDS), ("eager", torch.float64)]
+
 # ---- values and gradients
 
 
@@ -294,11 +296,11 @@ def test_prefixes_take_no_more_products_than_one() -> None:
     assert several == one == 4 * 2 * 40 * 50 * 64
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_guide_leaves_out_what_scores_above_the_target(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), AND_FLOAT64)
+def test_a_guide_leaves_out_what_scores_above_the_target(backend: str, dtype: torch.dtype) -> None:
     """But neither the target, nor candidates that are as good: such as its copies."""
-    query, candidates = features(6, 10, 4)
-    guide_query, guide_candidates = features(6, 10, 5)
+    query, candidates = (t.to(dtype) for t in features(6, 10, 4))
+    guide_query, guide_candidates = (t.to(dtype) for t in features(6, 10, 5))
     candidates[9], guide_candidates[9] = candidates[2], guide_candidates[2]
     scores = guide_query.double() @ guide_candidates.double().t()
     own = scores.diagonal()[:, None]
@@ -315,6 +317,15 @@ def test_a_guide_leaves_out_what_scores_above_the_target(backend: str) -> None:
         z = (9 * query.double() @ candidates.double().t()).masked_fill(~kept, -torch.inf)
         loss = K.row_softmax_loss(query, candidates, 9.0, **guide, guide_threshold=threshold)
         torch.testing.assert_close(loss.double(), F.cross_entropy(z, torch.arange(6)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_guide_leaves_nothing_out_where_there_is_no_target(backend: str) -> None:
+    query, candidates = features(6, 10, 4)
+    guide = dict(zip(("guide_query", "guide_candidates"), features(6, 10, 5), strict=True))
+    with ssl_kernels.use_backend(backend):
+        guided = K.row_lse(query, candidates, 9.0, target=torch.full((6,), -1), **guide)
+        torch.testing.assert_close(guided, K.row_lse(query, candidates, 9.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -358,6 +369,16 @@ def test_log_sum_exps_of_blocks_make_the_loss_over_all_of_them(backend: str) -> 
     one, two = evaluate(backend, K.row_softmax_loss, arguments), evaluate(backend, in_blocks, arguments)
     for a, b in zip((one.loss, *one.gradients), (two.loss, *two.gradients), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [6.0, 0.0])
+@pytest.mark.parametrize(("backend", "dtype"), AND_FLOAT64)
+def test_a_log_sum_exp_over_nothing_is_minus_infinity(backend: str, dtype: torch.dtype, scale: float) -> None:
+    query, candidates = (t.to(dtype) for t in features(4, 9, 5))
+    with ssl_kernels.use_backend(backend):
+        ids = torch.zeros(9, dtype=torch.int64)
+        lse = K.row_lse(query, candidates, scale, query_ids=ids[:4], candidate_ids=ids)
+    assert (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -33,7 +33,7 @@ OPTIONS = [
     *("-q", "--tb=no", "--disable-plugin-autoload", "-p", "hypothesispytest", "-p", "benchmark"),
     *("-p", "no:cacheprovider", "-p", "no:faulthandler"),
 ]
-LIMIT_S = 300  # for a test; one that a bug makes run for ever is ended after it
+LIMIT_S = 120  # for a test; one that a bug makes run for ever is ended after it
 
 
 class Answer(NamedTuple):
