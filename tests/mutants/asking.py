@@ -37,8 +37,8 @@ LIMIT_S = 120  # for a test; one that a bug makes run for ever is ended after it
 
 
 class Answer(NamedTuple):
-    failed: list[str]  # tests, as pytest names them; also one that ran when its process died
-    errors: list[str]  # tests and files that could not even be run
+    failed: list[str]  # tests, as pytest names them: they, their fixtures, or the process during them
+    errors: list[str]  # files that do not load
     ran: int  # tests that were started
 
 
@@ -78,7 +78,7 @@ class _Notes:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.note("failed" if report.when == "call" else "errors", report.nodeid)
+            self.note("failed", report.nodeid)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.note("finished", nodeid)

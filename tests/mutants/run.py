@@ -118,7 +118,7 @@ class Copy:
     def seen(self, bug: Bug, first: str) -> str:
         """The first test that fails with this bug, `first` asked before the rest; empty if none does.
 
-        It is 'ERROR' and a name if something does not compile or load, which proves nothing.
+        It is 'ERROR' and a name if something does not compile or cannot be collected, which proves nothing.
         """
         place = self.root / bug.path
         text = place.read_text()
