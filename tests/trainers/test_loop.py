@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +86,14 @@ def test_the_loss_falls_and_everything_is_logged(tmp_path: Path) -> None:
     assert on_disk == result.records
     assert {"loss", "error", "lr", "grad_norm", "images_per_s", "peak_mb", "elapsed_s", "epoch"} < on_disk[0].keys()
     assert result.peak_mb > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process inherits nothing")
+def test_a_peak_is_not_that_of_who_started_the_process() -> None:
+    held = torch.ones(2**30, dtype=torch.uint8)
+    code = "import torch; from ssl_kernels.trainers.log import peak_memory_mb as mb; print(mb(torch.device('cpu')))"
+    assert 100 < float(subprocess.check_output([sys.executable, "-c", code])) < held.nbytes / 2**20
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.05
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
