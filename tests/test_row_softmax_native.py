@@ -177,7 +177,10 @@ def test_gradients_match_the_definition(isa: str, smoothed: bool, **options: Any
     error = 2e-7 * (10 + largest) * (np.abs(side[2])[:, None] + np.abs(grad))
     for (moments, by_column, tile), write in zip(results, (False, True, True), strict=True):
         assert (np.abs(moments - 1 - products.sum(1)) <= (error * np.abs(p.s)).sum(1) + 1e-5).all()
-        for summed, exact, scope in zip(by_column, (grad, products), (1, np.abs(p.s)), strict=False):  # of 64 rows each
+        found = (grad, 1), (products, np.abs(p.s))
+        if len(by_column) == 1 and "row_factors" in p.options:
+            found = found[1:]
+        for summed, (exact, scope) in zip(by_column, found, strict=False):  # of 64 rows each
             for chunk, first in enumerate(range(0, rows, 64)):
                 of = slice(first, first + 64)
                 allowed = (error * scope)[of].sum(0) + 1e-5
@@ -281,6 +284,52 @@ def test_prefixes_are_what_each_is_alone(isa: str, smoothed: bool, **options: An
             np.testing.assert_allclose(made[k], total, rtol=1e-5, atol=1e-5 * (1 + np.abs(tile).max(initial=0)))
             np.testing.assert_array_equal(made_moments[:, k], moments[:, 0])
             np.testing.assert_array_equal(made_columns[k], by_column[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(**OPTIONS, prefixes=st.integers(1, 3), weighted=st.booleans(), write=st.booleans())
+def test_a_visit_is_both_passes(
+    isa: str, smoothed: bool, prefixes: int, weighted: bool, write: bool, **options: Any
+) -> None:
+    p = problem(**options)
+    (rows, cols), known = p.tile.shape, dict(p.options)
+    pieces = [p.tile.copy(), *p.rng.uniform(-1, 1, size=(2, rows, cols)).astype(np.float32)][:prefixes]
+    for name, size in (("row_factors", rows), ("col_factors", cols)):
+        if name in known:
+            known[name] = p.rng.uniform(0.5, 2, size=(prefixes, size)).astype(np.float32)
+    shares, smoothing, weights = [1.0, -0.5, 0.0][:prefixes], 0.3 if smoothed else 0.0, np.ones(rows, np.float32)
+    if weighted:
+        weights[:] = p.rng.normal(size=rows)
+        weights[::3] = 0
+    largest = np.abs(weights).max(initial=0) or 1.0
+
+    def empty() -> tuple[Any, ...]:
+        stats = np.stack([fresh(rows, 6 if smoothed else 4) for _ in pieces])
+        by_column = np.full((prefixes, 2, -(-rows // 64), cols), np.nan, np.float32)
+        return [piece.copy() for piece in pieces], stats, np.ones((rows, prefixes)), by_column
+
+    tiles, stats, moments, by_column = empty()
+    native.row_softmax_stats(tiles, stats, **known, isa=isa)
+    weight = np.array(shares)[:, None] * np.where(stats[:, :, 3] > 0, weights / largest, 0)
+    positives, every = (np.maximum(stats[:, :, min(i, stats.shape[2] - 1)], 1) for i in (3, 5))
+    sides = np.zeros((prefixes, 5 if smoothed else 4, rows), np.float32)
+    with np.errstate(divide="ignore"):
+        sides[:, 0] = np.where(weight == 0, 0, stats[:, :, 0])
+        sides[:, 1] = np.where(weight == 0, np.inf, np.log(stats[:, :, 1]))
+    sides[:, 2], sides[:, 3] = weight, (1 - smoothing) * weight / positives
+    if smoothed:
+        sides[:, 4] = smoothing * weight / every
+    native.row_softmax_grad(tiles, moments, by_column, sides, **known, write=write, isa=isa)
+
+    visited = empty()
+    native.row_softmax_visit(
+        *visited, **known, weights=weights if weighted else None, largest=largest, shares=shares,
+        label_smoothing=smoothing, write=write, parts=2, isa=isa,
+    )  # fmt: skip
+    np.testing.assert_array_equal(visited[1], stats)
+    size = 1 + max((np.abs(piece).max(initial=0) for piece in pieces), default=0)
+    for one, other in zip((*visited[0], *visited[2:]), (*tiles, moments, by_column), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-4 * size)
 
 
 def test_bad_arrays_are_named() -> None:

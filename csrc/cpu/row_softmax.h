@@ -48,6 +48,7 @@ struct RowStats {
   RowTile tile;
   double* stats;  // [rows, width]
   int64_t width;
+  float* exps;  // [cols], or null: exp(unit (v - max)) of the last row, 0 where left out
 };
 
 // Scores of another model: where one exceeds the threshold of its row, the pair is left out, unless it is positive.
@@ -75,7 +76,10 @@ struct RowGrad {
   float* col_moments;  // the same of G_ij s_ij
   bool write;  // whether G, times the factors if there are some, replaces the similarities
 
-  int64_t chunks() const { return (tile.rows + kChunk - 1) / kChunk; }
+  static int64_t chunks(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
+  // Rows that one thread takes at least, so that sums by column are those of a chunk.
+  int64_t step() const { return col_sums || col_moments ? kChunk : 1; }
+  int64_t steps() const { return (tile.rows + step() - 1) / step(); }
 };
 
 // What the statistics of rows come to, between the two passes over the tiles.
@@ -99,6 +103,36 @@ struct RowSummary {
 
 void row_softmax_summary(const RowSummary& summary);
 
+// NaN if one is NaN, and 1 if all are 0, or null.
+double largest_weight(const float* weight, int64_t rows);
+
+// What the gradient needs to know of one row: as in RowGrad.
+struct RowSide {
+  float top, log_sum, weight, target, all;
+};
+
+// What a visit keeps of a row of one prefix between its statistics and its gradient.
+struct RowKept {
+  RowSide side;
+  float inverse;  // of the sum of exponentials
+  float* exps;    // [cols]
+};
+
+// All that there is to do with tiles that have all columns of their rows: statistics, losses and gradients, row by row,
+// while that of every prefix is in the first caches. The gradient takes the exponentials of the statistics.
+struct RowVisit {
+  const RowStats* stats;  // of each prefix
+  const RowGrad* grads;   // which have no vectors by row
+  int64_t count;
+  const float* weight;   // [rows], or null for 1
+  double largest;        // of the weights, by which they are divided in G
+  const double* shares;  // [count]: the weight of each prefix, at most 1
+  double label_smoothing;
+
+  // What the statistics of a row of one prefix come to.
+  void keep(RowKept& kept, int64_t k, int64_t row) const;
+};
+
 // Rows [begin, end). Distinct ranges may run concurrently, and the result does not depend on the split.
 void row_softmax_guide(const RowGuide& guide, int64_t begin, int64_t end, Isa isa);
 
@@ -107,8 +141,11 @@ void row_softmax_guide(const RowGuide& guide, int64_t begin, int64_t end, Isa is
 // statistics have put the sums there.
 void row_softmax_stats(const RowStats* prefixes, int64_t count, int64_t begin, int64_t end, Isa isa);
 
-// Likewise, of chunks. Each tile receives the sum of G over its prefix and all longer ones. `summed` says that the tiles
+// Likewise, of steps. Each tile receives the sum of G over its prefix and all longer ones. `summed` says that the tiles
 // hold the sums that the statistics have put there.
 void row_softmax_grad(const RowGrad* prefixes, int64_t count, bool summed, int64_t begin, int64_t end, Isa isa);
+
+// Likewise: statistics of tiles that are not summed, and the gradients in their place.
+void row_softmax_visit(const RowVisit& visit, int64_t begin, int64_t end, Isa isa);
 
 }  // namespace sslk

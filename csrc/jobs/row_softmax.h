@@ -98,7 +98,7 @@ std::vector<RowStats> row_stats_job(const std::vector<Tensor>& tiles, const Tens
   std::vector<RowStats> job;
   for (const RowTile& tile : made) {
     const int64_t k = static_cast<int64_t>(job.size());
-    job.push_back({tile, static_cast<double*>(stats.mutable_data_ptr()) + k * stats.stride(0), width});
+    job.push_back({tile, static_cast<double*>(stats.mutable_data_ptr()) + k * stats.stride(0), width, nullptr});
   }
   return job;
 }
@@ -117,25 +117,20 @@ RowGuide row_guide_job(const Tensor& tile, const Tensor& scores, const Tensor& t
   return job;
 }
 
-// moments [rows, prefixes] with any strides; sides [prefixes, 4 or 5, rows] as RowSummary makes them; col_sums
-// [prefixes, 2, chunks, cols], of which the second half is that of moments, or [prefixes, 1 or 0, chunks, cols].
+// moments [rows, prefixes] with any strides; col_sums [prefixes, planes, chunks, cols]: two planes are those of G and of
+// G s, one is that of G s where there are factors, else of G.
 template <typename Tensor>
-std::vector<RowGrad> row_grad_job(const std::vector<Tensor>& tiles, const Tensor& moments, const Tensor& col_sums,
-                                  const RowPairs<Tensor>& pairs, const Tensor& sides, bool write) {
+std::vector<RowGrad> row_grads(const std::vector<Tensor>& tiles, const Tensor& moments, const Tensor& col_sums,
+                               const RowPairs<Tensor>& pairs, bool write) {
   using torch::headeronly::ScalarType;
   const std::vector<RowTile> made = row_tiles(tiles, pairs);
   const int64_t prefixes = static_cast<int64_t>(made.size()), rows = made[0].rows, cols = made[0].cols;
   check_tensor(moments, "moments", ScalarType::Double, 2);
   check_size(moments, "moments", 0, rows);
   check_size(moments, "moments", 1, prefixes);
-  check_tensor(sides, "sides", ScalarType::Float, 3);
-  check_size(sides, "sides", 0, prefixes);
-  check_size(sides, "sides", 2, rows);
-  STD_TORCH_CHECK(sides.size(1) == 4 || sides.size(1) == 5, "sides: expected 4 or 5 vectors, got ", sides.size(1));
-  STD_TORCH_CHECK(rows <= 1 || sides.stride(2) == 1, "sides: expected vectors that are contiguous in memory");
   check_tensor(col_sums, "col_sums", ScalarType::Float, 4);
   check_contiguous(col_sums, "col_sums");
-  const int64_t planes = col_sums.size(1), chunks = (rows + RowGrad::kChunk - 1) / RowGrad::kChunk;
+  const int64_t planes = col_sums.size(1), chunks = RowGrad::chunks(rows);
   STD_TORCH_CHECK(planes <= 2, "col_sums: expected at most 2 planes, got ", planes);
   if (planes) {
     check_size(col_sums, "col_sums", 0, prefixes);
@@ -144,23 +139,76 @@ std::vector<RowGrad> row_grad_job(const std::vector<Tensor>& tiles, const Tensor
   }
   std::vector<RowGrad> result;
   for (const RowTile& tile : made) {
-    const int64_t k = static_cast<int64_t>(result.size()), apart = sides.stride(1);
+    const int64_t k = static_cast<int64_t>(result.size());
     RowGrad job{};
     job.tile = tile;
     job.moments = static_cast<double*>(moments.mutable_data_ptr()) + k * moments.stride(1);
     job.moment_stride = moments.stride(0);
-    const float* data = static_cast<const float*>(sides.const_data_ptr()) + k * sides.stride(0);
+    if (planes) {
+      float* sums = static_cast<float*>(col_sums.mutable_data_ptr()) + k * planes * chunks * cols;
+      if (planes == 2 || !tile.col_factor) job.col_sums = sums;
+      if (planes == 2 || tile.col_factor) job.col_moments = sums + (planes - 1) * chunks * cols;
+    }
+    job.write = write;
+    result.push_back(job);
+  }
+  return result;
+}
+
+// The same with sides [prefixes, 4 or 5, rows] as RowSummary makes them.
+template <typename Tensor>
+std::vector<RowGrad> row_grad_job(const std::vector<Tensor>& tiles, const Tensor& moments, const Tensor& col_sums,
+                                  const RowPairs<Tensor>& pairs, const Tensor& sides, bool write) {
+  std::vector<RowGrad> result = row_grads(tiles, moments, col_sums, pairs, write);
+  const int64_t rows = result[0].tile.rows;
+  check_tensor(sides, "sides", torch::headeronly::ScalarType::Float, 3);
+  check_size(sides, "sides", 0, static_cast<int64_t>(result.size()));
+  check_size(sides, "sides", 2, rows);
+  STD_TORCH_CHECK(sides.size(1) == 4 || sides.size(1) == 5, "sides: expected 4 or 5 vectors, got ", sides.size(1));
+  STD_TORCH_CHECK(rows <= 1 || sides.stride(2) == 1, "sides: expected vectors that are contiguous in memory");
+  const float* data = static_cast<const float*>(sides.const_data_ptr());
+  const int64_t apart = sides.stride(1);
+  for (RowGrad& job : result) {
     job.top = data;
     job.log_sum = data + apart;
     job.weight = data + 2 * apart;
     job.target = data + 3 * apart;
     job.all = sides.size(1) == 5 ? data + 4 * apart : nullptr;
-    if (planes) job.col_sums = static_cast<float*>(col_sums.mutable_data_ptr()) + k * planes * chunks * cols;
-    if (planes == 2) job.col_moments = job.col_sums + chunks * cols;
-    job.write = write;
-    result.push_back(job);
+    data += sides.stride(0);
   }
   return result;
+}
+
+// A visit, and the prefixes that it is of.
+struct RowVisitJob {
+  std::vector<RowStats> stats;
+  std::vector<RowGrad> grads;
+  std::vector<double> shares;
+  RowVisit visit;
+
+  // Of this job, where it lies now.
+  RowVisit here() const {
+    RowVisit result = visit;
+    result.stats = stats.data();
+    result.grads = grads.data();
+    result.shares = shares.data();
+    result.count = static_cast<int64_t>(grads.size());
+    return result;
+  }
+};
+
+template <typename Tensor>
+RowVisitJob row_visit_job(const std::vector<Tensor>& tiles, const Tensor& stats, const Tensor& moments,
+                          const Tensor& col_sums, const RowPairs<Tensor>& pairs, const std::optional<Tensor>& weights,
+                          double largest, const std::vector<double>& shares, double label_smoothing, bool write) {
+  RowVisitJob job{row_stats_job(tiles, stats, pairs), row_grads(tiles, moments, col_sums, pairs, write), shares, {}};
+  STD_TORCH_CHECK(shares.size() == tiles.size(), "shares: expected ", tiles.size(), " numbers, got ", shares.size());
+  STD_TORCH_CHECK((label_smoothing != 0) == (job.stats[0].width == kAllRowStats),
+                  "stats: expected 6 numbers to a row with label smoothing, else 4");
+  job.visit.weight = vector_data(weights, "weights", job.grads[0].tile.rows);
+  job.visit.largest = largest;
+  job.visit.label_smoothing = label_smoothing;
+  return job;
 }
 
 }  // namespace sslk

@@ -125,9 +125,29 @@ void row_softmax_grad(const std::vector<Tensor>& tiles, const Tensor& moments, c
       row_pairs(target, row_ids, col_ids, same_id, guided, scales, bias, row_factors, col_factors), sides, write);
   const sslk::Isa chosen = choose_isa(isa);
   py::gil_scoped_release release;
-  const int64_t chunks = job[0].chunks(), count = static_cast<int64_t>(job.size());
+  const int64_t steps = job[0].steps(), count = static_cast<int64_t>(job.size());
   for (int64_t part = 0; part < parts; ++part) {
-    sslk::row_softmax_grad(job.data(), count, summed, chunks * part / parts, chunks * (part + 1) / parts, chosen);
+    sslk::row_softmax_grad(job.data(), count, summed, steps * part / parts, steps * (part + 1) / parts, chosen);
+  }
+}
+
+void row_softmax_visit(const std::vector<Tensor>& tiles, const Tensor& stats, const Tensor& moments,
+                       const Tensor& col_sums, const Tensor& target, const Scales& scales, const Maybe& row_ids,
+                       const Maybe& col_ids, int64_t same_id, bool guided, const Maybe& bias, const Maybe& row_factors,
+                       const Maybe& col_factors, const Maybe& weights, double largest,
+                       const std::vector<double>& shares, double label_smoothing, bool write, int64_t parts,
+                       const Name& isa) {
+  check_parts(parts);
+  const auto job = sslk::row_visit_job<Tensor>(
+      tiles, stats, moments, col_sums,
+      row_pairs(target, row_ids, col_ids, same_id, guided, scales, bias, row_factors, col_factors), weights, largest,
+      shares, label_smoothing, write);
+  const sslk::RowVisit visit = job.here();
+  const sslk::Isa chosen = choose_isa(isa);
+  py::gil_scoped_release release;
+  const int64_t steps = visit.grads->steps();
+  for (int64_t part = 0; part < parts; ++part) {
+    sslk::row_softmax_visit(visit, steps * part / parts, steps * (part + 1) / parts, chosen);
   }
 }
 
@@ -316,8 +336,19 @@ G = weight exp(z - lse) - all, less target on positives, and 0 for pairs that ar
 where the unit is 1, or the scale where statistics are those of s. Pairs as in row_softmax_stats.
 moments [m, K] float64: the row sums of G s are added.
 col_sums [K, 2, c, n], [K, 1, c, n] or [K, 0, c, n] float32, c = ceil(m / 64): column sums of G, and of G s, of 64 rows
-    each.
+    each; one alone is that of G s where there are factors, else of G.
 sides [K, 4, m] or [K, 5, m] float32: top, log_sum, weight, target, all.)");
+  m.def("row_softmax_visit", &row_softmax_visit, py::arg("tiles"), py::arg("stats"), py::arg("moments"),
+        py::arg("col_sums"), py::arg("target"), py::arg("scales"), py::arg("row_ids") = py::none(),
+        py::arg("col_ids") = py::none(), py::arg("same_id") = 0, py::arg("guided") = false,
+        py::arg("bias") = py::none(), py::arg("row_factors") = py::none(), py::arg("col_factors") = py::none(),
+        py::arg("weights") = py::none(), py::arg("largest") = 1.0, py::arg("shares") = std::vector<double>{1},
+        py::arg("label_smoothing") = 0.0, py::arg("write") = true, py::arg("parts") = 1, py::arg("isa") = py::none(),
+        R"(Statistics and gradients of tiles that have all columns of their rows, as row_softmax_stats and row_softmax_grad
+make them one after the other.
+
+stats start from -inf and 0.
+weights [m] float32 or None for 1, and the largest of them, by which they are divided; shares: the weight of each prefix.)");
   m.def("key_softmax_panel",
         shell(&sslk::key_softmax_job<Tensor>, [](const sslk::KeySoftmaxPanel& panel, sslk::Isa isa) {
           sslk::key_softmax_panel(panel, 0, panel.rows, isa);

@@ -40,14 +40,15 @@ def _through_onednn(a: Tensor, b: Tensor) -> bool:
     return on_cpu and onednn_is_faster_for(a.shape[0] * a.shape[1] * b.shape[1])
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor, memory: Tensor | None = None) -> Tensor:
     """a b for a [m, k] and b [k, n] of one dtype, any strides: oneDNN has no fast kernel for gaps between rows, and is
-    1,000 times slower with them than with a copy that has none."""
+    1,000 times slower with them than with a copy that has none. The product is in ``memory`` [m, n] if that is given,
+    but for oneDNN's, which is always new."""
     if _through_onednn(a, b):
         a, b = (t if t.is_contiguous() or t.t().is_contiguous() else t.clone() for t in (a, b))
         product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
         return product
-    return a @ b
+    return a @ b if memory is None else torch.mm(a, b, out=memory)
 
 
 @functools.cache

@@ -98,6 +98,9 @@ class KeptTiles:
     def __len__(self) -> int:
         return len(self._tiles)
 
+    def has_room(self, nbytes: int) -> bool:
+        return nbytes <= self._left
+
     def make_room(self) -> None:
         """Before a tile is made."""
         if self._left:
@@ -105,7 +108,7 @@ class KeptTiles:
 
     def keep(self, key: tuple[int, ...], tiles: Sequence[Tensor]) -> None:
         nbytes = sum(tile.nbytes for tile in tiles)
-        if nbytes <= self._left:
+        if self.has_room(nbytes):
             self._left -= nbytes
             self._tiles[key] = tiles
 

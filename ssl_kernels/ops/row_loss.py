@@ -22,7 +22,7 @@ from ssl_kernels.ops.panels import gradient_of_columns
 from ssl_kernels.ops.reuse import warm
 from ssl_kernels.ops.row_passes import Arguments, Gradients, Passes, stats_width, wanted_gradients
 from ssl_kernels.ops.row_strips import RowMatrix
-from ssl_kernels.ops.row_tiles import SAME_ID, Rule
+from ssl_kernels.ops.row_tiles import SAME_ID, Rule, Weights
 
 
 class _Summary(NamedTuple):
@@ -135,26 +135,12 @@ def _in_two_passes(a: Arguments, passes: Passes) -> tuple[Tensor, Tensor, Gradie
 
 
 def _in_one_visit(a: Arguments, passes: Passes, rows: int) -> tuple[Tensor, Tensor, Gradients]:
-    """The same but for the statistics, of which nobody has those of all rows at once."""
-    dtype = _checks.accumulation_dtype(a.x.dtype)
-    largest = torch.ones(1, dtype=dtype) if a.weights is None else a.weights.abs().amax(0, keepdim=True).to(dtype)
-    unit = torch.where(largest == 0, 1, largest) * _shares(a)[0][1]
-    total, counted = torch.zeros((), dtype=torch.float64), 0
-
-    def summarise(part: slice, stats: Tensor) -> Tensor:
-        nonlocal counted
-        weights = None if a.weights is None else a.weights[part]
-        of_part = a._replace(x=a.x[part], weights=weights, reduction="sum")
-        loss, unit_of_part, sides = _summarise(of_part, passes.matrix, stats, passes.unit(), True)
-        total.add_(loss)
-        counted += int((stats[0, :, 3] != 0).sum())
-        if weights is not None:
-            sides[:, 2:] *= unit_of_part / unit
-        return sides
-
-    gradients = passes.in_one_visit(rows, summarise)
-    divisor = max(counted, 1) if a.reduction == "mean" else 1
-    return (total / divisor).to(dtype), unit / divisor, gradients
+    weights = None if a.weights is None else a.weights.contiguous()
+    largest = 1.0 if weights is None else weights.abs().amax().item() or 1.0
+    shares = [weight / of_all for weight, of_all in _shares(a)]
+    stats, gradients = passes.in_one_visit(rows, Weights(weights, largest, shares, a.label_smoothing))
+    loss, unit, _ = _summarise(a, passes.matrix, stats, passes.unit(), False)
+    return loss, unit, gradients
 
 
 def _may_look(a: Arguments) -> bool:

@@ -27,7 +27,7 @@ from ssl_kernels.ops.panel_shape import whole_rows
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.ops.reuse import KeptTiles
 from ssl_kernels.ops.row_strips import Candidates, Queries, RowMatrix, Strip
-from ssl_kernels.ops.row_tiles import PANELS, TILES, ColumnSums, Rule, gradient_scale
+from ssl_kernels.ops.row_tiles import PANELS, TILES, ColumnSums, Memory, Rule, Weights, gradient_scale, visit_cpu
 
 _EPS = 1e-12  # the least norm of a prefix
 
@@ -99,7 +99,7 @@ class Passes:
         self.stats_panel, self.grad_panel = PANELS[a.backend]
         self.prefixes = len(a.dims)
         self.tiles = TILES[a.backend] * self.prefixes
-        self.kept = KeptTiles(a.keep_bytes)  # by strip and corner
+        self.kept, self.memory = KeptTiles(a.keep_bytes), Memory()  # those kept are known by strip and corner
         dtype = torch.float32 if a.x.device.type == "mps" else torch.float64  # MPS has no float64
         self.zeros = functools.partial(torch.zeros, dtype=dtype, device=a.x.device)
         self.compute_dtype = a.x.dtype if self.triton else _checks.accumulation_dtype(a.x.dtype)
@@ -119,10 +119,14 @@ class Passes:
         want_dx, *_ = wanted_gradients(self.a)
 
         def panel(strip: Strip, x_i: Tensor, y_j: Tensor, _: Tensor, i: int, j: int) -> None:
-            self.kept.make_room()
             queries, candidates = strip.queries.part(x_i, i, j), strip.candidates.part(y_j, j)
-            raws = self.stats_panel(queries, candidates, stats[:, i : i + len(x_i)], self.rule)
-            if raws is not None and (strip.is_own or want_dx):
+            nbytes = self.prefixes * len(x_i) * len(y_j) * x_i.itemsize
+            keeps = (strip.is_own or want_dx) and self.kept.has_room(nbytes)
+            if keeps:
+                self.kept.make_room()
+            memory = None if keeps else self.memory
+            raws = self.stats_panel(queries, candidates, stats[:, i : i + len(x_i)], self.rule, memory)
+            if raws is not None and keeps:
                 self.kept.keep((strip.key, i, j), raws)
 
         tiles = 0 if self.triton else self.tiles
@@ -138,7 +142,7 @@ class Passes:
     def rows_of_one_visit(self) -> int:
         """How many rows at a time meet all candidates, so that one visit makes statistics and gradients; 0 for none."""
         a = self.a
-        if a.x.device.type != "cpu" or self.triton or a.group or a.stats is not None or not any(wanted_gradients(a)):
+        if a.backend != "cpu" or a.group or a.stats is not None or not any(wanted_gradients(a)):
             return 0
         if len(a.y) == 0:
             return 0
@@ -146,24 +150,25 @@ class Passes:
             return 0  # all candidates are converted at a time
         return whole_rows(len(a.x), len(a.y), self.tiles * self.compute_dtype.itemsize, a.workspace)
 
-    def in_one_visit(self, rows: int, summarise: Callable[[slice, Tensor], Tensor]) -> Gradients:
-        """Of so many rows at a time, whose vectors ``summarise`` makes of their statistics."""
+    def in_one_visit(self, rows: int, weigh: Weights) -> tuple[Tensor, Gradients]:
+        """Statistics and gradients, of so many rows at a time."""
         want_dx, want_dy, *_ = wanted_gradients(self.a)
-        sums = self._column_sums()
+        sums, stats = self._column_sums(), self._no_statistics(len(self.a.x))
         (strip,) = self.matrix.strips(rows=True, cols=True)
 
         def panel(strip: Strip, x_i: Tensor, y_j: Tensor, moments: Tensor, i: int, j: int) -> Any:
             queries, candidates = strip.queries.part(x_i, i, j), strip.candidates.part(y_j, j)
-            stats = self._no_statistics(len(x_i))
-            raws = self.stats_panel(queries, candidates, stats, self.rule)
-            sides = summarise(slice(i, i + len(x_i)), stats)
-            return self.grad_panel(raws, queries, candidates, moments, sums, sides, self.rule, want_dx or want_dy)
+            part = slice(i, i + len(x_i))
+            known = weigh if weigh.rows is None else weigh._replace(rows=weigh.rows[part])
+            return visit_cpu(
+                queries, candidates, stats[:, part], moments, sums, self.rule, known, want_dx or want_dy, self.memory
+            )
 
         moments, dx, dy = self._visit(
             strip, panel, tiles=self.tiles, stats_width=self.prefixes, want_dx=want_dx, want_dy=want_dy,
             shape=(rows, len(self.a.y)),
         )  # fmt: skip
-        return self._finished(dx, dy, moments, moments.sum(), sums)
+        return stats, self._finished(dx, dy, moments, moments.sum(), sums)
 
     def _column_sums(self) -> ColumnSums:
         _, want_dy, _, want_bias = wanted_gradients(self.a)
@@ -184,7 +189,8 @@ class Passes:
             raws = None if strip.side else self.kept.take((strip.key, i, j))
             by_column = sums.part(j, len(y_j)) if strip.is_own or strip.side else ColumnSums(None, None)
             rows = slice(strip.first + i, strip.first + i + len(x_i))
-            return self.grad_panel(raws, queries, candidates, stats, by_column, everyones[:, :, rows], self.rule, write)
+            sides = everyones[:, :, rows]
+            return self.grad_panel(raws, queries, candidates, stats, by_column, sides, self.rule, write, self.memory)
 
         dx = dy = None
         moment = self.zeros(())

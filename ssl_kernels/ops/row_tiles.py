@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ssl_kernels.ops import reuse
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.row_strips import Candidates, Queries
 from ssl_kernels.ops.softmax import add_statistics
@@ -59,6 +60,15 @@ class Rule(NamedTuple):
         return t, harder if self.hardened != "other_ids" else t, harder if self.hardened != "same_id" else t
 
 
+class Weights(NamedTuple):
+    """What the rows of a visit weigh in G."""
+
+    rows: Tensor | None  # [m]
+    largest: float  # of all rows, by which they are divided
+    prefixes: Sequence[float]  # over the largest of them
+    label_smoothing: float
+
+
 class ColumnSums(NamedTuple):
     """Sums over rows that are added to, in float64."""
 
@@ -76,17 +86,42 @@ Tiles: TypeAlias = Tensor | Iterator[tuple[slice, Tensor]]
 # counts, the sum of exp(unit (v - largest)), the sum of v over positives, their number; and with label smoothing the
 # sum over all pairs that count, and their number; v is s or z. Similarities are returned where there are tiles of them.
 # Gradients: moments [m, K], the row sums of G s, and the columns' sums are added to, and the tiles of G, times the
-# factors, come back if ``write``. ``sides`` [K, 4, m] or [K, 5, m] are described at ``_summarise``.
+# factors, come back if ``write``. ``sides`` [K, 4, m] or [K, 5, m] are described at ``_summarise``. What is made in a
+# ``memory`` is gone with the next panel.
 
 
-def products(q: Queries, c: Candidates, rule: Rule) -> list[Tensor]:
+class Memory:
+    """Of the tiles of a panel, which the next one overwrites. Malloc would give and take it anew with each, and fresh
+    memory is paid for in page faults: as much time as the product over 128 features that goes there.
+
+    Long rows lie a little apart: a product that goes down a column meets one set of the cache again and again where
+    they begin at multiples of 1 KB.
+    """
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0)
+
+    def tiles(self, count: int, q: Queries, c: Candidates) -> list[Tensor]:
+        rows, cols = len(q.features), len(c.features)
+        stride = cols + 16 if cols % 256 == 0 else cols
+        if self._held.dtype != q.features.dtype or self._held.numel() < count * rows * stride:
+            self._held = reuse.empty((count * rows * stride,), q.features)
+        return list(self._held[: count * rows * stride].view(count, rows, stride)[..., :cols])
+
+
+def products(q: Queries, c: Candidates, rule: Rule, memory: Memory | None = None) -> list[Tensor]:
     """What each prefix adds to the similarities of the one before; the guide speaks in the first."""
-    if len(rule.dims) == 1:
-        made = [matmul(q.features, c.features.t())]
+    cuts = rule.cuts()
+    places: Sequence[Tensor | None] = [None] * (len(cuts) + 1)
+    if memory is not None:
+        places = memory.tiles(len(cuts) + (q.guide is not None), q, c)
+    if len(cuts) == 1:
+        made = [matmul(q.features, c.features.t(), places[0])]
     else:
-        made = [matmul(q.features[:, cut], c.features[:, cut].t()) for cut in rule.cuts()]
+        parts = zip(cuts, places, strict=False)
+        made = [matmul(q.features[:, cut], c.features[:, cut].t(), place) for cut, place in parts]
     if q.guide is not None:
-        made[0] = _guided(made[0], q, c, rule)
+        made[0] = _guided(made[0], q, c, rule, places[-1])
     return made
 
 
@@ -94,12 +129,12 @@ def similarities(q: Queries, c: Candidates, rule: Rule) -> list[Tensor]:
     return list(itertools.accumulate(products(q, c, rule), torch.add))
 
 
-def _guided(raw: Tensor, q: Queries, c: Candidates, rule: Rule) -> Tensor:
+def _guided(raw: Tensor, q: Queries, c: Candidates, rule: Rule, memory: Tensor | None) -> Tensor:
     """Without pairs whose score exceeds the threshold, unless they are positive."""
     assert q.guide is not None
     assert c.guide is not None
     assert q.threshold is not None
-    scores = matmul(q.guide.to(raw.dtype), c.guide.to(raw.dtype).t())
+    scores = matmul(q.guide.to(raw.dtype), c.guide.to(raw.dtype).t(), memory)
     if raw.device.type == "cpu" and raw.dtype == torch.float32:
         known = q.target, q.ids, c.ids, SAME_ID.index(rule.same_id)
         torch.ops.ssl_kernels.row_softmax_guide_(raw, scores, q.threshold, *known)
@@ -137,7 +172,7 @@ def values(raw: Tensor, q: Queries, c: Candidates, rule: Rule, k: int) -> tuple[
     return s, v if c.bias is None else v + c.bias, positive, ignored
 
 
-def stats_eager(q: Queries, c: Candidates, stats: Tensor, rule: Rule) -> list[Tensor]:
+def stats_eager(q: Queries, c: Candidates, stats: Tensor, rule: Rule, _memory: Memory | None) -> list[Tensor]:
     raws = similarities(q, c, rule)
     for k, raw in enumerate(raws):
         _, v, positive, ignored = values(raw, q, c, rule, k)
@@ -147,7 +182,7 @@ def stats_eager(q: Queries, c: Candidates, stats: Tensor, rule: Rule) -> list[Te
 
 def grad_eager(
     raws: Sequence[Tensor] | None, q: Queries, c: Candidates, moments: Tensor, sums: ColumnSums, sides: Tensor,
-    rule: Rule, write: bool,
+    rule: Rule, write: bool, _memory: Memory | None,
 ) -> Tiles | None:  # fmt: skip
     made = []
     for k, raw in enumerate(raws or similarities(q, c, rule)):
@@ -185,25 +220,49 @@ def _native(q: Queries, c: Candidates, rule: Rule) -> tuple[Any, ...]:
     return *known, rule.has_logits(c.bias), *rule.scales(rule.scale.item()), c.bias, q.factors, c.factors
 
 
-def stats_cpu(q: Queries, c: Candidates, stats: Tensor, rule: Rule) -> list[Tensor]:
-    tiles = products(q, c, rule)
+def stats_cpu(q: Queries, c: Candidates, stats: Tensor, rule: Rule, memory: Memory | None) -> list[Tensor]:
+    tiles = products(q, c, rule, memory)
     torch.ops.ssl_kernels.row_softmax_stats_(tiles, stats, *_native(q, c, rule))
     return tiles
 
 
 def grad_cpu(
     raws: Sequence[Tensor] | None, q: Queries, c: Candidates, moments: Tensor, sums: ColumnSums, sides: Tensor,
-    rule: Rule, write: bool,
+    rule: Rule, write: bool, memory: Memory | None,
 ) -> Tiles | None:  # fmt: skip
-    tiles = products(q, c, rule) if raws is None else raws
-    planes = 2 if sums.moments is not None else 0 if sums.grads is None else 1
-    by_column = tiles[0].new_empty(len(tiles), planes, -(-tiles[0].shape[0] // _CHUNK), tiles[0].shape[1])
+    tiles = products(q, c, rule, memory) if raws is None else raws
+    by_column = _column_sums(tiles[0], len(tiles), sums, q)
     known = _native(q, c, rule)
     torch.ops.ssl_kernels.row_softmax_grad_(tiles, moments, by_column, sides, write, raws is not None, *known)
+    return _made(tiles, by_column, sums, rule, write)
+
+
+def visit_cpu(
+    q: Queries, c: Candidates, stats: Tensor, moments: Tensor, sums: ColumnSums, rule: Rule, weigh: Weights,
+    write: bool, memory: Memory,
+) -> Tiles | None:  # fmt: skip
+    """Statistics and gradients of queries that meet all of their candidates."""
+    tiles = products(q, c, rule, memory)
+    by_column = _column_sums(tiles[0], len(tiles), sums, q)
+    known = _native(q, c, rule)
+    torch.ops.ssl_kernels.row_softmax_visit_(tiles, stats, moments, by_column, *weigh, write, *known)
+    return _made(tiles, by_column, sums, rule, write)
+
+
+def _column_sums(tile: Tensor, prefixes: int, sums: ColumnSums, q: Queries) -> Tensor:
+    """[prefixes, planes, chunks, n], a plane for each of the sums that are wanted; that of G comes with the other one
+    wherever there are factors."""
+    rows, cols = tile.shape
+    wanted = [t is not None for t in sums]
+    planes = wanted[0] + (q.factors is not None and any(wanted))
+    return tile.new_empty(prefixes, planes, -(-rows // _CHUNK), cols)
+
+
+def _made(tiles: Sequence[Tensor], by_column: Tensor, sums: ColumnSums, rule: Rule, write: bool) -> Tiles | None:
     if sums.grads is not None:
         sums.grads.add_(by_column[:, 0].sum((0, 1)))
     if sums.moments is not None:
-        sums.moments.add_(by_column[:, 1].sum(1))
+        sums.moments.add_(by_column[:, -1].sum(1))
     if not write:
         return None
     return tiles[0] if len(tiles) == 1 else zip(rule.cuts(), tiles, strict=True)
@@ -220,15 +279,16 @@ def _pairs_of(q: Queries, c: Candidates, rule: Rule) -> Any:
     return Pairs(q.target, q.ids, c.ids, SAME_ID.index(rule.same_id), scales, c.bias, rule.has_logits(c.bias), guide)
 
 
-def stats_triton(q: Queries, c: Candidates, stats: Tensor, rule: Rule) -> None:
+def stats_triton(q: Queries, c: Candidates, stats: Tensor, rule: Rule, _memory: Memory | None) -> None:
     from ssl_kernels.kernels.row_softmax_stats import row_softmax_stats
 
     row_softmax_stats(q.features, c.features, stats[0], _pairs_of(q, c, rule))
 
 
 def grad_triton(
-    raws: None, q: Queries, c: Candidates, moments: Tensor, sums: ColumnSums, sides: Tensor, rule: Rule, write: bool
-) -> Tensor | None:
+    raws: None, q: Queries, c: Candidates, moments: Tensor, sums: ColumnSums, sides: Tensor, rule: Rule, write: bool,
+    _memory: Memory | None,
+) -> Tensor | None:  # fmt: skip
     from ssl_kernels.kernels.row_softmax_grad import row_softmax_grad
     from ssl_kernels.kernels.tiles import gradient_tile
 

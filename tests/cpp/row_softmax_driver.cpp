@@ -83,7 +83,7 @@ bool run(const Case& c, sslk::Isa isa, std::mt19937& random) {
   const int64_t width = c.all ? sslk::kAllRowStats : sslk::kRowStats;
   std::vector<double> stats(c.rows * width);
   for (size_t i = 0; i < stats.size(); i += width) stats[i] = -kInfinity;
-  const sslk::RowStats of_rows{tile, stats.data(), width};
+  const sslk::RowStats of_rows{tile, stats.data(), width, nullptr};
   sslk::row_softmax_stats(&of_rows, 1, 0, c.rows / 2, isa);
   sslk::row_softmax_stats(&of_rows, 1, c.rows / 2, c.rows, isa);
 
@@ -110,7 +110,8 @@ bool run(const Case& c, sslk::Isa isa, std::mt19937& random) {
   grad.weight = grad.log_sum + c.rows;
   grad.target = grad.weight + c.rows;
   grad.all = c.all ? grad.target + c.rows : nullptr;
-  std::vector<float> col_sums(grad.chunks() * c.cols), col_moments(grad.chunks() * c.cols);
+  const int64_t chunks = sslk::RowGrad::chunks(c.rows);
+  std::vector<float> col_sums(chunks * c.cols), col_moments(chunks * c.cols);
   grad.col_sums = col_sums.data();
   grad.col_moments = col_moments.data();
   grad.write = true;
@@ -129,7 +130,7 @@ bool run(const Case& c, sslk::Isa isa, std::mt19937& random) {
   sslk::RowStats both_rows[2];
   for (int k = 0; k < 2; ++k) {
     for (size_t i = 0; i < stats.size(); i += width) both_stats[k * stats.size() + i] = -kInfinity;
-    both_rows[k] = {both[k].tile, both_stats.data() + k * stats.size(), width};
+    both_rows[k] = {both[k].tile, both_stats.data() + k * stats.size(), width, nullptr};
     both[k].moments = both_moments.data() + k * c.rows;
     both[k].col_sums = both[k].col_moments = nullptr;
   }
@@ -138,10 +139,36 @@ bool run(const Case& c, sslk::Isa isa, std::mt19937& random) {
   for (size_t i = 0; i < stats.size(); ++i) {
     if (!close(both_stats[stats.size() + i], stats[i], 0)) return false;
   }
-  sslk::row_softmax_grad(both, 2, true, 0, grad.chunks(), isa);
+  sslk::row_softmax_grad(both, 2, true, 0, both[0].steps(), isa);
 
-  sslk::row_softmax_grad(&grad, 1, true, 0, grad.chunks() / 2, isa);
-  sslk::row_softmax_grad(&grad, 1, true, grad.chunks() / 2, grad.chunks(), isa);
+  // A visit makes both.
+  std::vector<float> visited = raw, visited_sums(col_sums.size());
+  std::vector<double> visited_stats(stats.size()), visited_moments(c.rows);
+  for (size_t i = 0; i < stats.size(); i += width) visited_stats[i] = -kInfinity;
+  sslk::RowGrad visited_grad = grad;
+  visited_grad.tile.raw = visited.data();
+  visited_grad.moments = visited_moments.data();
+  visited_grad.col_sums = nullptr;
+  visited_grad.col_moments = c.factors ? visited_sums.data() : nullptr;
+  const sslk::RowStats visited_rows{visited_grad.tile, visited_stats.data(), width, nullptr};
+  const double share = 1;
+  const sslk::RowVisit visit{&visited_rows, &visited_grad, 1, nullptr, 1, &share, summary.label_smoothing};
+  const int64_t steps = visited_grad.steps();
+  sslk::row_softmax_visit(visit, 0, steps / 2, isa);
+  sslk::row_softmax_visit(visit, steps / 2, steps, isa);
+  if (visited_stats != stats) return false;
+
+  sslk::row_softmax_grad(&grad, 1, true, 0, grad.steps() / 2, isa);
+  sslk::row_softmax_grad(&grad, 1, true, grad.steps() / 2, grad.steps(), isa);
+  for (int64_t i = 0; i < size; ++i) {
+    if (!close(visited[i], raw[i], 2e-5)) return false;
+  }
+  for (int64_t i = 0; i < c.rows; ++i) {
+    if (!close(visited_moments[i], moments[i], 1e-4)) return false;
+  }
+  for (size_t i = 0; c.factors && i < col_moments.size(); ++i) {
+    if (!close(visited_sums[i], col_moments[i], 1e-4)) return false;
+  }
   for (int64_t i = 0; i < size; ++i) {
     if (longer[i] != raw[i]) return false;
   }
@@ -186,7 +213,7 @@ bool run(const Case& c, sslk::Isa isa, std::mt19937& random) {
   }
   for (int64_t j = 0; j < c.cols; ++j) {
     double sum = 0, moment = 0;
-    for (int64_t chunk = 0; chunk < grad.chunks(); ++chunk) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       sum += col_sums[chunk * c.cols + j];
       moment += col_moments[chunk * c.cols + j];
     }

@@ -7,7 +7,6 @@ batch is that of all ranks.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from open_clip_train import main as trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_kernels.integrations.open_clip import replaced_losses
+from ssl_kernels.trainers.log import peak_memory_mb
 
 STEPS = 20
 MODEL = {
@@ -83,8 +83,7 @@ def run(name: str, batch: int, folder: Path) -> dict[str, Any]:
             "--name", name.replace(" ", "-"), "--save-frequency", "0", "--gather-with-grad",
             *(["--siglip"] if kind == "siglip" else []),
         ])  # fmt: skip
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"losses": losses, "weights": weights, "peak_mb": peak_mb}
+    return {"losses": losses, "weights": weights, "peak_mb": peak_memory_mb(torch.device("cpu"))}
 
 
 def _without_device_ids(module: torch.nn.Module, device_ids: Any = None, **options: Any) -> DistributedDataParallel:

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +91,14 @@ def test_the_loss_falls_and_everything_is_logged(tmp_path: Path) -> None:
 
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("loss")] == pytest.approx([r["loss"] for r in on_disk], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process inherits nothing")
+def test_a_peak_is_not_that_of_who_started_the_process() -> None:
+    held = torch.ones(2**30, dtype=torch.uint8)
+    code = "import torch; from ssl_kernels.trainers.log import peak_memory_mb as mb; print(mb(torch.device('cpu')))"
+    assert 100 < float(subprocess.check_output([sys.executable, "-c", code])) < held.nbytes / 2**20
 
 
 def test_log_every_thins_the_log_but_keeps_its_ends(tmp_path: Path) -> None:
