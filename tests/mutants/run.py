@@ -98,7 +98,8 @@ class Copy:
 
     def environment(self, **added: str) -> dict[str, str]:
         ours = {"PYTHONPATH": str(self.root), "SSL_KERNELS_CUDA": "0", "CUDA_VISIBLE_DEVICES": "", "MAX_JOBS": "2"}
-        return {**os.environ, **ours, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2", **added}
+        threads = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
+        return {**os.environ, **ours, **threads, "PYTHONDONTWRITEBYTECODE": "", **added}
 
     def build(self) -> bool:
         """Whether it compiles; what has not changed is not compiled again."""
