@@ -402,6 +402,19 @@ def test_peak_memory_is_a_tenth_of_that_of_the_formula() -> None:
     assert peak < gradients + 25 * 2**20
 
 
+@pytest.mark.parametrize("workspace_mb", [64, 5])  # one visit, and two passes
+def test_the_memory_of_a_tile_is_that_of_the_next_call_unless_the_budget_is_0(workspace_mb: int) -> None:
+    loss, arguments = call(1024, 6144)
+    reuse.let_go()
+    held = []
+    for budget in (1, 1, 0):
+        with ssl_kernels.use_workspace(workspace_mb), ssl_kernels.use_tile_budget(budget):
+            evaluate("cpu", loss, arguments)
+        held.append([id(memory) for memory in reuse._held])
+    assert len(held[0]) == 1
+    assert held == [held[0], held[0], []]
+
+
 @linux_only
 def test_no_grad_keeps_nothing() -> None:
     loss, arguments = call(512, 600)

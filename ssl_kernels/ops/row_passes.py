@@ -4,8 +4,8 @@
 2. gradients: G_ij = w_i (P_ij - T_ij) with softmax P, targets T and weights w of the rows, and then two products: 3
    units, or 2 for tiles that the first pass kept within the budget of ``ssl_kernels.use_tile_budget``.
 
-On a CPU one visit does both, 3 units, where a tile with all candidates fits the workspace for rows enough: it knows all
-that there is to know of its rows.
+The C++ kernels do both in one visit, 3 units, where a tile of enough rows and all candidates fits the workspace: it
+knows all that there is to know of its rows.
 
 Prefixes of the features, as Matryoshka's loss has them, share these units: the similarities of one are those of the one
 before plus a product over the features that it adds, and the gradient of these features is a product with the sum of G
@@ -178,7 +178,7 @@ class Passes:
         )
 
     def gradients(self, sides: Tensor) -> Gradients:
-        """Of the rows with these vectors, [K, 4 or 5, M] as :func:`ssl_kernels.ops.row_loss.summarise` makes them."""
+        """Of the rows with these vectors, [K, 4 or 5, M] as :class:`ssl_kernels.ops.row_loss._Summary` has them."""
         want_dx, want_dy, _, want_bias = wanted_gradients(self.a)
         moments = self.zeros(self.a.x.shape[0], self.prefixes)
         sums = self._column_sums()
