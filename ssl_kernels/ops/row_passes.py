@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops.matmul import onednn_is_faster
 from ssl_kernels.ops.panel_shape import whole_rows
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.ops.reuse import KeptTiles
@@ -99,7 +100,8 @@ class Passes:
         self.stats_panel, self.grad_panel = PANELS[a.backend]
         self.prefixes = len(a.dims)
         self.tiles = TILES[a.backend] * self.prefixes
-        self.kept, self.memory = KeptTiles(a.keep_bytes), Memory()  # those kept are known by strip and corner
+        self.kept = KeptTiles(a.keep_bytes)  # by strip and corner
+        self.memory = None if onednn_is_faster() else Memory()  # oneDNN writes to none that it is given
         dtype = torch.float32 if a.x.device.type == "mps" else torch.float64  # MPS has no float64
         self.zeros = functools.partial(torch.zeros, dtype=dtype, device=a.x.device)
         self.compute_dtype = a.x.dtype if self.triton else _checks.accumulation_dtype(a.x.dtype)
@@ -142,7 +144,7 @@ class Passes:
     def rows_of_one_visit(self) -> int:
         """How many rows at a time meet all candidates, so that one visit makes statistics and gradients; 0 for none."""
         a = self.a
-        if a.backend != "cpu" or a.group or a.stats is not None or not any(wanted_gradients(a)):
+        if a.backend != "cpu" or a.group or a.lse or a.stats is not None or not any(wanted_gradients(a)):
             return 0
         if len(a.y) == 0:
             return 0

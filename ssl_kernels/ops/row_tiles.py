@@ -239,7 +239,7 @@ def grad_cpu(
 
 def visit_cpu(
     q: Queries, c: Candidates, stats: Tensor, moments: Tensor, sums: ColumnSums, rule: Rule, weigh: Weights,
-    write: bool, memory: Memory,
+    write: bool, memory: Memory | None,
 ) -> Tiles | None:  # fmt: skip
     """Statistics and gradients of queries that meet all of their candidates."""
     tiles = products(q, c, rule, memory)
