@@ -144,9 +144,10 @@ def use_tile_budget(mb: float) -> AbstractContextManager[None]:
     What is kept need not be computed again: CLIP then takes three matrix products instead of four. The environment
     variable ``SSL_KERNELS_TILE_BUDGET_MB`` sets the default. Without it the default is 64, which holds all of a batch
     of 4,096 in float32; 0 keeps nothing. On the CPU, the process holds on to this memory for its next step, because
-    fresh memory costs as much time as it saves. It does the same with gradients as large as the logits (DINO, iBOT).
-    The first loss with a budget of 0 releases both. The Triton kernels keep nothing, because on a GPU a product is
-    faster than the memory. Which threads the block affects is told at :func:`use_backend`.
+    fresh memory costs as much time as it saves. It does the same with gradients as large as the logits (DINO, iBOT),
+    and with the tile of a softmax over rows. The next of these losses releases its memory if the budget is 0. The
+    Triton kernels keep nothing, because on a GPU a product is faster than the memory. Which threads the block affects
+    is told at :func:`use_backend`.
     """
     return _tile_budget_mb.block(_check_budget(mb, "use_tile_budget"))
 

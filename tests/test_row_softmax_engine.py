@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.ops import contrastive, panels, reuse, row_tiles
+from ssl_kernels.ops import contrastive, panels, reuse, row_passes, row_tiles
 from ssl_kernels.ops.row_loss import row_softmax
 from ssl_kernels.ops.row_passes import Arguments
 
@@ -400,6 +401,45 @@ def test_peak_memory_is_a_tenth_of_that_of_the_formula() -> None:
     peak = peak_mb(lambda: K.row_softmax_loss(*leaves).backward(), calls=2) * 2**20
     assert peak < (5 * 4 * 4096 * 8192 + gradients) / 10
     assert peak < gradients + 25 * 2**20
+
+
+@pytest.mark.parametrize("workspace_mb", [64, 5])  # one visit, and two passes
+def test_the_memory_of_a_tile_is_that_of_the_next_call_unless_the_budget_is_0(
+    workspace_mb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_passes, "onednn_is_faster", lambda: False)  # it writes to memory of its own
+    loss, arguments = call(1024, 6144)
+    reuse.let_go()
+    held = []
+    for budget in (1, 1, 0):
+        with ssl_kernels.use_workspace(workspace_mb), ssl_kernels.use_tile_budget(budget):
+            evaluate("cpu", loss, arguments)
+        held.append([id(memory) for memory in reuse._held])
+    assert len(held[0]) == 1
+    assert held == [held[0], held[0], []]
+
+
+@pytest.mark.parametrize("loss", [K.clip_loss, K.row_softmax_loss])
+def test_a_budget_of_0_releases_in_the_next_loss_however_small(loss: Callable[..., Tensor]) -> None:
+    x, y = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    reuse.empty((2**20,), x)
+    loss(x, y, 2.0).backward()
+    assert reuse._held
+    with ssl_kernels.use_tile_budget(0):
+        loss(x, y, 2.0).backward()
+    assert reuse._held == []
+
+
+def test_gradients_that_wait_for_upstream_ones_let_no_tile_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive, "_ONE_TILE", 0)
+    reuse.let_go()
+    loss, arguments = call(64, 128)
+    with ssl_kernels.use_workspace(TILE_MB):
+        evaluate("cpu", loss, arguments)
+        held = reuse.warm.nbytes
+        assert held
+        K.row_lse(*(t.detach().requires_grad_() for t in arguments[:2]), 2.0).sum().backward()
+    assert reuse.warm.nbytes == held
 
 
 @linux_only

@@ -33,9 +33,6 @@ SSLK_INLINE float exp_scalar(float x) { return exp_nonpositive(broadcast(x))[0];
 // exp(x), and 0 where it is below 2e-35: no subnormal number, which is slow, comes of a product with a weight.
 SSLK_INLINE Vec probability(Vec x) { return x < -80 ? broadcast(0) : exp_nonpositive(x); }
 
-// The same of a probability.
-SSLK_INLINE Vec no_subnormal(Vec p) { return p < 2e-35f ? broadcast(0) : p; }
-
 // Adds `sum` of exponentials that refer to `top` to the running pair (maximum, sum).
 SSLK_INLINE void merge(double* stats, double top, double sum, double scale) {
   if (top > stats[0]) {

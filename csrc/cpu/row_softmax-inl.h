@@ -200,7 +200,8 @@ static void row_softmax_guide(const RowGuide& g, int64_t begin, int64_t end) {
 }
 
 SSLK_INLINE Vec kept_probability(const RowKept& kept, int64_t col, int count) {
-  return no_subnormal(load_first<Vec>(kept.exps + col, count) * kept.inverse);
+  const Vec e = load_first<Vec>(kept.exps + col, count);
+  return (e < kept.least ? broadcast(0) : e) * kept.inverse;
 }
 
 SSLK_INLINE RowSide side_of(const RowGrad& g, int64_t row) {

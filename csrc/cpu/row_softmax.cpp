@@ -71,6 +71,7 @@ void RowVisit::keep(RowKept& kept, int64_t k, int64_t row) const {
   const double* s = stats[k].stats + row * stats[k].width;
   const double w = counts(s) ? shares[k] * (weight ? weight[row] : 1) / largest : 0;
   kept.side = side_of_row(s, w, label_smoothing);
+  kept.least = float(2e-35 * s[1]);
   kept.inverse = w == 0 ? 0 : float(1 / s[1] + (s[0] - s[0]));  // NaN where the largest is not finite
 }
 

@@ -48,7 +48,7 @@ struct RowStats {
   RowTile tile;
   double* stats;  // [rows, width]
   int64_t width;
-  float* exps;  // [cols], or null: exp(unit (v - max)) of the last row, 0 where left out
+  float* exps;  // [cols], or null: exp(unit (v - max)) of the last row, as good as 0 where left out
 };
 
 // Scores of another model: where one exceeds the threshold of its row, the pair is left out, unless it is positive.
@@ -115,6 +115,7 @@ struct RowSide {
 struct RowKept {
   RowSide side;
   float inverse;  // of the sum of exponentials
+  float least;    // exponentials below it count as 0, as in probability()
   float* exps;    // [cols]
 };
 

@@ -84,6 +84,15 @@ def let_go() -> None:
         tiles.free_down_to(0)
 
 
+def fit_budget() -> None:
+    """Free what is held beyond the present tile budget, and all of it if that is 0."""
+    budget = tile_budget_bytes()
+    warm.free_down_to(budget)
+    if budget == 0:
+        with _lock:
+            _held.clear()
+
+
 class KeptTiles:
     """Tiles that one pass leaves to the next, within a budget, and whose memory then waits for the next call.
 

@@ -19,7 +19,7 @@ from ssl_kernels.ops.contrastive import (
     no_double_backward,
 )
 from ssl_kernels.ops.panels import gradient_of_columns
-from ssl_kernels.ops.reuse import warm
+from ssl_kernels.ops.reuse import fit_budget
 from ssl_kernels.ops.row_passes import Arguments, Gradients, Passes, stats_width, wanted_gradients
 from ssl_kernels.ops.row_strips import RowMatrix
 from ssl_kernels.ops.row_tiles import SAME_ID, Rule, Weights
@@ -102,7 +102,7 @@ def _forward(a: Arguments) -> tuple[Tensor, ...]:
     _check_targets(a)
     wanted = wanted_gradients(a)
     if any(wanted):
-        warm.free_down_to(a.keep_bytes)
+        fit_budget()
     with _checks.without_autocast(a.x):
         if _is_one_tile(a):
             return _of_one_tile(a, wanted)

@@ -4,8 +4,8 @@
 2. gradients: G_ij = w_i (P_ij - T_ij) with softmax P, targets T and weights w of the rows, and then two products: 3
    units, or 2 for tiles that the first pass kept within the budget of ``ssl_kernels.use_tile_budget``.
 
-On a CPU one visit does both, 3 units, where a tile with all candidates fits the workspace for rows enough: it knows all
-that there is to know of its rows.
+The C++ kernels do both in one visit, 3 units, where a tile of enough rows and all candidates fits the workspace: it
+knows all that there is to know of its rows.
 
 Prefixes of the features, as Matryoshka's loss has them, share these units: the similarities of one are those of the one
 before plus a product over the features that it adds, and the gradient of these features is a product with the sum of G
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.ops import _checks
+from ssl_kernels.ops.matmul import onednn_is_faster
 from ssl_kernels.ops.panel_shape import whole_rows
 from ssl_kernels.ops.panels import run_panels
 from ssl_kernels.ops.reuse import KeptTiles
@@ -99,7 +100,8 @@ class Passes:
         self.stats_panel, self.grad_panel = PANELS[a.backend]
         self.prefixes = len(a.dims)
         self.tiles = TILES[a.backend] * self.prefixes
-        self.kept, self.memory = KeptTiles(a.keep_bytes), Memory()  # those kept are known by strip and corner
+        self.kept = KeptTiles(a.keep_bytes)  # by strip and corner
+        self.memory = None if onednn_is_faster() else Memory()  # oneDNN writes to none that it is given
         dtype = torch.float32 if a.x.device.type == "mps" else torch.float64  # MPS has no float64
         self.zeros = functools.partial(torch.zeros, dtype=dtype, device=a.x.device)
         self.compute_dtype = a.x.dtype if self.triton else _checks.accumulation_dtype(a.x.dtype)
@@ -142,7 +144,7 @@ class Passes:
     def rows_of_one_visit(self) -> int:
         """How many rows at a time meet all candidates, so that one visit makes statistics and gradients; 0 for none."""
         a = self.a
-        if a.backend != "cpu" or a.group or a.stats is not None or not any(wanted_gradients(a)):
+        if a.backend != "cpu" or a.group or a.lse or a.stats is not None or not any(wanted_gradients(a)):
             return 0
         if len(a.y) == 0:
             return 0
@@ -178,7 +180,7 @@ class Passes:
         )
 
     def gradients(self, sides: Tensor) -> Gradients:
-        """Of the rows with these vectors, [K, 4 or 5, M] as :func:`ssl_kernels.ops.row_loss.summarise` makes them."""
+        """Of the rows with these vectors, [K, 4 or 5, M] as :class:`ssl_kernels.ops.row_loss._Summary` has them."""
         want_dx, want_dy, _, want_bias = wanted_gradients(self.a)
         moments = self.zeros(self.a.x.shape[0], self.prefixes)
         sums = self._column_sums()

@@ -86,8 +86,8 @@ Tiles: TypeAlias = Tensor | Iterator[tuple[slice, Tensor]]
 # counts, the sum of exp(unit (v - largest)), the sum of v over positives, their number; and with label smoothing the
 # sum over all pairs that count, and their number; v is s or z. Similarities are returned where there are tiles of them.
 # Gradients: moments [m, K], the row sums of G s, and the columns' sums are added to, and the tiles of G, times the
-# factors, come back if ``write``. ``sides`` [K, 4, m] or [K, 5, m] are described at ``_summarise``. What is made in a
-# ``memory`` is gone with the next panel.
+# factors, come back if ``write``. ``sides`` [K, 4, m] or [K, 5, m] are described at ``_Summary``. What is made in a
+# ``memory`` is gone with the next panel. The C++ has a third, a visit, which does the work of both.
 
 
 class Memory:
@@ -239,7 +239,7 @@ def grad_cpu(
 
 def visit_cpu(
     q: Queries, c: Candidates, stats: Tensor, moments: Tensor, sums: ColumnSums, rule: Rule, weigh: Weights,
-    write: bool, memory: Memory,
+    write: bool, memory: Memory | None,
 ) -> Tiles | None:  # fmt: skip
     """Statistics and gradients of queries that meet all of their candidates."""
     tiles = products(q, c, rule, memory)

@@ -32,7 +32,7 @@ from ssl_kernels.ops._op import Op
 from ssl_kernels.ops.contrastive import Pairs, wanted_gradients
 from ssl_kernels.ops.matmul import matmul
 from ssl_kernels.ops.panels import gradient_of_columns, run_panels
-from ssl_kernels.ops.reuse import KeptTiles, warm
+from ssl_kernels.ops.reuse import KeptTiles, fit_budget
 from ssl_kernels.ops.strips import Matrix, Strip
 from ssl_kernels.settings import tile_budget_bytes, workspace_bytes
 
@@ -440,7 +440,7 @@ def _forward(a: Arguments) -> tuple[Tensor, ...]:
     """A :class:`ssl_kernels.ops.contrastive.Result`, and the number of rows and columns without a positive pair."""
     wanted = wanted_gradients(a)
     if any(wanted):
-        warm.free_down_to(a.keep_bytes)
+        fit_budget()
     with _checks.without_autocast(a.x):
         if contrastive.is_one_tile(a):
             x, y = a.x.to(torch.float32), None if a.y is None else a.y.to(torch.float32)
