@@ -119,7 +119,7 @@ struct RowKept {
   float* exps;    // [cols]
 };
 
-// All that there is to do with tiles that have all columns of their rows: statistics, losses and gradients, row by row,
+// All that there is to do with tiles that have all columns of their rows: statistics and then gradients, row by row,
 // while that of every prefix is in the first caches. The gradient takes the exponentials of the statistics.
 struct RowVisit {
   const RowStats* stats;  // of each prefix
