@@ -191,14 +191,18 @@ def chosen_config(
     return choose_config(kernel, *wide, grad, launch, has_ids=masked)
 
 
-def fitted(config: Config, x: Tensor, pairs: Pairs, smoothed: bool) -> Config:
+def fitted(config: Config, x: Tensor, pairs: Pairs, smoothed: bool, sums_columns: bool = False) -> Config:
     """The configuration where registers are scarce, as they are with masks of pairs."""
     has_ids, guided = pairs.x_ids is not None, pairs.guide is not None
-    return fitted_for(config, device_traits(x.device)[0], has_ids, guided, smoothed, pairs.bias is not None)
+    family = device_traits(x.device)[0]
+    return fitted_for(config, family, has_ids, guided, smoothed, pairs.bias is not None, sums_columns)
 
 
-def fitted_for(config: Config, family: str, has_ids: bool, guided: bool, smoothed: bool, has_bias: bool) -> Config:
-    """A bias is one more vector of columns, as label smoothing has them for CLIP."""
+def fitted_for(
+    config: Config, family: str, has_ids: bool, guided: bool, smoothed: bool, has_bias: bool, sums_columns: bool
+) -> Config:
+    """A bias is one more vector of columns, as label smoothing has them for CLIP. Of halves whose columns are added up
+    sm_100 would make each exponential twice, for rows and for columns."""
     fitted = config_for(config, family, has_ids or guided, smoothed or (has_bias and family == "sm_100"))
     if HAS_OLD_TRITON and guided and family == "sm_80":
         fitted = replace(fitted, block_d=min(fitted.block_d, 32))
@@ -206,7 +210,7 @@ def fitted_for(config: Config, family: str, has_ids: bool, guided: bool, smoothe
         return narrowed(fitted, 32)
     if has_ids and guided and family == "sm_100":
         return replace(narrowed(fitted, 16), block_d=max(fitted.block_d, 32))
-    return fitted
+    return replace(fitted, halves=False) if sums_columns and family == "sm_100" else fitted
 
 
 def pair_constants(config: Config, x: Tensor, pairs: Pairs) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def row_softmax_grad(
 
     def launch(config: Config) -> tuple[Tensor, Tensor | None]:
         """Row sums by column block, and column sums by row block."""
-        config = suited(fitted(config, x, pairs, every is not None), x, y, grad)
+        config = suited(fitted(config, x, pairs, every is not None, col_sums is not None), x, y, grad)
         rows, columns = cdiv(m, config.block_m), cdiv(n, config.block_n)
         partials = torch.empty(columns, m, dtype=torch.float32, device=x.device)
         by_column = None

@@ -49,8 +49,9 @@ class Case(aot.Case):
         family = CHIPS[self.chip].family
         shipped = CONFIGS[family, self.kind][self.size != "large"]
         has_ids = self.has("ids") or self.has("hard")
+        sums_columns = self.kernel == "grad" and self.has("bias")
         return row_softmax.fitted_for(
-            shipped, family, has_ids, self.has("guide"), self.has("smoothed"), self.has("bias")
+            shipped, family, has_ids, self.has("guide"), self.has("smoothed"), self.has("bias"), sums_columns
         )
 
     @property
