@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import os
@@ -114,24 +113,15 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs leave empty files, for drawing takes most of their time, but in tests that ask for ``pictures``."""
-    from ssl_kernels.trainers.evaluation import curves, features, retrieval
+    """Runs leave empty files, for drawing takes most of their time, but in tests that ask for ``drawn_pictures``."""
+    from several import leave_pictures_empty
 
-    if "pictures" in request.fixturenames:
-        return
-    for module in (curves, retrieval, features):
-        name = f"plot_{module.__name__.rpartition('.')[2]}"
-        expected = inspect.signature(getattr(module, name))
-
-        def touch(*arguments: object, expected: inspect.Signature = expected, **options: object) -> str:
-            expected.bind(*arguments, **options).arguments["path"].touch()
-            return ""
-
-        monkeypatch.setattr(module, name, touch)
+    if "drawn_pictures" not in request.fixturenames:
+        leave_pictures_empty(monkeypatch)
 
 
 @pytest.fixture
-def pictures() -> None:
+def drawn_pictures() -> None:
     """What a run draws is drawn."""
 
 

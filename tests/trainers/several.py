@@ -1,14 +1,17 @@
-"""What the processes of test_torchrun.py do."""
+"""What the processes of test_torchrun.py do, and runs that draw nothing."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import inspect
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data import images
 from ssl_kernels.trainers.data.identity import ids_of_keys
 from ssl_kernels.trainers.dino_config import DINOConfig
+from ssl_kernels.trainers.evaluation import curves, features, retrieval
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.processes import Share
 
@@ -39,7 +43,7 @@ def train(rank: int, world: int, folder: Path) -> None:
 def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
     """A trainer's exit code; it is not evaluated, and in the step `stop` the first process has a signal."""
     module = importlib.import_module(f"ssl_kernels.trainers.{trainer}")
-    evaluate, optimizer_step, checked = train_images.evaluate, training.Training.optimizer_step, two_towers.CHECKED
+    optimizer_step = training.Training.optimizer_step
 
     def signalled(self: training.Training, batches: object) -> dict[str, float]:
         metrics = optimizer_step(self, batches)  # type: ignore[arg-type]
@@ -49,16 +53,28 @@ def run(trainer: str, arguments: list[str], stop: int = 0) -> int:
             os.kill(os.getpid(), 15)
         return metrics
 
-    train_images.evaluate = check_evaluated  # type: ignore[assignment]
-    two_towers.CHECKED = 6  # of 8, four of which the first of two processes has
-    images._SAMPLE = 0  # files that are tried before training: of so few it would be all
-    training.Training.optimizer_step = signalled  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pictures_empty(patch)
+        patch.setattr(train_images, "evaluate", check_evaluated)
+        patch.setattr(two_towers, "CHECKED", 6)  # of 8, four of which the first of two processes has
+        patch.setattr(images, "_SAMPLE", 0)  # files that are tried before training: of so few it would be all
+        patch.setattr(training.Training, "optimizer_step", signalled)
         code: int = module.main(arguments)
-    finally:
-        train_images.evaluate, two_towers.CHECKED = evaluate, checked
-        training.Training.optimizer_step = optimizer_step  # type: ignore[method-assign]
     return code
+
+
+def leave_pictures_empty(patch: pytest.MonkeyPatch) -> None:
+    """Of what a run draws it leaves files without content."""
+    for module, name in ((curves, "plot_curves"), (retrieval, "plot_retrieval"), (features, "plot_features")):
+        plot = getattr(module, name)
+        expected = inspect.signature(plot)
+
+        @functools.wraps(plot)
+        def touch(*arguments: object, expected: inspect.Signature = expected, **options: object) -> str:
+            expected.bind(*arguments, **options).arguments["path"].touch()
+            return ""
+
+        patch.setattr(module, name, touch)
 
 
 def check_evaluated(

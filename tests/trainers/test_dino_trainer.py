@@ -363,7 +363,7 @@ def test_attention_is_that_of_the_last_block() -> None:
     assert torch.allclose(attention.flatten(1), caught[0].mean(1)[:, 0, 1:], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("pictures")
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_picture_of_features_colours_alike_what_is_alike(tmp_path: Path) -> None:
     """Maps of three kinds of places in noise: three colours, and the noise none of them."""
     torch.manual_seed(0)
@@ -402,7 +402,7 @@ def run(arguments: list[str], output: Path, *more: str) -> Path:
 
 
 @VERSIONS
-@pytest.mark.usefixtures("pictures")
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_run_learns_and_reports(
     small: list[str], tmp_path: Path, version: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from ssl_kernels.trainers.evaluation.figures import PairFigure
 from ssl_kernels.trainers.use.items import Item
 from ssl_kernels.trainers.use.sheet import Cell, draw_sheet
 
-pytestmark = pytest.mark.usefixtures("pictures")
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
 GREEN = (44, 160, 44)
 CHINESE, ARABIC, HINDI, EMOJI = (
     "\u7ea2\u8272\u7684\u5706\u5708",

@@ -156,7 +156,7 @@ def test_a_run_in_chunks_is_the_plain_run(table: Path, tmp_path: Path) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=2e-5 if ours["step"] <= 4 else 2e-3), name
 
 
-@pytest.mark.usefixtures("pictures")
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_run_learns_and_writes_what_it_says(table: Path, tmp_path: Path) -> None:
     text = train(config(table, tmp_path, epochs=30, held_out=0.25))
     summary = json.loads((tmp_path / "summary.json").read_text())
