@@ -32,13 +32,16 @@ TEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesse
 test: setup
 	$(TEST)
 
-# Every parameter instead of those that cover the rest, more random examples, and the six trainings at full length.
+# Every parameter instead of those that cover the rest, more random examples, and the six trainings at full length, each
+# on one thread.
 test-all: setup .venv/triton-3.7.1/.done
 	$(TEST) -m "" --hypothesis-profile=thorough
-	for run in siglip clip moco "simclr --data openmoji" dino "dino --data openmoji"; do \
-		$(BIN)/ssl-kernels train $$run --output-dir runs/test-all --overwrite && \
-		$(BIN)/python tests/check_demo.py runs/test-all || exit 1; \
-	done
+	mkdir -p runs/test-all
+	printf '%s\n' "dino --data openmoji" siglip dino clip moco "simclr --data openmoji" | \
+		OMP_NUM_THREADS=1 xargs -P $$(getconf _NPROCESSORS_ONLN) -I RUN sh -c \
+		'name=runs/test-all/$$(echo RUN | sed "s/ --data /-/"); \
+		{ $(BIN)/ssl-kernels train RUN --output-dir $$name --overwrite && $(BIN)/python tests/check_demo.py $$name; } \
+			> $$name.log 2>&1 || { cat $$name.log; exit 255; }; tail -n 1 $$name.log'
 
 # Bugs planted one by one: which of them do the tests of `make test` not see?
 mutants: setup

@@ -377,12 +377,12 @@ def test_a_lost_process_ends_the_job_which_resumes(pairs: list[str], tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["siglip", "clip", "simclr", "moco", "dino"])
+@pytest.mark.parametrize("trainer", ["siglip", "dino"])  # one of pairs, one of images
 def test_twenty_steps_of_the_embedded_data(tmp_path: Path, trainer: str) -> None:
     """The command as a user writes it, and in float64, for AdamW makes much of a gradient's rounding: of 1e-7 in the
     first step of float32 a thousandth in the twentieth."""
-    size = {"siglip": "330", "clip": "330"}.get(trainer, "400")
-    settings = ["--accelerator", "cpu", "--epochs", "2", "--batch-size", size, "--precision", "64-true"]
+    size = "330" if trainer == "siglip" else "200"
+    settings = ["--accelerator", "cpu", "--max-steps", "20", "--batch-size", size, "--precision", "64-true"]
     two, one = tmp_path / "two", tmp_path / "one"
     job = torchrun("-m", "ssl_kernels.cli", "train", trainer, *settings, "--output-dir", str(two))
     assert job.returncode == 0, job.stderr
