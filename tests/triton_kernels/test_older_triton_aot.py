@@ -42,7 +42,7 @@ def test_the_usual_chip_with_the_oldest(ops: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ops", (OPS[::2], OPS[1::2]), ids=" and ".join)
+@pytest.mark.parametrize("ops", [OPS[::2], OPS[1::2]], ids=" and ".join)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_case_with_the_oldest(chip: str, ops: tuple[str, ...]) -> None:
     run(VERSIONS[0], "--chip", chip, "--kernel", *ops)
