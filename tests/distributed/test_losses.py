@@ -13,7 +13,7 @@ def run(names: str, folder: Path, world: int) -> None:
     run_processes(f"import losses; {calls}", folder, world)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_loss_is_that_of_one_process(world: int, tmp_path: Path) -> None:
     run("every_loss_is_that_of_one_process", tmp_path, world)
 

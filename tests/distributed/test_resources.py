@@ -10,7 +10,7 @@ from processes import run_processes
 
 
 @linux_only
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_memory_does_not_grow_with_the_ranks(world: int, tmp_path: Path) -> None:
     run_processes("import resources; resources.memory_does_not_grow_with_the_ranks(rank, world)", tmp_path, world)
 
