@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
+TRAINED := $(addprefix trained-,dino-openmoji siglip dino clip moco simclr-openmoji)
 
-.PHONY: setup demo test test-all mutants lint docs tour bench bench-report trainings gpu-check gpu-page wheel sdist clean
+.PHONY: setup demo test test-all $(TRAINED) mutants lint docs tour bench bench-report trainings gpu-check gpu-page wheel sdist clean
 
 setup: $(SETUP)
 
@@ -32,16 +33,15 @@ TEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesse
 test: setup
 	$(TEST)
 
-# Every parameter instead of those that cover the rest, more random examples, and the six trainings at full length, each
-# on one thread.
+# Every parameter instead of those that cover the rest, more random examples, and the six trainings at full length, side
+# by side on one thread each.
 test-all: setup .venv/triton-3.7.1/.done
 	$(TEST) -m "" --hypothesis-profile=thorough
-	mkdir -p runs/test-all
-	printf '%s\n' "dino --data openmoji" siglip dino clip moco "simclr --data openmoji" | \
-		OMP_NUM_THREADS=1 xargs -P $$(getconf _NPROCESSORS_ONLN) -I RUN sh -c \
-		'name=runs/test-all/$$(echo RUN | sed "s/ --data /-/"); \
-		{ $(BIN)/ssl-kernels train RUN --output-dir $$name --overwrite && $(BIN)/python tests/check_demo.py $$name; } \
-			> $$name.log 2>&1 || { cat $$name.log; exit 255; }; tail -n 1 $$name.log'
+	OMP_NUM_THREADS=1 $(MAKE) -O -j$$(getconf _NPROCESSORS_ONLN) $(TRAINED)
+
+$(TRAINED): trained-%: setup
+	$(BIN)/ssl-kernels train $(subst -openmoji, --data openmoji,$*) --output-dir runs/test-all/$* --overwrite
+	$(BIN)/python tests/check_demo.py runs/test-all/$*
 
 # Bugs planted one by one: which of them do the tests of `make test` not see?
 mutants: setup

@@ -21,10 +21,11 @@ def test_failures(tmp_path: Path) -> None:
     """All at once, for most of it is waiting."""
     with ThreadPoolExecutor(len(FAILURES)) as threads:
         runs = {name: threads.submit(run, name, tmp_path / name) for name in FAILURES}
-    errors = {name: str(error) for name, done in runs.items() if (error := done.exception())}
-    assert not errors
+    errors = [f"{name}: {error}" for name, done in runs.items() if (error := done.exception())]
+    assert not errors, "\n".join(errors)
 
 
 def run(name: str, folder: Path) -> None:
     folder.mkdir()
-    run_processes(f"import failures; failures.{name}(rank, world)", folder, 3, rank_0_holds_the_store="store" in name)
+    code = f"import failures; dist.barrier(); failures.{name}(rank, world)"  # timeouts begin when all have imported
+    run_processes(code, folder, 3, rank_0_holds_the_store="store" in name)

@@ -1,7 +1,7 @@
 """The ahead-of-time gate with whichever Triton is imported: every kernel as its launcher would choose to compile it.
 
 python tests/triton_kernels/gate.py                                     every case of every chip
-python tests/triton_kernels/gate.py --chip sm_90 --few                  of one chip, a part as in `make test`
+python tests/triton_kernels/gate.py --chip sm_90 --few --tensor-cores   of one chip, a part as in `make test`
 PYTHONPATH=.venv/triton-3.6.0 python tests/triton_kernels/gate.py       the same with another Triton
 
 It asks for what no version of Triton may miss (`Case.problems`), not for the figures of the budgets, which are those of
@@ -24,13 +24,14 @@ from covering import cover
 from report import OPS
 
 
-def cases(op: str, chips: list[str], few: bool) -> list[aot.Case]:
-    """Those of an op; a few on tensor cores, in which each value of each field and each configuration occurs."""
+def cases(op: str, chips: list[str], few: bool, tensor_cores: bool) -> list[aot.Case]:
+    """Those of an op; perhaps a few, in which each value of each field and each configuration occurs."""
     module = importlib.import_module(f"test_{op}_aot")
     found: list[Any] = [c for c in [*module.cases(), *getattr(module, "others", list)()] if c.chip in chips]
+    if tensor_cores:
+        found = [case for case in found if case.kind != "ieee"]
     if not few:
         return found
-    found = [case for case in found if case.kind != "ieee"]
     return [found[i] for i in sorted(cover([astuple(case) for case in found], 1, [_config(case) for case in found]))]
 
 
@@ -45,9 +46,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=OPS, nargs="+", default=OPS)
     parser.add_argument("--chip", choices=aot.CHIPS, nargs="+", default=list(aot.CHIPS))
-    parser.add_argument("--few", action="store_true", help="a part that covers what runs on tensor cores")
+    parser.add_argument("--few", action="store_true", help="a part that covers the rest")
+    parser.add_argument("--tensor-cores", action="store_true", help="without products in fp32")
     args = parser.parse_args()
-    chosen = [(op, case) for op in args.kernel for case in cases(op, args.chip, args.few)]
+    chosen = [(op, case) for op in args.kernel for case in cases(op, args.chip, args.few, args.tensor_cores)]
     bad = 0
     for op, case in chosen:
         try:

@@ -38,7 +38,7 @@ def run(version: str, *arguments: str) -> None:
 
 @pytest.mark.parametrize("ops", TIGHT, ids=" and ".join)
 def test_the_usual_chip_with_the_oldest(ops: tuple[str, ...]) -> None:
-    run(VERSIONS[0], "--chip", "sm_90", "--few", "--kernel", *ops)
+    run(VERSIONS[0], "--chip", "sm_90", "--few", "--tensor-cores", "--kernel", *ops)
 
 
 @pytest.mark.slow
