@@ -14,6 +14,7 @@ from torch import Tensor
 import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels.ops import panels
+from ssl_kernels.ops.matmul import onednn_is_faster
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": lambda x, y: K.sigmoid_contrastive_loss(x, y, 10.0, -10.0),
@@ -95,4 +96,5 @@ def test_peak_memory_is_that_of_the_gradients(name: str) -> None:
     leaves = leaves_of(256, 8192)
     with ssl_kernels.use_workspace(4), ssl_kernels.use_tile_budget(0):
         peak = peak_mb(lambda: LOSSES[name](*leaves).backward(), calls=2)
-    assert peak < 1.25 * 2 * 8
+    # oneDNN writes each product to memory of its own; and the gradient of y, made transposed for it, is turned back.
+    assert peak < 1.25 * (2 + 2 * onednn_is_faster()) * 8

@@ -19,6 +19,7 @@ from torch import Tensor
 import ssl_kernels
 import ssl_kernels.functional as K
 from ssl_kernels.ops import contrastive, panels, reuse, row_passes, row_tiles
+from ssl_kernels.ops.matmul import onednn_is_faster
 from ssl_kernels.ops.row_loss import row_softmax
 from ssl_kernels.ops.row_passes import Arguments
 
@@ -400,7 +401,8 @@ def test_peak_memory_is_a_tenth_of_that_of_the_formula() -> None:
     gradients = sum(t.nbytes for t in leaves)
     peak = peak_mb(lambda: K.row_softmax_loss(*leaves).backward(), calls=2) * 2**20
     assert peak < (5 * 4 * 4096 * 8192 + gradients) / 10
-    assert peak < gradients + 25 * 2**20
+    # oneDNN writes each product to memory of its own; and the gradient of y, made transposed for it, is turned back.
+    assert peak < gradients + 25 * 2**20 + onednn_is_faster() * 2 * leaves[1].nbytes
 
 
 @pytest.mark.parametrize("workspace_mb", [64, 5])  # one visit, and two passes

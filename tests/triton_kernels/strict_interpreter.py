@@ -13,7 +13,9 @@ not. Inside `strict_interpreter()`
   in which the interpreter happens to run them, and so does one store with two lanes on an element;
 - a store through a tensor descriptor writes whole pieces of 16 bytes, as the hardware does: what lies behind a row's
   last column holds NaN afterwards, and it is an `OutOfBoundsError` if that is not padding of the same tensor's memory;
-- lanes that a load masks off without `other` hold NaN (or the largest integer), not the convenient zero.
+- lanes that a load masks off without `other` hold NaN (or the largest integer), not the convenient zero;
+- a sum, difference or product of integers that does not fit their type raises `OverflowError`. The stock interpreter
+  works it out as well, and drops it.
 
 It needs no GPU and checks one launch at a time. What it cannot see: races between the threads of one program, and
 compilers.
@@ -24,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,12 +56,15 @@ def strict_interpreter() -> Iterator[None]:
     stock_builder, stock_executor = builder.__class__, interpreter.GridExecutor
     stock_reduce, stock_patch = interpreter.ReduceOps.generic_reduce, interpreter._patch_lang
     builder.__class__, interpreter.GridExecutor = _StrictBuilder, _StrictGridExecutor
-    interpreter.ReduceOps.generic_reduce = _reduce
+    interpreter.ReduceOps.generic_reduce, interpreter._get_np_dtype = _reduce, _np_dtype
     builder.regions = []
     # Once, for all that sees the language under either name: every call of a function patches it all over again.
     patches = stock_patch(_reduce)
     # Triton 3.6 turns an array of one element into a number in a way that NumPy 2.4 and later refuse.
     patches.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
+    patches.set_attr(tl.tensor, "__init__", _tensor)
+    patches.set_attr(tl.block_type, "__init__", _block_type)
+    patches.set_attr(interpreter.interpreter_semantic, "binary_op_sanitize_overflow_impl", _must_fit)
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
     try:
         yield
@@ -66,7 +72,7 @@ def strict_interpreter() -> Iterator[None]:
         interpreter._patch_lang = stock_patch
         patches.restore()
         builder.__class__, interpreter.GridExecutor = stock_builder, stock_executor
-        interpreter.ReduceOps.generic_reduce = stock_reduce
+        interpreter.ReduceOps.generic_reduce, interpreter._get_np_dtype = stock_reduce, _new_np_dtype
 
 
 @dataclass
@@ -293,13 +299,53 @@ def _reduce(self: Any, inputs: Any) -> list[Any]:
     return list(total)
 
 
+def _must_fit(lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
+    if lhs.dtype.int_bitwidth >= 64:
+        return
+    exact = getattr(operator, operation.__name__)(lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
+    if (exact < lhs.dtype.get_int_min_value()).any() or (exact > lhs.dtype.get_int_max_value()).any():
+        raise OverflowError(f"{operation.__name__} of {lhs.dtype} gives up to {exact.flat[np.abs(exact).argmax()]}")
+
+
+# What the language works out anew for every value takes longer than the arithmetic. Here it is looked up by type.
+
+_new_tensor, _new_block_type, _new_np_dtype = tl.tensor.__init__, tl.block_type.__init__, interpreter._get_np_dtype
+_tensors: dict[str, tuple[Any, ...]] = {}
+_block_types: dict[tuple[str, tuple[int, ...]], tuple[Any, ...]] = {}
+_np_dtypes: dict[str, np.dtype] = {}
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:
+    if type.name not in _tensors:
+        _new_tensor(self, handle, type)
+        _tensors[type.name] = self.shape, self.numel
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _tensors[type.name]
+
+
+def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
+    if key not in _block_types:
+        _new_block_type(self, element_ty, shape)
+        _block_types[key] = self.shape, self.numel, self.name
+    self.element_ty = element_ty
+    self.shape, self.numel, self.name = _block_types[key]
+
+
+def _np_dtype(type: Any) -> np.dtype:
+    name = type.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = _new_np_dtype(type)
+    return _np_dtypes[name]
+
+
 def _any_bf16(*handles: Any) -> bool:
-    return any(handle.dtype.scalar == tl.bfloat16 for handle in handles)
+    return any(handle.dtype.scalar.name == "bf16" for handle in handles)
 
 
 def _wide(handle: Any) -> np.ndarray:
     """The values of a handle, bf16 as fp32."""
-    if handle.dtype.scalar != tl.bfloat16:
+    if not _any_bf16(handle):
         return handle.data
     return (handle.data.astype(np.uint32) << 16).view(np.float32)
 
