@@ -71,12 +71,12 @@ def run_processes(code: str, folder: Path, world: int = 2, *, rank_0_holds_the_s
             worker.join()
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``code`` in a process that has not imported the package before."""
+def run_python(code: str, *, limit_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in a process that has imported neither the package nor Triton before."""
     with tempfile.TemporaryDirectory() as folder:
         worker = _FORKS.Process(target=_run_python, args=(code, os.environ | environment, Path(folder)))
         worker.start()
-        worker.join(120)
+        worker.join(limit_s)
         worker.kill()
         worker.join()
         out, err = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))

@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from processes import run_python
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 TIMEOUT_S = 900
@@ -39,16 +38,17 @@ class _InterpretedModule(pytest.File):
 
 class _InterpretedRun(pytest.Item):
     def runtest(self) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
         examples = "default" if self.config.getoption("--hypothesis-profile") == "thorough" else "brief"
-        done = subprocess.run(
-            [*command, "-m", self.config.option.markexpr, f"--hypothesis-profile={examples}", str(self.path)],
-            cwd=self.config.rootpath,
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # tiles are small matrices
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
+        arguments = [
+            *("-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={self.config.rootpath}"),
+            *("-m", self.config.option.markexpr, f"--hypothesis-profile={examples}", str(self.path)),
+        ]
+        code = f"""
+import sys, pytest, torch
+torch.set_num_threads(1)  # tiles are small matrices
+sys.exit(pytest.main({arguments}))
+"""
+        done = run_python(code, limit_s=TIMEOUT_S, TRITON_INTERPRET="1")
         if done.returncode != 0:
             raise _InnerFailureError(done.stdout + done.stderr)
         self.add_report_section("call", "interpreted", done.stdout.strip().rsplit("\n", 1)[-1])
