@@ -505,8 +505,8 @@ def test_other_devices_go_through_the_fake_op() -> None:
 @linux_only
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "bfloat16"])
 def test_peak_and_saved_memory_know_nothing_of_the_number_of_keys(layout: str) -> None:
-    """The similarities would be 256 MB, a copy of the keys 128 MB in fp32."""
-    query, keys = unit_rows(128, 64).requires_grad_(), unit_rows(2**19, 64)
+    """The similarities would be 64 MB, a copy of the keys 32 MB in fp32."""
+    query, keys = unit_rows(128, 64).requires_grad_(), unit_rows(2**17, 64)
     keys = keys.bfloat16() if layout == "bfloat16" else lay_out(keys, layout)
     K.key_softmax(query, keys[:64], 10.0)[0].sum().backward()  # one-off buffers of the libraries
 

@@ -498,8 +498,9 @@ def test_compiles_without_a_graph_break(compiler: str, reduction: str) -> None:
     expected = gradients(loss)
     for a, b in zip(gradients(compiled), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, y, torch.tensor(2.3), torch.tensor(-10.0)), expected[0])
+    if compiler == "aot_eager":  # the others compile another graph for it, which takes seconds
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, y, torch.tensor(2.3), torch.tensor(-10.0)), expected[0])
 
 
 def test_compiles_with_a_dynamic_batch() -> None:
@@ -570,7 +571,7 @@ def test_other_devices_go_through_the_fake_op() -> None:
 @linux_only
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_peak_and_saved_memory_are_linear_in_the_batch(reduction: str) -> None:
-    batch, width = 8192, 64  # the similarity matrix alone would be 256 MB; the features are 2 MB each
+    batch, width = 4096, 64  # the similarity matrix alone would be 64 MB; the features are 1 MB each
     x, y = (t.requires_grad_() for t in features(batch, batch, width))
     K.sigmoid_contrastive_loss(x[:64], y[:64], 10.0, -10.0).backward()  # one-off buffers of the libraries
 
