@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
+import gc
 import multiprocessing
 import os
 import socket
@@ -85,20 +86,21 @@ def run_python(code: str, *, limit_s: float = 120, **environment: str) -> subpro
 
 
 def _run_python(code: str, environment: dict[str, str], folder: Path) -> None:
-    _redirect(folder / "stdout", folder / "stderr")
+    _begin(folder / "stdout", folder / "stderr")
     os.environ.update(environment)
     exec(code, {"__name__": "__main__"})
 
 
-def _redirect(stdout: Path, stderr: Path) -> None:
+def _begin(stdout: Path, stderr: Path) -> None:
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    gc.freeze()  # modules that it was forked with are not garbage
 
 
 def _run(code: str, rank: int, world: int, meeting: str, folder: Path, end: Connection) -> None:
     global _told
     _told = end
-    _redirect(folder / f"stdout of rank {rank}", folder / f"stderr of rank {rank}")
+    _begin(folder / f"stdout of rank {rank}", folder / f"stderr of rank {rank}")
     faulthandler.dump_traceback_later(300, exit=True)  # rather than to hang
     sys.path[:0] = MODULES
     torch.set_num_threads(1)
