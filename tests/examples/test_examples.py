@@ -98,7 +98,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # the methods, and
     "open_clip_trainer": (("clip", "siglip"), {"epochs": 2}),
     "solo_moco": (("mocov2plus", "mocov3"), {"epochs": 1}),
     "solo_two_views": (("simclr", "vicreg", "barlow"), {"epochs": 1}),
-    "text_embeddings": ((), {"steps": 3, "batch": 16, "chunk": 10, "most": 90, "held_out": 20}),
+    "text_embeddings": ((), {"steps": 2, "batch": 16, "chunk": 10, "most": 90, "held_out": 20}),
     "timm_ema": ((), {"epochs": 2}),
     "torch_ema": ((), {"epochs": 2}),
     "transformers_trainer": (("clip", "siglip"), {"steps": 5}),

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.language import core  # noqa: F401  the functions of the language itself see it under this name
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 TensorHandle = interpreter.TensorHandle
@@ -64,7 +65,7 @@ def strict_interpreter() -> Iterator[None]:
     patches.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
     patches.set_attr(tl.tensor, "__init__", _tensor)
     patches.set_attr(tl.block_type, "__init__", _block_type)
-    patches.set_attr(interpreter.interpreter_semantic, "binary_op_sanitize_overflow_impl", _must_fit)
+    patches.set_attr(TritonSemantic, "binary_op_sanitize_overflow_impl", _must_fit)
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
     try:
         yield
@@ -299,7 +300,7 @@ def _reduce(self: Any, inputs: Any) -> list[Any]:
     return list(total)
 
 
-def _must_fit(lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
+def _must_fit(_: Any, lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
     if lhs.dtype.int_bitwidth >= 64:
         return
     exact = getattr(operator, operation.__name__)(lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))

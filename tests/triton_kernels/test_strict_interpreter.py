@@ -99,6 +99,11 @@ def _store_block_kernel(OUT, BLOCK: tl.constexpr):
     OUT.store([0, 0], tl.full((BLOCK, BLOCK), 2.0, tl.float32).to(OUT.dtype))
 
 
+@triton.jit
+def _linear_kernel(A, OUT, factor, term):
+    tl.store(OUT, tl.load(A) * factor - term)
+
+
 def test_bf16_arithmetic_is_right_where_the_stock_interpreter_is_wrong():
     torch.manual_seed(0)
     a, b = torch.randn(60).bfloat16(), torch.randn(60).bfloat16()
@@ -201,6 +206,17 @@ def test_masked_lanes_without_other_are_nan():
     with strict_interpreter():
         _no_other_kernel[(1,)](torch.ones(5), out, 5, BLOCK=8)
     assert out.isnan()
+
+
+@pytest.mark.parametrize(("factor", "term", "operation"), [(2, 0, "mul"), (-2, 1, "sub")])
+def test_an_integer_that_does_not_fit_is_found(factor, term, operation):
+    held, out = torch.tensor([2**30]), torch.empty(1, dtype=torch.int64)
+    with strict_interpreter():
+        _linear_kernel[(1,)](held, out, factor, term)
+        assert out.item() == factor * 2**30 - term
+        _linear_kernel[(1,)](held.int(), out, -1, 0)
+        with pytest.raises(InterpreterError, match=rf"OverflowError.*{operation} of int32 gives up to -?214748364[89]"):
+            _linear_kernel[(1,)](held.int(), out, factor, term)
 
 
 def test_a_write_race_is_found():
