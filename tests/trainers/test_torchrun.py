@@ -382,7 +382,9 @@ def test_a_lost_process_ends_the_job_which_resumes(pairs: list[str], tmp_path: P
     script.write_text(LOSE)
     settings = [*pairs, "--epochs", "1", "--checkpoint-every", "3"]
     asked = [*settings, "--strategy", strategy, "--output-dir", str(tmp_path / "run")]
-    job = run_python(FORKED, LAUNCHED=json.dumps([*TWO, *FORKS, "--run-path", str(script), *asked]), OMP_NUM_THREADS="1")
+    job = run_python(
+        FORKED, LAUNCHED=json.dumps([*TWO, *FORKS, "--run-path", str(script), *asked]), OMP_NUM_THREADS="1"
+    )
     assert job.returncode != 0
     assert "error: step 5: rank 1 did not answer" in job.stderr
     assert f"--resume {tmp_path / 'run' / 'last.pt'} continues" in job.stderr
