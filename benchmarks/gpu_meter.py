@@ -69,7 +69,8 @@ class Meter:
         step()  # compiles and allocates
         ahead = min(self.launch_ms(step), MOST_AHEAD_MS)
         first = max(self.once_ms(step, ahead) + ahead, 1e-3)
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(ROUNDS_MS / first)))
+        # Times of a CPU, at sizes that say nothing, are for tests alone.
+        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(ROUNDS_MS / first))) if self.on_gpu else 1
         return statistics.median(self.once_ms(step, ahead) for _ in range(rounds))
 
     def peak_mb(self, step: Step) -> float | None:

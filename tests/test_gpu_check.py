@@ -53,6 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], 
     output = folder / "results" / "gpu_check.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("OMP_NUM_THREADS", "1")  # of sizes this small, several threads make more work
         patch.setattr(gpu_check, "sanitizer", lambda: str(tool))
         tiny = {"first": ([gpu_check.VALUES], "", "test_small and bfloat16-clip or test_every_op")}
         tiny |= {name: step for name, step in gpu_check.TESTS.items() if name != "first"}

@@ -15,7 +15,7 @@ from torch import Tensor
 import ssl_kernels.functional as K
 from ssl_kernels import distributed, use_tile_budget, use_workspace
 
-ROWS, WIDTH = 512, 2048
+ROWS, WIDTH = 128, 8192  # many bytes for few products
 FEATURES_MB = ROWS * WIDTH * 4 / 2**20  # of one side
 
 

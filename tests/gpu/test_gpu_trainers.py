@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from device_cases import ON_GPU
 
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image", reason="the trainers' dependencies are not installed")
-pytest.importorskip("lightning_fabric", reason="the trainers' dependencies are not installed")
+if importlib.util.find_spec("lightning_fabric") is None:  # to import it takes seconds of each process that collects
+    pytest.skip("the trainers' dependencies are not installed", allow_module_level=True)
 
 TWO_TOWERS = ["--dim", "16", "--image-size", "16"]
 IMAGES = ["--held-out", "0.25", "--image-size", "8", "--hidden", "16", "--dim", "8"]

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ from ssl_kernels.trainers.dino_config import DINOConfig
 from ssl_kernels.trainers.evaluation import curves, features, retrieval
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.processes import Share
+
+if "torchmetrics" not in sys.modules:  # Fabric would import it, and scipy and more with it, for seconds and for nothing
+    sys.modules["torchmetrics"] = None  # type: ignore[assignment]
+    import lightning_fabric  # noqa: F401
+
+    del sys.modules["torchmetrics"]
 
 
 def train(rank: int, world: int, folder: Path) -> None:

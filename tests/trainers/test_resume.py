@@ -12,11 +12,11 @@ from conftest import logged, same_state, signal_held, start
 from ssl_kernels.trainers import siglip
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 
-STEPS = 30
+STEPS = 15
 
 
 def arguments(small: list[str], folder: Path) -> list[str]:
-    return [*small, "--epochs", str(STEPS // 5), "--checkpoint-every", "8", "--output-dir", str(folder)]
+    return [*small, "--epochs", str(STEPS // 5), "--checkpoint-every", "4", "--output-dir", str(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def test_a_killed_run_resumes_bit_exactly(
     small: list[str], tmp_path: Path, uninterrupted: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    process = start(arguments(small, folder), hold=(21, tmp_path / "gate"))
+    process = start(arguments(small, folder), hold=(11, tmp_path / "gate"))
     err = signal_held(process, tmp_path / "gate", number)
     stopped = load_checkpoint(folder / "last.pt")["step"]
     if number == signal.SIGKILL:
         assert process.returncode == -number
-        assert stopped == 16
+        assert stopped == 8
     else:
         assert process.returncode == 128 + number
         assert err.strip().splitlines()[-1] == (
@@ -53,7 +53,7 @@ def test_a_killed_run_resumes_bit_exactly(
             f" python -m ssl_kernels.trainers.siglip --resume {folder}"
         )
         assert "Traceback" not in err
-        assert stopped == logged(folder)[-1]["step"] == 21, "the checkpoint is that of the last step"
+        assert stopped == logged(folder)[-1]["step"] == 11, "the checkpoint is that of the last step"
 
     assert siglip.main(["--resume", str(folder)]) == 0
     assert "written:" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import pytest
 import several
 import torch
 from conftest import drawing, logged, patchworks, rows, same_state
-from processes import run_processes
+from processes import run_processes, run_python
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ssl_kernels.trainers import moco, processes, self_supervised
@@ -336,8 +336,10 @@ OPTIONS: dict[str, Any] = {"temperature": 0.2, "groups": 4, "momentum": 0.9, "st
 
 LOSE = """
 import os, signal, sys
+from ssl_kernels import distributed
 from ssl_kernels.trainers import siglip, training, two_towers
 
+distributed._REPORT_S = 1  # a second of waiting for the lost one, the only other, is as good as ten
 two_towers.CHECKED = 6
 take = training.Training.optimizer_step
 
@@ -351,8 +353,21 @@ sys.exit(siglip.main())
 """
 
 
+TWO = ("--standalone", "--nproc-per-node", "2")
+FORKS = ("--start-method", "fork")
+# As torchrun; but neither it nor the processes that it forks import torch and the like anew.
+FORKED = """
+import json, os, sys
+sys.modules["torchmetrics"] = None  # as in several.py
+import lightning_fabric, ssl_kernels.trainers.siglip
+from torch.distributed.run import main
+
+main(json.loads(os.environ["LAUNCHED"]))
+"""
+
+
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments)
+    return python("-m", "torch.distributed.run", *TWO, *arguments)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -366,7 +381,10 @@ def test_a_lost_process_ends_the_job_which_resumes(pairs: list[str], tmp_path: P
     script = tmp_path / "lose.py"
     script.write_text(LOSE)
     settings = [*pairs, "--epochs", "1", "--checkpoint-every", "3"]
-    job = torchrun(str(script), *settings, "--strategy", strategy, "--output-dir", str(tmp_path / "run"))
+    asked = [*settings, "--strategy", strategy, "--output-dir", str(tmp_path / "run")]
+    job = run_python(
+        FORKED, LAUNCHED=json.dumps([*TWO, *FORKS, "--run-path", str(script), *asked]), OMP_NUM_THREADS="1"
+    )
     assert job.returncode != 0
     assert "error: step 5: rank 1 did not answer" in job.stderr
     assert f"--resume {tmp_path / 'run' / 'last.pt'} continues" in job.stderr
