@@ -7,9 +7,12 @@ and threads of its own.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from emulation import load_ops
 
@@ -18,6 +21,8 @@ from ssl_kernels.ops import ema, queue
 
 EMULATOR = load_ops()
 ORDERS = itertools.count()
+PASSED: Counter[str] = Counter()  # by file
+LAUNCHES: Counter[str] = Counter()
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, kernels: Sequence[str]) -> str:
@@ -35,5 +40,12 @@ def pytest_runtest_setup() -> None:
     EMULATOR.seed(next(ORDERS))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    file = Path(report.location[0]).name
+    LAUNCHES[file] += EMULATOR.launches - LAUNCHES.total()
+    PASSED[file] += report.when == "call" and report.passed
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    terminalreporter.write_line(f"{EMULATOR.launches} launches")
+    for file, passed in PASSED.items():
+        terminalreporter.write_line(f"{file}: {passed} passed, {LAUNCHES[file]} launches")

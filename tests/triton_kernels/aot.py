@@ -15,7 +15,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -91,11 +91,22 @@ class Resources:
     registers: int
     spills: int  # to memory: bytes of stack and local memory on NVIDIA; on AMD also vector registers spilled
     shared_bytes: int
-    opcodes: collections.Counter[str]  # static counts, with modifiers
-    text: str
+    has_atomics: bool
+    listing: Callable[[], str]  # what prints the machine code
+    opcode: str  # regular expression for a line of it, with the opcode in a group
     tensor_columns: int  # of the block, in the tensor memory of sm_100
     arguments: dict[str, tuple[int, int]]  # those that are known at run time: offset among them, and bytes
     num_warps: int
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The machine code; printed when it is first asked for, because a disassembler takes a third of a second."""
+        return self.listing()
+
+    @functools.cached_property
+    def opcodes(self) -> collections.Counter[str]:
+        """Static counts, with modifiers."""
+        return _strip_padding(re.findall(self.opcode, self.text, re.MULTILINE))
 
     @property
     def instructions(self) -> int:
@@ -157,22 +168,22 @@ def _layout(types: dict[str, str]) -> dict[str, tuple[int, int]]:
 
 
 def _read_nvidia(compiled: Any, arguments: dict[str, tuple[int, int]], num_warps: int) -> Resources:
-    text = _disassemble(compiled.asm["cubin"])
+    used = _cuobjdump(compiled.asm["cubin"], "-res-usage")
 
     def figure(name: str) -> int:
-        match = re.search(rf"\b{name}:(\d+)", text)
+        match = re.search(rf"\b{name}:(\d+)", used)
         assert match is not None, f"no {name} in what cuobjdump prints"
         return int(match[1])
 
-    # "        /*0120*/              @!P0 LDGSTS.E.BYPASS.128 [R3], ... ;"
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
     return Resources(
         registers=figure("REG"),
         spills=figure("STACK") + figure("LOCAL"),
         shared_bytes=compiled.metadata.shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
-        opcodes=_strip_padding(opcodes),
-        text=text,
+        has_atomics=re.search(r"\b(atom|red)\.", compiled.asm["ptx"]) is not None,
+        listing=lambda: _disassemble(compiled.asm["cubin"]),
+        # "        /*0120*/              @!P0 LDGSTS.E.BYPASS.128 [R3], ... ;"
+        opcode=r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)",
         arguments=arguments,
         num_warps=num_warps,
     )
@@ -186,11 +197,14 @@ def _strip_padding(opcodes: list[str]) -> collections.Counter[str]:
 
 
 def _disassemble(cubin: bytes) -> str:
-    """The use of resources, and the code."""
+    return _cuobjdump(cubin, "-sass")
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_NVIDIA_TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        command = [str(_NVIDIA_TOOLS / "cuobjdump"), what, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -202,15 +216,15 @@ def _read_amd(compiled: Any, arguments: dict[str, tuple[int, int]], num_warps: i
         assert match is not None, f"no {name} in the assembly"
         return int(match[1])
 
-    opcodes = re.findall(r"^\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)", text, re.MULTILINE)
     return Resources(
         registers=figure("vgpr_count"),
         # Scalar registers spill into lanes of vector registers, not into memory, so those are not counted.
         spills=figure("vgpr_spill_count") + figure("private_segment_fixed_size"),
         shared_bytes=compiled.metadata.shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
-        opcodes=collections.Counter(opcodes),
-        text=text,
+        has_atomics=re.search(r"^\s+(global|flat|buffer)_atomic", text, re.MULTILINE) is not None,
+        listing=lambda: text,
+        opcode=r"^\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)",
         arguments=arguments,
         num_warps=num_warps,
     )
@@ -227,7 +241,7 @@ def compiler_version() -> str:
 def assert_sound(made: Resources) -> None:
     """Nothing spills, and no result depends on the order in which programs run."""
     assert made.spills == 0
-    assert made.count(_ATOMICS) == 0
+    assert not made.has_atomics
 
 
 def assert_sizes_do_not_recompile(kernel: Any, names: Iterable[str]) -> None:
@@ -365,7 +379,7 @@ class Case:
         blocks = blocks_per_multiprocessor(made, self.chip)
         wrong = {
             f"spills {made.spills} bytes, of {made.registers} registers": made.spills > 0,
-            "uses atomics": made.count(_ATOMICS) > 0,
+            "uses atomics": made.has_atomics or made.count(_ATOMICS) > 0,
             f"{made.shared_bytes} bytes of shared memory": made.shared_bytes > chip.shared_bytes,
             f"{blocks} blocks on a multiprocessor, not {self.intended_blocks}": blocks < self.intended_blocks,
             "logarithms": made.count(r"MUFU\.LG2|v_log_f32") > 0,

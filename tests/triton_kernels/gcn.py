@@ -7,6 +7,7 @@ stay together.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import operator
 import re
@@ -33,8 +34,28 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     return code, labels
 
 
+@functools.cache
 def _base(opcode: str) -> str:
     return re.sub(r"_e(32|64)$", "", opcode)
+
+
+@functools.lru_cache(1 << 16)
+def _names(text: str) -> tuple[str, ...]:
+    """Registers of an operand, the lowest first."""
+    if match := re.fullmatch(r"([sva])\[(\d+):(\d+)\]", text):
+        return tuple(f"{match[1]}{number}" for number in range(int(match[2]), int(match[3]) + 1))
+    low = _PAIRS.get(text)
+    return (low, low[:-2] + "hi") if low else (text,)
+
+
+@functools.lru_cache(1 << 16)
+def _literal(text: str) -> int | None:
+    """The bits of an operand that is a number, of any width."""
+    if re.fullmatch(r"-?(0x[0-9a-f]+|\d+)", text):
+        return int(text, 0)
+    if re.fullmatch(r"-?\d+\.\d+", text):
+        return int(struct.unpack("<I", struct.pack("<f", float(text)))[0])
+    return None
 
 
 class _Lane:
@@ -42,28 +63,19 @@ class _Lane:
         self.known: dict[str, int] = {"scc": 0, "exec_lo": MASK_32, "exec_hi": MASK_32}
         self.words = words
 
-    def names(self, text: str) -> list[str]:
-        """Registers of an operand, the lowest first."""
-        if match := re.fullmatch(r"([sva])\[(\d+):(\d+)\]", text):
-            return [f"{match[1]}{number}" for number in range(int(match[2]), int(match[3]) + 1)]
-        low = _PAIRS.get(text)
-        return [low, low[:-2] + "hi"] if low else [text]
-
     def get(self, text: str, words: int = 1) -> int:
         """A source operand, zero-extended."""
-        if re.fullmatch(r"-?(0x[0-9a-f]+|\d+)", text):
-            return int(text, 0) & (MASK_32 if words == 1 else MASK_64)
-        if re.fullmatch(r"-?\d+\.\d+", text):
-            return int(struct.unpack("<I", struct.pack("<f", float(text)))[0])
+        if (number := _literal(text)) is not None:
+            return number & (MASK_32 if words == 1 else MASK_64)
         value = 0
-        for i, name in enumerate(self.names(text)[:words]):
+        for i, name in enumerate(_names(text)[:words]):
             if name not in self.known:
                 raise UnknownError
             value |= self.known[name] << 32 * i
         return value
 
     def put(self, text: str, value: int | None) -> None:
-        for i, name in enumerate(self.names(text)):
+        for i, name in enumerate(_names(text)):
             if value is None:
                 self.known.pop(name, None)
             else:
@@ -86,6 +98,12 @@ def _rule(pattern: str) -> Callable[[Rule], Rule]:
     return add
 
 
+@functools.cache
+def _rule_of(name: str) -> Rule | None:
+    return next((rule for pattern, rule in _RULES if pattern.fullmatch(name)), None)
+
+
+@functools.cache
 def _bits(opcode: str) -> int:
     return 64 if re.search(r"[biu]64", opcode) else 32
 
@@ -312,7 +330,7 @@ def _load_arguments(lane: _Lane, opcode: str, operands: Sequence[str]) -> None:
         at = lane.get(base, 2) - _ARGUMENTS_AT + int(offset, 0)
     except ValueError:
         raise UnknownError from None
-    for i, name in enumerate(lane.names(to)):
+    for i, name in enumerate(_names(to)):
         lane.put(name, lane.words.get(at + 4 * i))
 
 
@@ -354,13 +372,24 @@ _WRITES_NOTHING = re.compile(
 
 def _forget(lane: _Lane, opcode: str, operands: Sequence[str]) -> None:
     """Whatever the instruction may write is unknown."""
-    if _WRITES_NOTHING.match(opcode) or not operands:
+    first, second, scc = _may_write(opcode)
+    if not first or not operands:
         return
     lane.put(operands[0], None)
-    if re.match(r"v_\w+_co_|v_mad_[iu]64|v_div_scale", opcode):
+    if second:
         lane.put(operands[1], None)
-    if opcode.startswith("s_") and not opcode.startswith(("s_mov", "s_load", "s_mul", "s_cselect")):
+    if scc:
         lane.known.pop("scc", None)
+
+
+@functools.cache
+def _may_write(opcode: str) -> tuple[bool, bool, bool]:
+    """Whether the first operand, the second and scc."""
+    return (
+        _WRITES_NOTHING.match(opcode) is None,
+        re.match(r"v_\w+_co_|v_mad_[iu]64|v_div_scale", opcode) is not None,
+        opcode.startswith("s_") and not opcode.startswith(("s_mov", "s_load", "s_mul", "s_cselect")),
+    )
 
 
 def _step(lane: _Lane, opcode: str, operands: Sequence[str]) -> None:
@@ -375,12 +404,10 @@ def _step(lane: _Lane, opcode: str, operands: Sequence[str]) -> None:
             if name.startswith("v_cmp"):
                 lane.put(operands[0], 0)
             return
-    for pattern, rule in _RULES:
-        if pattern.fullmatch(name):
-            with contextlib.suppress(UnknownError):
-                rule(lane, name, operands)
-                return
-            break
+    if rule := _rule_of(name):
+        with contextlib.suppress(UnknownError):
+            rule(lane, name, operands)
+            return
     _forget(lane, name, operands)
 
 
@@ -480,5 +507,5 @@ def _store(lane: _Lane, operands: Sequence[str]) -> Iterator[tuple[int | None, i
         # "v[2:3], v4, off offset:16" or "v2, v4, s[0:1] offset:16"
         base, _, offset = base.partition(" offset:")
         address = (lane.get(where, 2) if base == "off" else lane.get(where) + lane.get(base, 2)) + int(offset or "0")
-    for i, name in enumerate(lane.names(values)):
+    for i, name in enumerate(_names(values)):
         yield address if address is None else address + 4 * i, lane.known.get(name)

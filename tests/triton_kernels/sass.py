@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from flow import MASK_32, MASK_64, MOST_STEPS, Executed, UnknownError, shorter_way, signed
 
@@ -45,6 +47,7 @@ def _bits(value: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", value))[0])
 
 
+@functools.lru_cache(1 << 16)
 def _next(register: str, by: int = 1) -> str:
     """The register behind this one, for values of several words."""
     if register in ("RZ", "URZ"):
@@ -53,10 +56,12 @@ def _next(register: str, by: int = 1) -> str:
     return f"{kind}{int(number) + by}"
 
 
+@functools.lru_cache(1 << 16)
 def _is_register(text: str) -> bool:
     return re.fullmatch(r"U?R(\d+|Z)", text) is not None
 
 
+@functools.lru_cache(1 << 16)
 def _is_predicate(text: str) -> bool:
     return re.fullmatch(r"!?U?P(\d|T)", text) is not None
 
@@ -90,6 +95,23 @@ def _written(opcode: str, operands: Sequence[str]) -> Iterator[str]:
         break
 
 
+@functools.lru_cache(1 << 16)
+def _source(text: str, high: bool) -> tuple[str, str, bool, Any]:
+    """What a source operand is, its sign, whether it is absolute; and the place of a constant, the value of a number or
+    the name of a register."""
+    sign, text = (text[0], text[1:]) if text[0] in "-~" and not re.match(r"-(0x|\d|INF)", text) else ("", text)
+    absolute = text.startswith("|")
+    text = text.strip("|").removesuffix(".64").removesuffix(".H0_H0")
+    if text.startswith("c["):
+        match = re.fullmatch(r"c\[0x0\]\[0x([0-9a-f]+)\]", text)
+        return "constant", sign, absolute, int(match[1], 16) + 4 * high if match else -1
+    if re.match(r"-?(0x)?\d", text) and "." not in text:
+        return "number", sign, absolute, int(text, 0) & MASK_32 if not high else (MASK_32 if text[0] == "-" else 0)
+    if _is_register(text):
+        return "register", sign, absolute, _next(text) if high else text
+    return "unknown", sign, absolute, None
+
+
 class _Lane:
     """One lane: its registers, and what reads and writes them."""
 
@@ -100,19 +122,15 @@ class _Lane:
     def word(self, text: str, high: bool = False) -> int:
         """A source operand of 32 bits; with ``high`` the word above it. A negated one may be 2^32, so that it carries
         as the hardware does."""
-        sign, text = (text[0], text[1:]) if text[0] in "-~" and not re.match(r"-(0x|\d|INF)", text) else ("", text)
-        absolute = text.startswith("|")
-        text = text.strip("|").removesuffix(".64").removesuffix(".H0_H0")
-        if text.startswith("c["):
-            match = re.fullmatch(r"c\[0x0\]\[0x([0-9a-f]+)\]", text)
-            at = int(match[1], 16) + 4 * high if match else -1
-            if at not in self.constants:
+        kind, sign, absolute, what = _source(text, high)
+        if kind == "constant":
+            if what not in self.constants:
                 raise UnknownError
-            value = self.constants[at]
-        elif re.match(r"-?(0x)?\d", text) and "." not in text:
-            value = int(text, 0) & MASK_32 if not high else (MASK_32 if text.startswith("-") else 0)
-        elif _is_register(text):
-            value = self._get(_next(text) if high else text)
+            value = self.constants[what]
+        elif kind == "number":
+            value = what
+        elif kind == "register":
+            value = self._get(what)
         else:
             raise UnknownError
         if absolute:
@@ -148,7 +166,7 @@ class _Lane:
         self.put(_next(name), value >> 32)
 
 
-Rule = Callable[[_Lane, Sequence[str], Sequence[str]], None]  # lane, operands, modifiers
+Rule = Callable[[_Lane, tuple[str, ...], tuple[str, ...]], None]  # lane, operands, modifiers
 _RULES: dict[str, Rule] = {}
 
 
@@ -160,7 +178,8 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return add
 
 
-def _split(operands: Sequence[str]) -> tuple[str, list[str], list[str], list[str]]:
+@functools.lru_cache(1 << 16)
+def _split(operands: tuple[str, ...]) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """(destination, predicates written behind it, sources, predicates read at the end)."""
     destination, *rest = operands
     written = []
@@ -169,11 +188,11 @@ def _split(operands: Sequence[str]) -> tuple[str, list[str], list[str], list[str
     read: list[str] = []
     while rest and _is_predicate(rest[-1]):
         read.insert(0, rest.pop())
-    return destination, written, rest, read
+    return destination, tuple(written), tuple(rest), tuple(read)
 
 
 @_rule("MOV", "UMOV", "R2UR", "S2R", "S2UR", "LDC", "ULDC", "LDCU", "CS2R", "REDUX")
-def _move(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _move(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, _, (source, *_), _ = _split(operands)
     if source.startswith("SR"):
         value = lane.special.get(source)
@@ -193,7 +212,7 @@ def _move(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> Non
 
 
 @_rule("IMAD", "UIMAD")
-def _multiply_add(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _multiply_add(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, written, (a, b, c), read = _split(operands)
     carry = lane.predicate(read[0]) if "X" in modifiers and read else 0
     if "WIDE" in modifiers or "HI" in modifiers:
@@ -213,7 +232,7 @@ def _multiply_add(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]
 
 
 @_rule("IADD3", "UIADD3", "VIADD")
-def _add(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _add(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, written, sources, read = _split(operands)
     if "64" in modifiers:
         total = sum(lane.wide(s) if s[0] != "-" else (1 << 64) - lane.wide(s[1:]) for s in sources)
@@ -229,7 +248,7 @@ def _add(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None
 
 
 @_rule("LEA", "ULEA")
-def _shift_and_add(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _shift_and_add(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, written, sources, read = _split(operands)
     shift = int(sources[-1], 0)
     if "HI" in modifiers:
@@ -245,7 +264,7 @@ def _shift_and_add(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str
 
 
 @_rule("SHF", "USHF")
-def _shift(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _shift(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, low, by, high = operands
     shift = lane.word(by) & (63 if "U64" in modifiers or "S64" in modifiers else 31 if "W" in modifiers else MASK_32)
     if "L" in modifiers:
@@ -282,7 +301,7 @@ def _depends(table: int) -> tuple[bool, bool, bool]:
 
 
 @_rule("LOP3", "ULOP3")
-def _logic(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _logic(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     first, *rest = operands
     written = [first] if _is_predicate(first) else []
     destination = rest.pop(0) if written else first
@@ -296,7 +315,7 @@ def _logic(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> No
 
 
 @_rule("PLOP3", "UPLOP3")
-def _predicate_logic(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _predicate_logic(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     first, second, *sources, one, other = operands
     for destination, table in ((first, int(one, 0)), (second, int(other, 0))):
         values: list[int] = []
@@ -325,7 +344,7 @@ _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
 
 
 @_rule("ISETP", "UISETP")
-def _compare(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _compare(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     first, second, a, b, *read = operands
     comparison, join = modifiers[1], next(m for m in modifiers if m in ("AND", "OR", "XOR"))
     unsigned = "U32" in modifiers or "U64" in modifiers
@@ -355,13 +374,13 @@ def _compare(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> 
 
 
 @_rule("SEL", "USEL", "FSEL")
-def _select(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _select(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, a, b, which = operands
     lane.put(destination, lane.word(a if lane.predicate(which) else b))
 
 
 @_rule("IMNMX", "VIMNMX")
-def _extreme(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _extreme(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, _, (a, b), (smaller,) = _split(operands)
     if "64" in "".join(modifiers):
         raise UnknownError
@@ -371,12 +390,12 @@ def _extreme(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> 
 
 
 @_rule("IABS")
-def _absolute(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _absolute(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     lane.put(operands[0], abs(signed(lane.word(operands[1]) & MASK_32)))
 
 
 @_rule("SGXT", "USGXT")
-def _extend(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _extend(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, source, bits = operands
     width = lane.word(bits)
     value = lane.word(source) & ((1 << width) - 1)
@@ -384,7 +403,7 @@ def _extend(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> N
 
 
 @_rule("PRMT")
-def _permute(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _permute(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, low, how, high = operands
     selector = lane.word(how)
     nibbles = [selector >> 4 * i & 15 for i in range(4)]
@@ -398,7 +417,7 @@ def _permute(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> 
 
 
 @_rule("P2R")
-def _pack_predicates(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _pack_predicates(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, _, source, mask = operands
     bits, value = lane.word(mask), lane.word(source)
     for i in range(7):
@@ -408,12 +427,12 @@ def _pack_predicates(lane: _Lane, operands: Sequence[str], modifiers: Sequence[s
 
 
 @_rule("ELECT")
-def _elect(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _elect(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     lane.put(operands[0], 1)
 
 
 @_rule("SYNCS", "UTCATOMSWS")
-def _succeed(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _succeed(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     """What a barrier is asked for has happened, and tensor memory is there."""
     if not {"PHASECHK", "FIND_AND_SET"} & set(modifiers):
         raise UnknownError
@@ -423,14 +442,14 @@ def _succeed(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> 
 
 
 @_rule("VOTEU")
-def _vote(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _vote(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     if not _is_predicate(operands[0]):
         raise UnknownError
     lane.put(operands[0], lane.predicate(operands[1]))
 
 
 @_rule("HFMA2")
-def _constant(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _constant(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     """0 x 0 + constant, a way to load two halves on another pipe."""
     destination, a, b, high, low = operands
     if not a.endswith("RZ") or not b.endswith("RZ"):
@@ -440,7 +459,7 @@ def _constant(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) ->
 
 
 @_rule("SHFL")
-def _shuffle(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _shuffle(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     _, destination, source, index, _ = operands
     if "IDX" not in modifiers or lane.word(index) != 0:
         raise UnknownError
@@ -448,7 +467,7 @@ def _shuffle(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> 
 
 
 @_rule("I2F", "I2FP")
-def _to_float(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _to_float(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, source = operands
     value = lane.word(source) & MASK_32
     if "F64" in modifiers or "S64" in modifiers or "U64" in modifiers:
@@ -457,7 +476,7 @@ def _to_float(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) ->
 
 
 @_rule("F2I")
-def _to_integer(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _to_integer(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, source = operands
     if "U32" not in modifiers:
         raise UnknownError
@@ -465,7 +484,7 @@ def _to_integer(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) 
 
 
 @_rule("MUFU")
-def _special_function(lane: _Lane, operands: Sequence[str], modifiers: Sequence[str]) -> None:
+def _special_function(lane: _Lane, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
     destination, source = operands
     if "RCP" not in modifiers:
         raise UnknownError

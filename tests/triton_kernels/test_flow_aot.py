@@ -122,6 +122,22 @@ def test_a_branch_on_data_goes_the_shorter_way(chip):
     assert run.count(reciprocal) == 0
 
 
+@triton.jit
+def _adding_kernel(X, OUT, IS_ATOMIC: tl.constexpr):
+    if IS_ATOMIC:
+        tl.atomic_add(OUT, tl.load(X))
+    else:
+        tl.store(OUT, tl.sum(tl.load(X + tl.arange(0, 256)), axis=0))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_atomics_are_seen_before_the_machine_code_is_printed(chip):
+    for is_atomic in (False, True):
+        made = build(_adding_kernel, CHIPS[chip], {"X": "*fp32", "OUT": "*fp32"}, {"IS_ATOMIC": is_atomic})
+        assert made.has_atomics == is_atomic
+        assert (made.count(aot._ATOMICS) > 0) == is_atomic
+
+
 def test_the_shorter_way_is_that_with_fewer_instructions_to_the_meeting():
     # 0 branches to 1 or 4; 1, 2, 3 go on to 5 as 4 does.
     edges = {0: (1, 4), 1: (2,), 2: (3,), 3: (5,), 4: (5,), 5: ()}

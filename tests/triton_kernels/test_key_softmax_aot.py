@@ -107,8 +107,7 @@ def test_merging_takes_few_registers(chip):
     assert made.registers <= 128
 
 
-@pytest.mark.parametrize("width", [256, 1000])
-@pytest.mark.parametrize("chip", CHIPS)
+@covering(1, chip=CHIPS, width=[1000, 256])
 def test_rows_and_gradients_take_few_registers(chip, width):
     """Of aligned rows, and of others."""
     in_16_bits = ("QUERY", "POSITIVE", "BY_QUERY", "BY_POSITIVE")

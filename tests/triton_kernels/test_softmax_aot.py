@@ -17,7 +17,7 @@ from typing import Any
 import aot
 import pytest
 from aot import CHIPS, KINDS, Budget, Launch, Resources, build
-from covering import covering_cases
+from covering import covering, covering_cases
 
 from ssl_kernels.kernels import softmax_grad, softmax_stats
 from ssl_kernels.kernels.configs import CONFIGS, Config
@@ -162,8 +162,7 @@ def test_merging_takes_few_registers(chip):
     assert made.registers <= 128
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("chip", CHIPS)
+@covering(1, chip=CHIPS, weighted=[True, False])
 def test_what_is_made_of_statistics_takes_few_registers(chip, weighted):
     pointers = {"STATISTICS": "*fp64", "SUMS": "*fp64", "UNPAIRED": "*i64"}
     others = ("SCALE", "ROW_WEIGHT", "LOSS", "SCALARS", "VECTORS", "UPSTREAM", "FACTOR", "BY_SCALE", "BY_BIAS")
