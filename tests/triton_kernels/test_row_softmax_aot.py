@@ -136,7 +136,7 @@ def test_others_have_the_resources_too(case):
     case.check_resources()
 
 
-@covering_cases(1, cases(), also=aot.config_of_the_usual_chip)
+@covering_cases(1, cases(), also=lambda case: case.config)
 def test_resources_and_executed_instructions(case):
     made = case.check_resources()
     copies = 1.2 if case.masked or case.chip == "gfx942" else 0.4  # those of the vectors
