@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from ssl_kernels.bench.memory import peak_mb
+from ssl_kernels.ops import matmul, panels, row_passes
 
-__all__ = ["linux_only", "peak_mb", "saved_bytes"]
+__all__ = ["leave_out_onednn", "linux_only", "peak_mb", "saved_bytes"]
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+
+
+def leave_out_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it would be used: it writes each product to memory of its own, and the gradient of y, which is made
+    transposed for it, is copied at the end."""
+    for module in (matmul, panels, row_passes):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda: False)
 
 
 @contextmanager
