@@ -27,8 +27,9 @@ $(SETUP): .venv/.torch-done .venv/triton-3.6.0/.done pyproject.toml $(NATIVE)
 demo: setup
 	$(BIN)/ssl-kernels train siglip --output-dir runs/demo --overwrite
 
-# Threads that wait for each other give way to those of the other processes.
-TEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --durations=15
+# Threads that wait for each other give way to those of the other processes; and torch's compiler takes the processor's
+# word for its vectors, instead of compiling and loading a program for each kind.
+TEST := OMP_WAIT_POLICY=passive TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --durations=15
 
 test: setup
 	$(TEST)
