@@ -5,7 +5,8 @@ SETUP := .venv/.setup-done
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 TRAINED := $(addprefix trained-,dino-openmoji siglip dino clip moco simclr-openmoji)
 
-.PHONY: setup demo test test-all $(TRAINED) mutants lint docs tour bench bench-report trainings gpu-check gpu-page wheel sdist clean
+.PHONY: setup demo test test-all $(TRAINED) mutants lint docs tour bench bench-report trainings gpu-check gpu-page
+.PHONY: wheel sdist clean
 
 setup: $(SETUP)
 
@@ -29,7 +30,8 @@ demo: setup
 
 # Threads that wait for each other give way to those of the other processes; and torch's compiler takes the processor's
 # word for its vectors, instead of compiling and loading a program for each kind.
-TEST := OMP_WAIT_POLICY=passive TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --durations=15
+TEST := OMP_WAIT_POLICY=passive TORCHINDUCTOR_VEC_ISA_OK=1 \
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --durations=15
 
 test: setup
 	$(TEST)

@@ -16,22 +16,21 @@ settings.register_profile("thorough", deadline=None, max_examples=150)  # of mak
 settings.register_profile("brief", deadline=None, derandomize=True, max_examples=8)  # of what runs in full elsewhere
 settings.load_profile("default")
 
-_LEFT_ALONE = pytest.StashKey[int]()  # how many modules
+_LEFT_ALONE = pytest.StashKey[int]()  # how many modules the garbage collector does not look at
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--each-once", action="store_true", help="run a test with each value of its parameters once")
 
 
-# The garbage collector leaves modules alone, which are never garbage: to look through them took a sixth of all time.
-
-
 def pytest_configure() -> None:
-    gc.disable()  # while they are imported
+    gc.disable()  # until the first test: modules are imported, and they are not garbage
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The garbage collector leaves alone what has been imported, now and then: to look through it took a sixth of the
+    time of all tests."""
     if len(sys.modules) > item.config.stash.get(_LEFT_ALONE, 0) + 100:
         item.config.stash[_LEFT_ALONE] = len(sys.modules)
         gc.collect()

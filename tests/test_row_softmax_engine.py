@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ssl_kernels
 import ssl_kernels.functional as K
-from ssl_kernels.ops import contrastive, panels, reuse, row_passes, row_tiles
+from ssl_kernels.ops import contrastive, panels, reuse, row_tiles
 from ssl_kernels.ops.row_loss import row_softmax
 from ssl_kernels.ops.row_passes import Arguments
 
@@ -408,7 +408,7 @@ def test_peak_memory_is_a_tenth_of_that_of_the_formula(monkeypatch: pytest.Monke
 def test_the_memory_of_a_tile_is_that_of_the_next_call_unless_the_budget_is_0(
     workspace_mb: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_passes, "onednn_is_faster", lambda: False)  # it writes to memory of its own
+    leave_out_onednn(monkeypatch)
     loss, arguments = call(1024, 6144)
     reuse.let_go()
     held = []

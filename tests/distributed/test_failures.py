@@ -27,5 +27,4 @@ def test_failures(tmp_path: Path) -> None:
 
 def run(name: str, folder: Path) -> None:
     folder.mkdir()
-    code = f"import failures; dist.barrier(); failures.{name}(rank, world)"  # timeouts begin when all have imported
-    run_processes(code, folder, 3, rank_0_holds_the_store="store" in name)
+    run_processes(f"import failures; failures.{name}(rank, world)", folder, 3, rank_0_holds_the_store="store" in name)
