@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import random
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +21,27 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+def import_fabric() -> None:
+    """Import Lightning Fabric without torchmetrics, which it would import for its version: seconds of each start.
+
+    Of Fabric, only the detection of spikes needs it, and says so when asked.
+    """
+    if "lightning_fabric" in sys.modules or "torchmetrics" in sys.modules:
+        return
+    sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        import lightning_fabric  # noqa: F401
+    finally:
+        del sys.modules["torchmetrics"]
+
+
 def make_fabric(config: LoopConfig) -> Fabric:
     """One device, or several processes with one each, with the asked precision, and every seed set.
 
     All processes have the same seeds, and draw alike. The precision `auto` is replaced by what it means here, so that
     the run keeps it wherever it goes on.
     """
+    import_fabric()
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 

@@ -138,7 +138,6 @@ def small(table: Path) -> list[str]:
 _HOLD = """
 import importlib, sys, time
 from pathlib import Path
-sys.modules["torchmetrics"] = None  # as in several.py
 from ssl_kernels.trainers import training
 
 trainer, step, gate = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])

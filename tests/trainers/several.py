@@ -8,7 +8,6 @@ import importlib
 import inspect
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ssl_kernels.trainers import batch_norm, train_images, training, two_towers
+from ssl_kernels.trainers import batch_norm, fabric, train_images, training, two_towers
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data import images
 from ssl_kernels.trainers.data.identity import ids_of_keys
@@ -28,11 +27,7 @@ from ssl_kernels.trainers.evaluation import curves, features, retrieval
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.processes import Share
 
-if "torchmetrics" not in sys.modules:  # Fabric would import it, and scipy and more with it, for seconds and for nothing
-    sys.modules["torchmetrics"] = None  # type: ignore[assignment]
-    import lightning_fabric  # noqa: F401
-
-    del sys.modules["torchmetrics"]
+fabric.import_fabric()
 
 
 def train(rank: int, world: int, folder: Path) -> None:

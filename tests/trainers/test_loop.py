@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ssl_kernels.trainers import checkpoints
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.errors import InterruptedRunError, NonFiniteError, UserError
-from ssl_kernels.trainers.fabric import make_fabric
+from ssl_kernels.trainers.fabric import import_fabric, make_fabric
 from ssl_kernels.trainers.loop import fit
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.optim import cosine, make_optimizer, parameter_groups
@@ -99,6 +99,19 @@ def test_a_peak_is_not_that_of_who_started_the_process() -> None:
     held = torch.ones(2**30, dtype=torch.uint8)
     code = "import torch; from ssl_kernels.trainers.log import peak_memory_mb as mb; print(mb(torch.device('cpu')))"
     assert 100 < float(subprocess.check_output([sys.executable, "-c", code])) < held.nbytes / 2**20
+
+
+def test_fabric_comes_without_torchmetrics_which_takes_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, code in (("torchmetrics", "slow = True"), ("lightning_fabric", "import torchmetrics")):
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.setitem(sys.modules, name, None)  # so that what was there comes back
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="torchmetrics"):
+        import_fabric()
+    import torchmetrics
+
+    assert torchmetrics.slow  # for whoever asks for it later
 
 
 def test_log_every_thins_the_log_but_keeps_its_ends(tmp_path: Path) -> None:
