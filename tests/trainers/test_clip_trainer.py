@@ -117,20 +117,17 @@ def test_every_optimizer_step_is_followed_by_the_clamp(
 def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path, smoothing: float) -> None:
     """Thirty steps from one seed, the loss fused in one run and dense PyTorch in the other.
 
-    Every loss is that of the reference for the same weights; but within these steps AdamW makes a hundredth of the loss
-    out of the last bit of a gradient, whichever bit it is.
+    By a net without ReLU, where the last bit of an activation near zero decides whether it passes its gradient on.
     """
     for backend in ("auto", "reference"):
-        options = {"loss_backend": backend, "label_smoothing": smoothing, "held_out": 0.0, "lr": 3e-4}
-        train(config(table, tmp_path / backend, epochs=5, **options))
+        options = {"loss_backend": backend, "label_smoothing": smoothing, "image_model": "tiny-vit"}
+        train(config(table, tmp_path / backend, epochs=5, held_out=0.0, lr=3e-4, **options))
     fused, reference = logged(tmp_path / "auto"), logged(tmp_path / "reference")
     assert len(fused) == len(reference) == 30
     for ours, theirs in zip(fused, reference, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4 if ours["step"] <= 10 else 1e-2), ours["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5), ours["step"]
         assert ours["logit_scale"] == pytest.approx(theirs["logit_scale"], rel=1e-4)
         assert ours["loss_check"] == pytest.approx(ours["loss_reference"], rel=1e-6)
-    # The first steps start from the same weights: nothing has had time to drift.
-    assert fused[0]["loss"] == pytest.approx(reference[0]["loss"], rel=1e-6)
     assert fused[-1]["loss"] < 0.6 * fused[0]["loss"]
 
 

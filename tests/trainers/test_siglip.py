@@ -129,19 +129,16 @@ def test_the_image_trunk_moves_as_far_as_its_rate_lets_it(table: Path, tmp_path:
 def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path) -> None:
     """Thirty steps from one seed, the loss fused in one run and dense PyTorch in the other.
 
-    Every loss is that of the reference for the same weights; but within these steps AdamW makes a hundredth of the loss
-    out of the last bit of a gradient, whichever bit it is.
+    By a net without ReLU, where the last bit of an activation near zero decides whether it passes its gradient on.
     """
     for backend in ("auto", "reference"):
-        train(config(table, tmp_path / backend, epochs=6, loss_backend=backend))
+        train(config(table, tmp_path / backend, epochs=6, loss_backend=backend, image_model="tiny-vit"))
     fused, reference = logged(tmp_path / "auto"), logged(tmp_path / "reference")
     assert len(fused) == len(reference) == 30
     for ours, theirs in zip(fused, reference, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4 if ours["step"] <= 10 else 1e-2), ours["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5), ours["step"]
         assert ours["logit_bias"] == pytest.approx(theirs["logit_bias"], rel=1e-4)
         assert ours["loss_check"] == pytest.approx(ours["loss_reference"], rel=1e-6)
-    # The first steps start from the same weights: nothing has had time to drift.
-    assert fused[0]["loss"] == pytest.approx(reference[0]["loss"], rel=1e-6)
     assert fused[-1]["loss"] < 0.6 * fused[0]["loss"]
 
 
