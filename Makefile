@@ -91,7 +91,8 @@ gpu-check: setup
 gpu-page: setup
 	$(BIN)/python benchmarks/gpu_page.py $(wildcard benchmarks/results/gpu_check.json)
 
-# One wheel for every Python >= 3.10 and torch >= 2.10, with the CUDA C++ where nvcc is.
+# One wheel for every Python >= 3.10 and torch >= 2.10, with the CUDA C++ where nvcc is. It is built where `make setup`
+# builds: one after the other, not side by side.
 wheel: .venv/.torch-done
 	rm -rf build/lib* build/bdist* dist/*.whl
 	SSL_KERNELS_NATIVE=0 $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -6,6 +6,7 @@ import inspect
 import os
 import random
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def import_fabric() -> None:
     """Import Lightning Fabric without torchmetrics, which it would import for its version: seconds of each start.
 
-    Of Fabric, only the detection of spikes needs it, and says so when asked.
+    Of Fabric, only the detection of spikes needs it; whoever wants that imports torchmetrics first.
     """
     if "lightning_fabric" in sys.modules or "torchmetrics" in sys.modules:
         return
@@ -49,6 +50,8 @@ def make_fabric(config: LoopConfig) -> Fabric:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written twice
     torch.backends.cudnn.benchmark = False
+    # DDP's, about 1x1 convolutions of images in channels_last: in a few small weights it does not matter.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     config.precision = precision = resolved_precision(config)
     if precision == "16-mixed" and (config.accelerator == "cpu" or not torch.accelerator.is_available()):
         raise UserError("--precision: 16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")

@@ -111,7 +111,8 @@ class ImageTower(nn.Module):
         return cast(Tensor, cast(Any, self.trunk).forward_features(x) if self.reads_tokens else self.trunk(x))
 
     def normalised(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
+        if images.device.type == "cpu":  # whose convolutions are faster so
+            images = images.contiguous(memory_format=torch.channels_last)
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def feature_map(self, images: Tensor) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ssl_kernels.trainers import batch_norm, fabric, train_images, training, two_towers
+from ssl_kernels.trainers import batch_norm, train_images, training, two_towers
 from ssl_kernels.trainers.checkpoints import load_checkpoint
 from ssl_kernels.trainers.data import images
 from ssl_kernels.trainers.data.identity import ids_of_keys
@@ -26,8 +26,6 @@ from ssl_kernels.trainers.dino_config import DINOConfig
 from ssl_kernels.trainers.evaluation import curves, features, retrieval
 from ssl_kernels.trainers.loop_config import LoopConfig
 from ssl_kernels.trainers.processes import Share
-
-fabric.import_fabric()
 
 
 def train(rank: int, world: int, folder: Path) -> None:

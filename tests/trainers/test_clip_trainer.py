@@ -117,7 +117,7 @@ def test_every_optimizer_step_is_followed_by_the_clamp(
 def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path, smoothing: float) -> None:
     """Thirty steps from one seed, the loss fused in one run and dense PyTorch in the other.
 
-    By a net without ReLU, where the last bit of an activation near zero decides whether it passes its gradient on.
+    The net has no ReLU: with one, the last bit of an activation near zero decides whether its gradient passes.
     """
     for backend in ("auto", "reference"):
         options = {"loss_backend": backend, "label_smoothing": smoothing, "image_model": "tiny-vit"}
@@ -125,7 +125,7 @@ def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path
     fused, reference = logged(tmp_path / "auto"), logged(tmp_path / "reference")
     assert len(fused) == len(reference) == 30
     for ours, theirs in zip(fused, reference, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5), ours["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6 if ours["step"] == 1 else 2e-5), ours["step"]
         assert ours["logit_scale"] == pytest.approx(theirs["logit_scale"], rel=1e-4)
         assert ours["loss_check"] == pytest.approx(ours["loss_reference"], rel=1e-6)
     assert fused[-1]["loss"] < 0.6 * fused[0]["loss"]

@@ -112,6 +112,8 @@ def test_fabric_comes_without_torchmetrics_which_takes_seconds(tmp_path: Path, m
     import torchmetrics
 
     assert torchmetrics.slow  # for whoever asks for it later
+    import_fabric()
+    assert sys.modules["torchmetrics"] is torchmetrics  # of whoever had it before
 
 
 def test_log_every_thins_the_log_but_keeps_its_ends(tmp_path: Path) -> None:

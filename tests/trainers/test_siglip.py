@@ -129,14 +129,14 @@ def test_the_image_trunk_moves_as_far_as_its_rate_lets_it(table: Path, tmp_path:
 def test_fused_and_reference_runs_agree_step_by_step(table: Path, tmp_path: Path) -> None:
     """Thirty steps from one seed, the loss fused in one run and dense PyTorch in the other.
 
-    By a net without ReLU, where the last bit of an activation near zero decides whether it passes its gradient on.
+    The net has no ReLU: with one, the last bit of an activation near zero decides whether its gradient passes.
     """
     for backend in ("auto", "reference"):
         train(config(table, tmp_path / backend, epochs=6, loss_backend=backend, image_model="tiny-vit"))
     fused, reference = logged(tmp_path / "auto"), logged(tmp_path / "reference")
     assert len(fused) == len(reference) == 30
     for ours, theirs in zip(fused, reference, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5), ours["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6 if ours["step"] == 1 else 2e-5), ours["step"]
         assert ours["logit_bias"] == pytest.approx(theirs["logit_bias"], rel=1e-4)
         assert ours["loss_check"] == pytest.approx(ours["loss_reference"], rel=1e-6)
     assert fused[-1]["loss"] < 0.6 * fused[0]["loss"]
